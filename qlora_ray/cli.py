@@ -1,0 +1,34 @@
+"""qlora-ray <door>: the same doors as python -m qlora_ray.<door>, imported only when asked for."""
+
+import importlib
+import json
+import sys
+
+DOORS = {
+    "train": "fine-tune a 4-bit LoRA",
+    "report": "make report.html of a run directory",
+    "schema": "print the JSON schema of the config, for editors",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Open a door; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: qlora-ray <door> ...\n")
+        for name, what in DOORS.items():
+            print(f"  {name:10} {what}")
+        return 0 if argv else 2
+    if argv[0] not in DOORS:
+        print(f"error: {argv[0]}: no such door. There are: {', '.join(DOORS)}.", file=sys.stderr)
+        return 2
+    if argv[0] == "schema":
+        from qlora_ray.config import Config
+
+        print(json.dumps(Config.model_json_schema(), indent=1))
+        return 0
+    return importlib.import_module(f"qlora_ray.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""What a user may ask: the YAML file and its overrides, checked and frozen. Imports no torch, no ray."""
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+EMBEDDED_BASE = "embedded"
+
+
+class ConfigError(ValueError):
+    """The user asked for something impossible; the message names the key, the value, the rule and a way out."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    base_model: str = EMBEDDED_BASE
+    """A local folder (safetensors), a hub id, or "embedded": the small model inside this package."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id; a 40-digit commit is required with trust_remote_code."""
+    lora_r: int = Field(16, ge=1, le=1024)
+    """Rank of the LoRA matrices (PEFT `r`). Raise it for harder skills; memory grows with it."""
+    lora_alpha: float = Field(32, gt=0)
+    """LoRA scale (PEFT `lora_alpha`): the update is multiplied by alpha / r."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the LoRA input. 0 is fastest."""
+    target_modules: str | list[str] = "all-linear"
+    """Which linear layers get a LoRA: "all-linear", a list of module name suffixes, or a regular expression."""
+    lora_variant: Literal["lora", "rslora", "dora", "pissa", "loftq"] = "lora"
+    """rslora scales by 1/sqrt(r); dora also learns magnitudes; loftq starts from the quantization error."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only with a pinned `revision`."""
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self):
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                f"model.trust_remote_code=true: needs a 40-digit model.revision, got {self.revision!r}. "
+                "Pin the commit whose code you have read."
+            )
+        return self
+
+
+class QuantizationConfig(Section):
+    type: Literal["nf4", "fp4", "none"] = "nf4"
+    """4-bit data type of the frozen base; nf4 from QLoRA (arXiv:2305.14314). "none" keeps it in the compute dtype."""
+    double_quant: bool = True
+    """Quantize the block scales too: 0.37 bit a parameter less, at no measurable loss."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """dtype of activations and matrix products; auto: bfloat16 on GPUs that have it, float16 on older, float32 on CPU."""
+
+
+class TrainingConfig(Section):
+    num_epochs: float = Field(3, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides num_epochs."""
+    batch_size: int = Field(4, ge=1)
+    """Rows per worker per forward pass. Lower this first on out-of-memory."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Forward passes per optimizer step and worker."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Rows per optimizer step over all workers; replaces gradient_accumulation_steps."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warmup; cosine and linear end at 0."""
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+    loraplus_lr_ratio: float = Field(1.0, ge=1)
+    """LoRA+ (arXiv:2402.12354): learning rate of the B matrices over that of the A matrices."""
+    neftune_noise_alpha: float = Field(0.0, ge=0)
+    """NEFTune (arXiv:2310.05914): strength of uniform noise on the input embeddings; 0 is off."""
+    max_length: int = Field(512, ge=8)
+    """Tokens per row; longer records are cut."""
+    recompute: Literal["auto", "all", "none"] = "auto"
+    """Gradient checkpointing of the decoder layers: less memory, a forward pass more. auto: on a GPU all, on a CPU none."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Decides data order, LoRA initialization, dropout and noise."""
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Validate every so many steps; default: five times a run."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after so many validations in a row without a better eval_loss."""
+
+
+class DataConfig(Section):
+    train_file: str = "data/sample_data.json"
+    """JSON array or JSON Lines of instruction/input/output records or of chat `messages`."""
+    validation_file: str | None = None
+    """Validation records; without it validation_split of the training records are held out."""
+    validation_split: float = Field(0.1, ge=0, lt=1)
+    """Share of the training records held out for validation; 0 turns validation off."""
+    format: Literal["auto", "alpaca", "messages"] = "auto"
+    """Shape of the records: alpaca = instruction, input, output; messages = a list of role and content."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Stop if more than this share of the records is unusable."""
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal["auto", 0, 1, 2, 3] = 3
+    """ZeRO stage: 3 shards the 4-bit base over the workers; auto: 3 with several workers, 0 with one."""
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    """Keep the sharded base in host memory or on NVMe (stage 3)."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Keep the optimizer state in host memory or on NVMe."""
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk, for the two above."""
+    config_file: str | None = None
+    """DeepSpeed JSON merged over the plan: "auto" values are filled in, explicit ones win (also --deepspeed)."""
+
+    @model_validator(mode="after")
+    def _nvme_has_a_path(self):
+        if "nvme" in (self.offload_params, self.offload_optimizer) and not self.nvme_path:
+            raise ValueError("deepspeed.nvme_path is missing: offload to nvme needs a folder on a local NVMe disk.")
+        return self
+
+
+class RayConfig(Section):
+    address: str | None = None
+    """Address of a running cluster ("auto" inside one); default: a private Ray on this machine."""
+    num_workers: int = Field(1, ge=1)
+    """Ray Train workers, one GPU each (or CPU shares). The ZeRO group is all of them."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """auto: if the cluster has any."""
+    resources_per_worker: dict[str, float] = Field(default_factory=dict)
+    """Ray resources of one worker; default one CPU, and one GPU where GPUs are used."""
+    storage_path: str = "runs"
+    """Where run directories go: a folder (shared by all nodes) or a pyarrow URI such as s3://bucket/runs."""
+    run_name: str | None = Field(None)
+    """Name of the run directory; default: the config's name and the time."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts from the last checkpoint after a worker failure."""
+
+    @field_validator("run_name")
+    @classmethod
+    def _run_name_is_a_plain_name(cls, name):
+        if name is not None and not re.fullmatch(RUN_NAME, name):
+            raise ValueError("must be 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
+        return name
+
+
+class CheckpointConfig(Section):
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints: the most that a failure can cost. Default: ten times a run, at most 200."""
+    keep: int = Field(3, ge=1)
+    """Number of newest checkpoints kept."""
+
+
+class LoggingConfig(Section):
+    every_steps: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl; each waits once for the GPU."""
+
+
+class EvaluationConfig(Section):
+    num_prompts: int = Field(8, ge=0)
+    """Held-out prompts answered at the end by base and adapter, compared exactly; 0 turns it off."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer generated, in tokens."""
+
+
+class Config(Section):
+    """One run, as asked for."""
+
+    model: ModelConfig = ModelConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    ray: RayConfig = RayConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _lora_variant_fits(self):
+        if self.model.lora_variant == "pissa" and self.quantization.type != "none":
+            raise ValueError(
+                "model.lora_variant=pissa: PiSSA rewrites the base weights, so its adapter would not fit the 4-bit base "
+                "that others load. Use loftq (same idea, base untouched), or quantization.type=none."
+            )
+        if self.model.lora_variant == "loftq" and self.quantization.type == "none":
+            raise ValueError("model.lora_variant=loftq: starts from the quantization error; quantization.type is none.")
+        return self
+
+
+def load_config(path: Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file, apply dotted `key.path=value` overrides, and validate.
+
+    Raises ConfigError for whatever a user can get wrong.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def bundled_root() -> Path:
+    """The folder that holds configs/ and data/: the checkout, or the copy inside an installed wheel."""
+    package = Path(__file__).resolve().parent
+    return package / "_bundled" if (package / "_bundled").is_dir() else package.parent
+
+
+def find_file(name: str) -> Path:
+    """A user's relative path: from the current folder, else from the files that come with the package."""
+    path = Path(name).expanduser()
+    if not path.exists() and not path.is_absolute() and (bundled_root() / path).exists():
+        return bundled_root() / path
+    return path
+
+
+def base_model_path(base_model: str) -> str:
+    """The folder of a local or embedded base; a hub id stays as it is."""
+    if base_model == EMBEDDED_BASE:
+        return str(Path(__file__).resolve().parent / "assets" / "tiny_base")
+    return str(Path(base_model).expanduser()) if Path(base_model).expanduser().is_dir() else base_model
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"-c {path}: no such file.") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"-c {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"-c {path}: not UTF-8 text (byte {error.start}).") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"-c {path}:{where}: not YAML: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"-c {path}: must hold sections such as `training:`, found a {type(values).__name__}.")
+    return values or {}
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: an override is written section.key=value, e.g. training.learning_rate=1e-4.")
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{override!r}: {section!r} is a value, not a section.")
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[name] = text
+
+
+def _known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        where = [str(part) for part in item["loc"]]
+        key = ".".join(part for part in where if not re.match(r"(literal|function|constrained|list|bool|str|int)\b", part))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key.{_nearest(key)}")
+        elif item["type"] == "value_error" and not key or item["loc"] in {("model",), ("deepspeed",)}:
+            lines.append(str(item["ctx"]["error"]) if "ctx" in item else item["msg"])
+        else:
+            rule = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}={_shown(item['input'])}: {rule[0].lower() + rule[1:]}.")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _shown(value: Any) -> str:
+    text = str(value) if isinstance(value, str | int | float) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest(key: str) -> str:
+    known = _known_keys()
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    last = key.rsplit(".", 1)[-1]
+    same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
+    named = same_name[:1] or close
+    return f" Did you mean {named[0]}?" if named else f" Known sections: {', '.join(Config.model_fields)}."
+
+
+def is_whole(number: float) -> bool:
+    return math.isclose(number, round(number))

@@ -1,0 +1,99 @@
+"""Loads the frozen base in 4 bits: each linear layer packed, everything else in the compute dtype."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
+
+
+@dataclass(frozen=True)
+class BytesByKind:
+    """Bytes of a loaded base, by how they are stored."""
+
+    four_bit: int
+    other: int
+    four_bit_parameters: int
+    parameters: int
+
+    @property
+    def four_bit_share(self) -> float:
+        """Share of the parameters that is stored in 4 bits."""
+        return self.four_bit_parameters / self.parameters
+
+
+def load_base(
+    model: ModelConfig, quantization: QuantizationConfig, compute_dtype: str, device: torch.device, **attributes
+) -> PreTrainedModel:
+    """Load a causal language model from safetensors, quantized while loading, frozen, without a key-value cache.
+
+    Packed weights are stored as uint8: ZeRO-3 casts floating storage to its own dtype, which silently breaks 4-bit
+    weights stored in another one.
+    """
+    _build_linear_layers_that_can_be_quantized()
+    dtype = getattr(torch, compute_dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        base_model_path(model.base_model),
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        quantization_config=four_bit_config(quantization, dtype),
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        **attributes,
+    )
+    _keep_weights_trainable_on_cpu(base)
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    return base
+
+
+def four_bit_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The bitsandbytes settings (QLoRA, arXiv:2305.14314), or None without quantization."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # announces optional CPU kernels on every load
+    if quantization.type == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def count_bytes(model: torch.nn.Module) -> BytesByKind:
+    """Bytes that really are 4-bit and bytes that are not. Call it before ZeRO shards the model."""
+    from bitsandbytes.nn import Params4bit
+
+    four_bit = other = four_bit_parameters = parameters = 0
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        if isinstance(parameter, Params4bit):
+            four_bit += size
+            count = parameter.quant_state.shape.numel()
+            four_bit_parameters += count
+        else:
+            other += size
+            count = parameter.numel()
+        parameters += count
+    return BytesByKind(four_bit, other, four_bit_parameters, parameters)
+
+
+def _build_linear_layers_that_can_be_quantized() -> None:
+    # transformers quantizes nn.Linear itself, not its subclasses, and Falcon has its own with the same arithmetic.
+    from transformers.models.falcon import modeling_falcon
+
+    modeling_falcon.FalconLinear = torch.nn.Linear
+
+
+def _keep_weights_trainable_on_cpu(model: torch.nn.Module) -> None:
+    # On CPUs with AVX512-BF16 bitsandbytes repacks a weight in the first evaluation forward, for a kernel without a
+    # backward; training after that silently gets no gradient. Drop with a bitsandbytes that undoes it in train().
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

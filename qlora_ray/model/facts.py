@@ -1,0 +1,108 @@
+"""What a base model's folder holds, from its config and safetensors headers. Imports no torch."""
+
+import hashlib
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_ray.config import ConfigError
+
+# Names of 2-D weights that transformers does not build as nn.Linear or Conv1D, or that bitsandbytes leaves alone.
+NOT_QUANTIZED = re.compile(
+    r"(embed|wte|wpe|lm_head|embed_out|score|shared\.weight|\.experts\.|router|block_sparse_moe\.gate|mlp\.gate\.weight)"
+)
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """Sizes of a base model."""
+
+    model_type: str
+    num_parameters: int
+    num_linear_parameters: int  # of the layers that become 4-bit
+    num_expert_parameters: int  # of fused mixture-of-experts weights, which stay 16-bit
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    linear_shapes: tuple[tuple[str, int, int], ...]  # (module name, rows, columns) of each layer that becomes 4-bit
+    context_length: int | None
+    fingerprint: str  # of names, shapes and sizes; contents are not read
+
+
+
+
+def read_facts(folder: str) -> BaseFacts:
+    """Read a local base model folder. Raises ConfigError where it could not be loaded later."""
+    path, key = Path(folder), f"model.base_model={folder}"
+    config = _read_model_config(path, key)
+    text = {**config, **config.get("text_config", {})}
+    shapes = _read_shapes(path, key)
+    linear = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight") and not NOT_QUANTIZED.search(n)}
+    return BaseFacts(
+        model_type=str(config.get("model_type", "unknown")),
+        num_parameters=sum(math.prod(shape) for shape in shapes.values()),
+        num_linear_parameters=sum(math.prod(shape) for shape in linear.values()),
+        num_expert_parameters=sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name),
+        num_layers=int(text.get("num_hidden_layers") or text.get("n_layer") or 0),
+        hidden_size=int(text.get("hidden_size") or text.get("n_embd") or 0),
+        vocab_size=int(text.get("vocab_size") or 0),
+        linear_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in linear.items()),
+        context_length=text.get("max_position_embeddings") or text.get("n_positions"),
+        fingerprint=_fingerprint(path, shapes),
+    )
+
+
+def check_folder(folder: str) -> None:
+    """Raise ConfigError if a local folder lacks what a base model needs. Reads names only: milliseconds."""
+    path, key = Path(folder), f"model.base_model={folder}"
+    _read_model_config(path, key)
+    if not _weight_files(path):
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
+        if pickled:
+            raise ConfigError(
+                f"{key}: only pickled weights ({pickled[0]}), which can run code when loaded. Convert them once: "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)."
+            )
+        raise ConfigError(f"{key}: no weights (*.safetensors) in the folder.")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ConfigError(f"{key}: no tokenizer (tokenizer.json) in the folder. Save it there with save_pretrained.")
+
+
+def _read_model_config(path: Path, key: str) -> dict:
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{key}: no config.json in the folder; is it a model saved with save_pretrained?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}: config.json is not JSON: {error}.") from None
+
+
+def _fingerprint(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
+    sizes = [(file.name, file.stat().st_size) for file in _weight_files(path)]
+    return hashlib.sha256(json.dumps([sizes, sorted(shapes.items())]).encode()).hexdigest()[:16]
+
+
+def _weight_files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def _read_shapes(path: Path, key: str) -> dict[str, tuple[int, ...]]:
+    # Layout of a safetensors file: 8 bytes little-endian header length, then that much JSON.
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(path):
+        try:
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                if length > file.stat().st_size:
+                    raise ValueError("header longer than the file")
+                header = json.loads(stream.read(length))
+            end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+            if end > file.stat().st_size:
+                raise ValueError("tensors cut off")
+        except (ValueError, struct.error) as error:
+            raise ConfigError(f"{key}: {file.name} is damaged ({error}). Download or copy it again.") from None
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return shapes

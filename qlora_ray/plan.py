@@ -1,0 +1,321 @@
+"""What will be done, derived once on the driver. Pure: no torch, no Ray, no I/O."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_ray.config import Config, ConfigError
+from qlora_ray.data.cache import DataStats
+from qlora_ray.model.facts import BaseFacts
+
+GIB = 2**30
+# Ray's accelerator labels of GPUs without bfloat16 matrix units (compute capability below 8.0).
+GPUS_WITHOUT_BFLOAT16 = {"K80", "P4", "P100", "P40", "V100", "T4", "RTX-2080"}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the cluster can give: totals over its nodes."""
+
+    num_cpus: float
+    num_gpus: float
+    accelerator_types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything derived from the config, the data and the hardware."""
+
+    num_workers: int
+    use_gpu: bool
+    resources_per_worker: dict[str, float]
+    compute_dtype: str
+    zero_stage: int
+    recompute: str
+    micro_batch_size: int
+    micro_batches_per_step: int  # of all workers together
+    gradient_accumulation_steps: int  # of each worker
+    steps_per_epoch: int
+    num_steps: int
+    warmup_steps: int
+    eval_every_steps: int | None
+    checkpoint_every_steps: int
+    num_trainable_parameters: int
+    four_bit_share: float  # of the base's parameters
+    notes: tuple[str, ...]
+    memory_forecast_gib: dict[str, float]  # per worker
+    deepspeed: dict[str, Any]
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro_batch_size * self.micro_batches_per_step
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "global_batch_size": self.global_batch_size}
+
+
+def make_plan(config: Config, data: DataStats, base: BaseFacts, hardware: Hardware, deepspeed_json: dict | None) -> Plan:
+    """Derive the plan. Raises ConfigError where several fields together ask for the impossible."""
+    use_gpu = _use_gpu(config, hardware)
+    resources = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {}), **config.ray.resources_per_worker}
+    _check_workers_fit(config, resources, hardware)
+    accumulation = _accumulation(config)
+    micro_batches = accumulation * config.ray.num_workers
+    steps_per_epoch = -(-data.num_rows // (micro_batches * config.training.batch_size))
+    num_steps = config.training.max_steps or max(1, round(config.training.num_epochs * steps_per_epoch))
+    compute_dtype = _compute_dtype(config, use_gpu, hardware)
+    zero_stage = _zero_stage(config)
+    recompute = config.training.recompute if config.training.recompute != "auto" else ("all" if use_gpu else "none")
+    trainable = num_lora_parameters(config, base)
+    quantized = base.num_linear_parameters if config.quantization.type != "none" else 0
+    has_validation = data.num_validation_rows > 0
+    plan = Plan(
+        num_workers=config.ray.num_workers,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        compute_dtype=compute_dtype,
+        zero_stage=zero_stage,
+        recompute=recompute,
+        micro_batch_size=config.training.batch_size,
+        micro_batches_per_step=micro_batches,
+        gradient_accumulation_steps=accumulation,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        warmup_steps=round(config.training.warmup_ratio * num_steps),
+        eval_every_steps=(config.training.eval_every_steps or max(1, num_steps // 5)) if has_validation else None,
+        checkpoint_every_steps=config.checkpoint.every_steps or min(200, max(1, num_steps // 10)),
+        num_trainable_parameters=trainable,
+        four_bit_share=quantized / base.num_parameters,
+        notes=_notes(config, base, data),
+        memory_forecast_gib=_memory_forecast(config, base, data, zero_stage, compute_dtype, recompute, trainable),
+        deepspeed=_deepspeed_dict(config, zero_stage, accumulation, compute_dtype),
+    )
+    return dataclasses.replace(plan, deepspeed=merge_deepspeed(plan, deepspeed_json)) if deepspeed_json else plan
+
+
+def num_lora_parameters(config: Config, base: BaseFacts) -> int:
+    """Parameters of the A and B matrices: r x (rows + columns) for each adapted layer (LoRA, arXiv:2106.09685)."""
+    wanted = config.model.target_modules
+    names = None if isinstance(wanted, str) else set(wanted)
+    return sum(
+        config.model.lora_r * (rows + columns)
+        for name, rows, columns in base.linear_shapes
+        if names is None or name.rsplit(".", 1)[-1] in names
+    )
+
+
+def learning_rate_at(step: int, plan: Plan, config: Config) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warmup, then the schedule down to 0."""
+    import math
+
+    peak, schedule = config.training.learning_rate, config.training.lr_schedule
+    if step < plan.warmup_steps:
+        return peak * (step + 1) / plan.warmup_steps
+    done = (step - plan.warmup_steps) / max(1, plan.num_steps - plan.warmup_steps)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return peak * max(0.0, 1 - done) if schedule == "linear" else peak
+
+
+def _use_gpu(config: Config, hardware: Hardware) -> bool:
+    wanted = config.ray.use_gpu
+    if wanted is True and hardware.num_gpus == 0:
+        raise ConfigError("ray.use_gpu=true: the cluster has no GPU. Use false or auto to train on CPUs.")
+    use_gpu = hardware.num_gpus > 0 if wanted == "auto" else bool(wanted)
+    if not use_gpu and config.quantization.compute_dtype == "float16":
+        raise ConfigError(
+            "quantization.compute_dtype=float16: loss scaling needs a GPU and the run is on CPUs. Use auto or float32."
+        )
+    return use_gpu
+
+
+def _check_workers_fit(config: Config, resources: dict[str, float], hardware: Hardware) -> None:
+    n = config.ray.num_workers
+    held = {"CPU": hardware.num_cpus, "GPU": hardware.num_gpus}
+    for name, each in resources.items():
+        if name in held and n * each > held[name]:
+            fit = int(held[name] // each)
+            way_out = f"Use ray.num_workers={fit}" if fit else "Lower ray.resources_per_worker"
+            raise ConfigError(
+                f"ray.num_workers={n}: {n} x {each:g} {name} = {n * each:g}, the cluster holds {held[name]:g}. "
+                f"{way_out}, or ask for less with ray.resources_per_worker."
+            )
+
+
+def _accumulation(config: Config) -> int:
+    training, n = config.training, config.ray.num_workers
+    if training.global_batch_size is None:
+        return training.gradient_accumulation_steps
+    each = training.batch_size * n
+    if training.global_batch_size % each == 0:
+        return training.global_batch_size // each
+    works = [size for size in range(1, training.global_batch_size // n + 1) if training.global_batch_size % (size * n) == 0]
+    nearest = sorted(sorted(works, key=lambda size: abs(size - training.batch_size))[:2])
+    way_out = f"Nearest that work: {', '.join(map(str, nearest))}." if nearest else f"Use a multiple of {n} rows."
+    raise ConfigError(
+        f"training.batch_size={training.batch_size}: the global batch of {training.global_batch_size} is not a multiple of "
+        f"batch_size x ray.num_workers = {training.batch_size} x {n}. {way_out}"
+    )
+
+
+def _compute_dtype(config: Config, use_gpu: bool, hardware: Hardware) -> str:
+    if config.quantization.compute_dtype != "auto":
+        return config.quantization.compute_dtype
+    if not use_gpu:
+        return "float32"
+    old = set(hardware.accelerator_types) & GPUS_WITHOUT_BFLOAT16
+    return "float16" if old else "bfloat16"
+
+
+def _zero_stage(config: Config) -> int:
+    ds = config.deepspeed
+    stage = ds.zero_stage if ds.zero_stage != "auto" else (3 if config.ray.num_workers > 1 else 0)
+    if ds.offload_params != "none" and stage != 3:
+        raise ConfigError(
+            f"deepspeed.offload_params={ds.offload_params}: needs zero_stage 3, the stage is {stage}. Set zero_stage: 3."
+        )
+    if ds.offload_optimizer != "none" and stage == 0:
+        raise ConfigError(f"deepspeed.offload_optimizer={ds.offload_optimizer}: needs zero_stage 1, 2 or 3, the stage is 0.")
+    return stage
+
+
+def _deepspeed_dict(config: Config, stage: int, accumulation: int, compute_dtype: str) -> dict[str, Any]:
+    ds = config.deepspeed
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        # ZeRO-3 counts storage elements; 1e6 keeps LoRA matrices resident instead of gathering each one.
+        zero |= {"stage3_param_persistence_threshold": 1_000_000, "stage3_max_live_parameters": 1e12,
+                 "stage3_max_reuse_distance": 1e12, "stage3_prefetch_bucket_size": 1_000_000_000}  # fmt: skip
+    if ds.offload_params != "none":
+        zero["offload_param"] = _offload(ds.offload_params, ds.nvme_path)
+    if ds.offload_optimizer != "none":
+        zero["offload_optimizer"] = _offload(ds.offload_optimizer, ds.nvme_path)
+    return {
+        "train_micro_batch_size_per_gpu": config.training.batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.training.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": compute_dtype == "bfloat16"},
+        "fp16": {"enabled": compute_dtype == "float16"},
+        "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
+    return {"device": device, "pin_memory": device == "cpu"} | ({"nvme_path": nvme_path} if device == "nvme" else {})
+
+
+def merge_deepspeed(plan: Plan, user: dict[str, Any]) -> dict[str, Any]:
+    """A user's DeepSpeed JSON over the plan's: "auto" is filled in, explicit values win, contradictions are refused.
+
+    Raises ConfigError with the key's dotted name.
+    """
+    fixed = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "train_batch_size": plan.global_batch_size,
+        "zero_optimization.stage": plan.zero_stage,
+        "bf16.enabled": plan.compute_dtype == "bfloat16",
+        "fp16.enabled": plan.compute_dtype == "float16",
+        "gradient_clipping": plan.deepspeed["gradient_clipping"],
+        "zero_optimization.offload_param.device": _device(plan, "offload_param"),
+        "zero_optimization.offload_optimizer.device": _device(plan, "offload_optimizer"),
+    }
+    ours = {
+        "train_micro_batch_size_per_gpu": "training.batch_size", "train_batch_size": "training.global_batch_size",
+        "gradient_accumulation_steps": "training.gradient_accumulation_steps", "gradient_clipping": "training.max_grad_norm",
+        "zero_optimization.stage": "deepspeed.zero_stage", "bf16.enabled": "quantization.compute_dtype",
+        "fp16.enabled": "quantization.compute_dtype", "zero_optimization.offload_param.device": "deepspeed.offload_params",
+        "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    }  # fmt: skip
+    for key, value in _flat(user).items():
+        if key in CORRUPTING and value:
+            raise ConfigError(f"{key}={value} in the DeepSpeed JSON: {CORRUPTING[key]} Remove it.")
+        if key.split(".")[0] in NOT_THEIRS:
+            raise ConfigError(f"{key} in the DeepSpeed JSON: {NOT_THEIRS[key.split('.')[0]]} Remove it.")
+        if key in fixed and value not in ("auto", fixed[key]):
+            raise ConfigError(
+                f"{key}={value} in the DeepSpeed JSON contradicts {ours[key]}, which gives {fixed[key]}. "
+                f'Write "auto" there, or change {ours[key]}.'
+            )
+    return _merged(plan.deepspeed, user, fixed)
+
+
+def _device(plan: Plan, name: str) -> str:
+    return plan.deepspeed["zero_optimization"].get(name, {}).get("device", "none")
+
+
+CORRUPTING = {
+    "zero_optimization.zero_quantized_weights": "quantizes the packed 4-bit bytes a second time.",
+    "zero_optimization.zero_quantized_nontrainable_weights": "quantizes the packed 4-bit bytes a second time.",
+    "compile.deepcompile": "DeepCompile fails on frozen parameters.",
+    "amp.enabled": "Apex amp casts weights behind ZeRO's back; use quantization.compute_dtype.",
+    "torch_autocast.enabled": "casts a second time; use quantization.compute_dtype.",
+}
+NOT_THEIRS = {
+    "optimizer": "the optimizer comes from the YAML (training.learning_rate, training.weight_decay).",
+    "scheduler": "the schedule comes from the YAML (training.lr_schedule, training.warmup_ratio).",
+    "checkpoint": "checkpoints come from the YAML (checkpoint.*).",
+    "activation_checkpointing": "recomputation comes from the YAML (training.recompute).",
+}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _merged(base: dict[str, Any], user: dict[str, Any], fixed: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in user.items():
+        if isinstance(value, dict):
+            merged[key] = _merged(base.get(key, {}), value, fixed, f"{prefix}{key}.")
+        elif value != "auto":
+            merged[key] = value
+        elif prefix + key in fixed:
+            merged[key] = fixed[prefix + key]
+    return merged
+
+
+def _notes(config: Config, base: BaseFacts, data: DataStats) -> tuple[str, ...]:
+    notes = []
+    if base.num_expert_parameters and config.quantization.type != "none":
+        share = base.num_expert_parameters / base.num_parameters
+        notes.append(f"{share:.0%} of the base's weights are mixture-of-experts weights: they stay 16-bit and unadapted.")
+    elif config.quantization.type != "none" and base.num_linear_parameters < 0.5 * base.num_parameters:
+        share = 1 - base.num_linear_parameters / base.num_parameters
+        notes.append(f"{share:.0%} of the base's weights are not linear layers (embeddings mostly): they stay 16-bit.")
+    if base.context_length and config.training.max_length > base.context_length:
+        notes.append(f"training.max_length={config.training.max_length} exceeds the base's context of {base.context_length}.")
+    if data.num_truncated:
+        notes.append(f"{data.num_truncated} of {data.num_rows} rows were cut to training.max_length.")
+    if data.num_rejected:
+        notes.append(f"{data.num_rejected} of {data.num_records} records were rejected.")
+    return tuple(notes)
+
+
+def _memory_forecast(
+    config: Config, base: BaseFacts, data: DataStats, stage: int, dtype: str, recompute: str, trainable: int
+) -> dict[str, float]:
+    """GiB a worker, by part. An estimate: allocator slack and kernels' work space are not in it."""
+    wide = 4 if dtype == "float32" else 2
+    # 4 bits + one 8-bit scale per 64 weights (arXiv:2305.14314), or one float32 scale without double quantization.
+    per_weight = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}[config.quantization.double_quant]
+    quantized = base.num_linear_parameters if config.quantization.type != "none" else 0
+    whole = quantized * per_weight + (base.num_parameters - quantized) * wide
+    shards = config.ray.num_workers if stage == 3 else 1
+    optimizer_shards = config.ray.num_workers if stage > 0 else 1
+    tokens = config.training.batch_size * min(config.training.max_length, data.longest_row)
+    linear_width = sum(rows + columns for _, rows, columns in base.linear_shapes)
+    kept = base.num_layers * base.hidden_size if recompute == "all" else linear_width
+    return {
+        "base": whole / shards / GIB,
+        "lora_and_optimizer": (trainable * wide * 2 + trainable * 12 / optimizer_shards) / GIB,
+        "activations": tokens * kept * wide / GIB,
+        "logits": tokens * base.vocab_size * (wide + 8) / GIB,
+        "while_loading": whole / GIB,
+    }

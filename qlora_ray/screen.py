@@ -1,0 +1,128 @@
+"""What a person sees in the terminal: the plan, one live line, the result. Writes nothing to disk."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from qlora_ray.config import Config
+from qlora_ray.data.cache import DataStats
+from qlora_ray.model.facts import BaseFacts
+from qlora_ray.plan import Plan
+
+console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run) -> None:
+    """The plan as a table, with one line for each thing a user should know."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    forecast = plan.memory_forecast_gib
+    needed = sum(value for part, value in forecast.items() if part != "while_loading")
+    kind = "GPU" if plan.use_gpu else "CPU"
+    rows = {
+        "base": f"{config.model.base_model} ({base.model_type}, {base.num_parameters / 1e6:,.1f} M parameters, "
+        f"{plan.four_bit_share:.0%} in {config.quantization.type})",
+        "adapter": f"{config.model.lora_variant}, r={config.model.lora_r}, alpha={config.model.lora_alpha:g}, "
+        f"{plan.num_trainable_parameters / 1e6:,.2f} M parameters",
+        "data": f"{data.num_rows:,} rows, {data.num_tokens:,} tokens ({data.num_label_tokens / data.num_tokens:.0%} trained "
+        f"on), {data.num_validation_rows:,} rows held out",
+        "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
+        "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "
+        f"{plan.gradient_accumulation_steps} accumulated x {plan.num_workers} workers",
+        "steps": f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch), checkpoint every "
+        f"{plan.checkpoint_every_steps:,}, validation every {plan.eval_every_steps or '-'}",
+        "memory": f"about {needed:.2f} GiB a worker for tensors, {forecast['while_loading']:.2f} while loading",
+        "run": run.path,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"[yellow]note[/]  {note}")
+    console.print()
+
+
+class Progress:
+    """One live line; where the output is not a terminal, a line at each tenth of the run."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._is_live = console.is_terminal
+        self._next_line = 0
+        self._bar = Bar(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
+            TextColumn("left"), TimeRemainingColumn(), console=console, disable=not self._is_live, expand=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("loading", total=plan.num_steps, now="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def show(self, entry: dict[str, Any]) -> None:
+        """Show one logged step."""
+        now = (
+            f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.1e}  {entry['tokens_per_second']:,.0f} tokens/s  "
+            f"{entry['peak_memory_gib']:.1f} GiB"
+        )
+        self._bar.update(self._task, completed=entry["step"], description="training", now=now)
+        if not self._is_live and (entry["step"] >= self._next_line or entry["step"] == self._plan.num_steps):
+            console.print(f"step {entry['step']:,}/{self._plan.num_steps:,}  {now}")
+            self._next_line = entry["step"] + max(1, self._plan.num_steps // 10)
+
+    def say_evaluation(self, entry: dict[str, Any]) -> None:
+        """Show one validation."""
+        self.say(f"step {entry['step']:,}: eval_loss {entry['eval_loss']:.4f}, perplexity {entry['eval_perplexity']:.3f}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        console.print(text)
+
+
+def show_result(summary: dict[str, Any], run) -> None:
+    """How the run ended, and where its results are."""
+    console.print()
+    if summary["status"] == "refused":
+        print(f"error: {summary['reason']}", file=sys.stderr)
+        return
+    if summary["status"] == "failed":
+        print(f"error: the run failed: {summary['reason']}", file=sys.stderr)
+        print(f"Logs: {run.path}/logs. The same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+        return
+    if summary["status"] == "interrupted":
+        console.print(f"Interrupted after step {summary['steps']:,}. The same command with --resume and "
+                      f"ray.run_name={run.name} goes on from there.")  # fmt: skip
+        return
+    if summary.get("first_loss") is not None:
+        console.print(f"loss {summary['first_loss']:.4f} -> {summary['last_loss']:.4f} in {summary['steps']:,} steps")
+    _show_samples(run, summary)
+    console.print(f"adapter  {run.path}/adapter")
+    console.print(f"report   {run.path}/report.html")
+
+
+def _show_samples(run, summary: dict[str, Any]) -> None:
+    import json
+
+    if "exact_match_base" not in summary:
+        return
+    samples = json.loads((run / "samples.json").read_bytes())
+    console.print(f"exact match on {len(samples)} held-out prompts: {summary['exact_match_base']:.0%} before, "
+                  f"[bold]{summary['exact_match_adapter']:.0%} after[/]\n")  # fmt: skip
+    table = Table("prompt", "base", "with the adapter", show_lines=True)
+    for sample in samples[:3]:
+        table.add_row(*(_shortened(sample[name]) for name in ("prompt", "base", "adapter")))
+    console.print(table)
+
+
+def _shortened(text: str, length: int = 200) -> str:
+    from rich.markup import escape
+
+    text = text.strip()
+    return escape(text if len(text) <= length else text[: length - 1] + "…")

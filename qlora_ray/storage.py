@@ -1,0 +1,117 @@
+"""Where a run lives: one pyarrow filesystem and path, local or remote, with writes that are whole or absent."""
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.fs
+
+from qlora_ray.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on any pyarrow filesystem; picklable, so that workers get the driver's."""
+
+    filesystem: pyarrow.fs.FileSystem
+    path: str
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(self.filesystem, f"{self.path}/{name}")
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    def exists(self) -> bool:
+        return self.filesystem.get_file_info(self.path).type != pyarrow.fs.FileType.NotFound
+
+    def list(self) -> list[str]:
+        """Names in the folder, sorted; empty where there is no folder."""
+        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def make(self) -> "Folder":
+        self.filesystem.create_dir(self.path, recursive=True)
+        return self
+
+    def read_bytes(self) -> bytes:
+        with self.filesystem.open_input_file(self.path) as file:
+            return file.read()
+
+    def write_bytes(self, content: bytes) -> None:
+        """Write this file whole: on a local disk to a temporary name, fsynced, renamed; objects appear whole anyway."""
+        if not self.is_local:
+            with self.filesystem.open_output_stream(self.path) as file:
+                file.write(content)
+            return
+        folder, name = os.path.split(self.path)
+        os.makedirs(folder, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o600 if name.startswith(".") else 0o644)
+            os.replace(temporary, self.path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+        sync_folder(folder)
+
+    def delete(self) -> None:
+        info = self.filesystem.get_file_info(self.path)
+        if info.type == pyarrow.fs.FileType.Directory:
+            self.filesystem.delete_dir(self.path)
+        elif info.type == pyarrow.fs.FileType.File:
+            self.filesystem.delete_file(self.path)
+
+    def rename(self, target: "Folder") -> None:
+        self.filesystem.move(self.path, target.path)
+        if self.is_local:
+            sync_folder(os.path.dirname(target.path))
+
+
+def open_folder(storage_path: str) -> Folder:
+    """The folder behind `ray.storage_path`. Raises ConfigError for a scheme or path that cannot be used."""
+    try:
+        if "://" in storage_path:
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(storage_path)
+        else:
+            filesystem, path = pyarrow.fs.LocalFileSystem(), str(Path(storage_path).expanduser().resolve())
+    except (OSError, ValueError, pyarrow.ArrowInvalid) as error:
+        raise ConfigError(f"ray.storage_path={storage_path}: {error}") from error
+    return Folder(filesystem, path.rstrip("/"))
+
+
+def check_writable(folder: Folder) -> None:
+    """Write and remove a file below the nearest existing parent. Raises ConfigError."""
+    if not folder.is_local:
+        return  # the first write will tell; a probe costs money and may need rights that a run does not
+    parent = Path(folder.path)
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        if not parent.is_dir():
+            raise NotADirectoryError(20, f"{parent} is a file")
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"ray.storage_path={folder.path}: not writable: {error.strerror}. Choose another folder.") from None
+
+
+def sync_folder(path: str) -> None:
+    """fsync a local folder, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,311 @@
+"""python -m qlora_ray.train: from a YAML file to an adapter. The driver's side of a run."""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import sys
+import threading
+import time
+from typing import Any
+
+import yaml
+
+from qlora_ray.config import Config, ConfigError, base_model_path, bundled_root, find_file, load_config
+
+STOP_TIMEOUT_SECONDS = 300
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the door; returns the exit code: 0 done, 1 failed, 2 impossible request, 130 interrupted."""
+    began = time.perf_counter()
+    arguments = _parser().parse_args(argv)
+    try:
+        config, name = read_arguments(arguments)
+        return _train(config, name, arguments.resume, arguments.debug, began)
+    except ConfigError as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, default: str = "configs/quickstart.yaml") -> None:
+    """The arguments that every door shares."""
+    parser.add_argument("-c", "--config", metavar="FILE", default=default, help=f"YAML file (default: {default})")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. training.learning_rate=1e-4")
+    parser.add_argument("--deepspeed", metavar="FILE.json", help='DeepSpeed config; "auto" values are filled in')
+    parser.add_argument("--debug", action="store_true", help="verbose logs, tracebacks, a table of all parameters")
+
+
+def read_arguments(arguments: argparse.Namespace) -> tuple[Config, str]:
+    """The config that the arguments ask for, and the name of its file without ending. Raises ConfigError."""
+    path = find_file(arguments.config)
+    overrides = list(arguments.overrides)
+    if arguments.deepspeed:
+        overrides.append(f"deepspeed.config_file={json.dumps(arguments.deepspeed)}")
+    return load_config(path, overrides), path.stem
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qlora_ray.train", description="Fine-tune a 4-bit LoRA on Ray.")
+    add_config_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same run")
+    return parser
+
+
+def _train(config: Config, config_name: str, resume: bool, debug: bool, began: float) -> int:
+    from qlora_ray import storage
+
+    deepspeed_json = read_deepspeed_json(config)
+    check_files(config)
+    folder = storage.open_folder(config.ray.storage_path)
+    storage.check_writable(folder)
+    run = find_run(config, config_name, folder, resume)
+    quiet_environment(debug)
+    cluster = _Background(lambda: start_ray(config, debug))  # Ray takes seconds to start: the data is prepared meanwhile
+    try:
+        return _prepare_and_fit(config, run, folder, deepspeed_json, cluster, resume, debug, began)
+    finally:
+        cluster.wait()
+        import ray
+
+        ray.shutdown()
+
+
+def _prepare_and_fit(config, run, folder, deepspeed_json, cluster, resume, debug, began) -> int:
+    from qlora_ray import screen
+    from qlora_ray.data.prepare import prepare
+    from qlora_ray.driver import Driver
+    from qlora_ray.model.facts import read_facts
+    from qlora_ray.plan import make_plan
+
+    facts = read_facts(local_base(config))
+    data = prepare(config, folder)
+    plan = make_plan(config, data.stats, facts, cluster.result(), deepspeed_json)
+    identity = run_identity(config, data.stats.fingerprint, facts)
+    check_resumable(run, identity, resume)
+    screen.show_plan(plan, config, data.stats, facts, run)
+    write_run_files(run, config, plan, data.stats, identity)
+    summary = Driver(config, plan, run, data, debug, began).fit()
+    screen.show_result(summary, run)
+    return {"done": 0, "interrupted": 130, "refused": 2}.get(summary["status"], 1)
+
+
+class _Background:
+    """A call in a thread, its result or error on demand."""
+
+    def __init__(self, call):
+        self._call, self._value, self._error = call, None, None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:  # re-raised in result(), on the caller's thread
+            self._error = error
+
+    def wait(self) -> None:
+        self._thread.join(timeout=120)
+
+    def result(self) -> Any:
+        self._thread.join()
+        if self._error:
+            raise self._error
+        return self._value
+
+
+def check_files(config: Config) -> None:
+    """What names alone can tell, in milliseconds: data files and the base's folder. Raises ConfigError."""
+    from qlora_ray.model.facts import check_folder
+
+    for key, name in (("train_file", config.data.train_file), ("validation_file", config.data.validation_file)):
+        if name is not None and not find_file(name).is_file():
+            what = "is a folder; name a .json or .jsonl file" if find_file(name).is_dir() else "no such file"
+            raise ConfigError(f"data.{key}={name}: {what}.")
+        if name is not None and find_file(name).stat().st_size == 0:
+            raise ConfigError(f"data.{key}={name}: the file is empty.")
+    base = base_model_path(config.model.base_model)
+    if os.path.isdir(base):
+        check_folder(base)
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model.base_model) or config.model.base_model.startswith("."):
+        raise ConfigError(f"model.base_model={config.model.base_model}: no such folder, and not a hub id (owner/name).")
+
+
+def local_base(config: Config) -> str:
+    """The folder of the base on this machine; a hub id is downloaded to the hub's cache. Raises ConfigError."""
+    base = base_model_path(config.model.base_model)
+    if os.path.isdir(base):
+        return base
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        import httpx
+
+        return snapshot_download(base, revision=config.model.revision, allow_patterns=patterns)
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.base_model={base}: no such folder, and the model hub did not give it: {reason} "
+            "Name a local folder saved with save_pretrained."
+        ) from error
+
+
+def read_deepspeed_json(config: Config) -> dict | None:
+    """The user's DeepSpeed JSON, or None. Raises ConfigError."""
+    name = config.deepspeed.config_file
+    if name is None:
+        return None
+    try:
+        values = json.loads(find_file(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"deepspeed.config_file={name}: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"deepspeed.config_file={name}: not UTF-8 (byte {error.start}).") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"deepspeed.config_file={name}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"deepspeed.config_file={name}: must hold a JSON object.")
+    return values
+
+
+def find_run(config: Config, config_name: str, storage, resume: bool):
+    """The run directory to make or, with resume, to go on with. Raises ConfigError."""
+    from qlora_ray import checkpoints
+
+    name = config.ray.run_name
+    prefix = re.sub(r"[^A-Za-z0-9._-]", "-", config_name)[:40]
+    if name is None and resume:
+        runs = [old for old in storage.list() if re.fullmatch(rf"{re.escape(prefix)}-\d{{8}}-\d{{6}}", old)]
+        if not runs:
+            raise ConfigError(f"--resume: no run named {prefix}-<time> in {storage.path}. Leave --resume out to start one.")
+        name = runs[-1]
+    if name is None:
+        name = f"{prefix}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    run = storage / name
+    if resume and not checkpoints.with_manifest(run):
+        raise ConfigError(f"--resume: {run.path} has no checkpoint. Leave --resume out to start the run.")
+    if not resume and run.exists():
+        raise ConfigError(f"ray.run_name={name}: {run.path} is there already. Add --resume to go on, or name another run.")
+    return run
+
+
+def run_identity(config: Config, data_fingerprint: str, facts) -> dict[str, Any]:
+    """What must not change between a run and its resumption."""
+    return {
+        "data": data_fingerprint,
+        "base": {"model_type": facts.model_type, "num_parameters": facts.num_parameters, "sha256": facts.fingerprint},
+        "lora": config.model.model_dump(include={"lora_r", "lora_alpha", "target_modules", "lora_variant"}),
+        "quantization": config.quantization.model_dump(),
+        "seed": config.training.seed,
+    }
+
+
+def check_resumable(run, identity: dict[str, Any], resume: bool) -> None:
+    """Refuse to go on with another base, data or LoRA shape than the run began with. Raises ConfigError."""
+    if not resume:
+        return
+    from qlora_ray import checkpoints
+
+    checkpoints.newest_whole(run)
+    manifest = run / "manifest.json"
+    before = json.loads(manifest.read_bytes())["identity"] if manifest.exists() else {}
+    for what, value in identity.items():
+        if what in before and before[what] != value:
+            raise ConfigError(
+                f"--resume: {run.path} was begun with another {what}: {before[what]}, now {value}. "
+                "Restore the old setting, or start a new run."
+            )
+
+
+def write_run_files(run, config: Config, plan, stats, identity: dict[str, Any]) -> None:
+    """config.yaml, plan.json and manifest.json: what was asked, what was derived, and with what."""
+    import dataclasses
+
+    (run / "config.yaml").write_bytes(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    (run / "plan.json").write_bytes(json.dumps(plan.as_dict(), indent=1).encode())
+    manifest = {
+        "identity": identity,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "data": dataclasses.asdict(stats),
+        "base_revision": config.model.revision,
+    }
+    (run / "manifest.json").write_bytes(json.dumps(manifest, indent=1).encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a run's numbers."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("qlora_ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "numpy", "pyarrow", "tokenizers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from; None in an installed wheel."""
+    import subprocess
+
+    if not (bundled_root() / ".git").exists():
+        return None
+    found = subprocess.run(["git", "-C", str(bundled_root()), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def quiet_environment(debug: bool) -> None:
+    """Settings that Ray and others read from the environment when they start."""
+    quiet = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon a report is taken (default 2 s)
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if debug:
+        os.environ |= {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "TRANSFORMERS_VERBOSITY": "info"}
+
+
+def start_ray(config: Config, debug: bool):
+    """Connect to the cluster, or start a private Ray on this machine; returns its Hardware."""
+    import logging
+
+    import ray
+
+    from qlora_ray.plan import Hardware
+
+    cores = len(os.sched_getaffinity(0))
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    # One CPU more than there are cores, for the data tasks: workers may hold every core, and the data would never come.
+    private = {} if address else {"num_cpus": cores + 1, "include_dashboard": False}
+    threads = max(1, cores // config.ray.num_workers)
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=debug,
+            logging_level=logging.INFO if debug else logging.ERROR,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}},
+            **private,
+        )
+    except ConnectionError as error:
+        raise ConfigError(f"ray.address={address}: no Ray cluster answers there: {error}") from error
+    total = ray.cluster_resources()
+    accelerators = tuple(name.split(":", 1)[1] for name in total if name.startswith("accelerator_type:"))
+    cpus = cores if not address else total.get("CPU", 0)
+    return Hardware(num_cpus=cpus, num_gpus=total.get("GPU", 0), accelerator_types=accelerators)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+

@@ -1,0 +1,149 @@
+"""The only home of DeepSpeed: builds the ZeRO engine, steps it, and takes its state apart by parameter name."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qlora_ray.config import TrainingConfig
+from qlora_ray.model.adapter import trainable
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """Everything that training changes, whole, in float32 on the CPU, by parameter name."""
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]]  # exp_avg and exp_avg_sq
+    optimizer_step: int
+    loss_scale: float | None = None
+
+
+class Engine:
+    """A LoRA model inside DeepSpeed, at any ZeRO stage."""
+
+    def __init__(self, model: torch.nn.Module, training: TrainingConfig, deepspeed_config: dict[str, Any]):
+        import deepspeed
+
+        if not torch.cuda.is_available():
+            # Without this DeepSpeed compiles a shared-memory collective on first use (25 s, a compiler); gloo does.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        self._parameters = trainable(model)
+        optimizer = torch.optim.AdamW(parameter_groups(self._parameters, training), lr=training.learning_rate)
+        self._lr_ratios = [group.pop("lr_ratio") for group in optimizer.param_groups]
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+        self.stage = self._engine.zero_optimization_stage()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._engine.module
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        return self._engine(**inputs)
+
+    __call__ = forward
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of this worker's share of the global loss."""
+        # ZeRO averages gradients over workers (deepspeed/runtime/zero/stage3.py); x world size makes it a sum again.
+        self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> None:
+        """Finish a micro-batch; after the last of a step, update the weights with this learning rate."""
+        for group, ratio in zip(self._engine.optimizer.param_groups, self._lr_ratios, strict=True):
+            group["lr"] = learning_rate * ratio
+        self._engine.step()
+
+    def grad_norm(self) -> float | None:
+        """Global gradient norm before clipping, of the last step."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained weights, whole, in float32 on the CPU. Every worker must call this."""
+        return {name: self._full(name) for name in self._parameters}
+
+    def state(self) -> AdapterState:
+        """Gather weights and optimizer state. Every worker must call this; every worker gets all of it."""
+        moments = {name: {key: self._full(name, key) for key in MOMENTS} for name in self._parameters}
+        scale = getattr(self._engine.optimizer, "cur_scale", None) if self._engine.fp16_enabled() else None
+        optimizer_step = int(next(iter(self._torch_optimizer().state.values()))["step"])  # less than ours: fp16 skips
+        return AdapterState(self.weights(), moments, optimizer_step, scale)
+
+    def load_state(self, state: AdapterState) -> None:
+        """Restore what `state` returned. Every worker must call this, after the weights were put into the module."""
+        self._make_optimizer_state(state.optimizer_step)
+        for name, parameter in self._parameters.items():
+            self._set(parameter, state.weights[name])
+            for key in MOMENTS:
+                self._set(parameter, state.moments[name][key], key)
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if state.loss_scale is not None and scaler is not None:
+            scaler.cur_scale = state.loss_scale
+
+    def _full(self, name: str, key: str | None = None) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self._parameters[name]
+        if self._is_sharded(parameter):
+            value = safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
+        else:
+            value = self._torch_optimizer().state[parameter][key] if key else parameter
+        return value.detach().to("cpu", torch.float32, copy=True).view(_whole_shape(parameter))
+
+    def _set(self, parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self._is_sharded(parameter):
+            value = value.to(parameter.device)
+            if key:
+                safe_set_full_optimizer_state(parameter, value, key)
+            else:
+                safe_set_full_fp32_param(parameter, value)
+        else:
+            target = self._torch_optimizer().state[parameter][key] if key else parameter.data
+            target.copy_(value)
+
+    @staticmethod
+    def _is_sharded(parameter: torch.nn.Parameter) -> bool:
+        return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+
+    def _make_optimizer_state(self, optimizer_step: int) -> None:
+        """Give torch's AdamW the zeroed state that it would make in its first step, at the right step number."""
+        optimizer = self._torch_optimizer()
+        groups = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3
+        if groups is None:
+            groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for flat in groups:
+            state = optimizer.state[flat]
+            state["step"] = torch.tensor(float(optimizer_step))
+            for key in MOMENTS:
+                if key not in state:
+                    state[key] = torch.zeros_like(flat)
+        link = getattr(self._engine.optimizer, "_link_all_hp_params", None)
+        if link is not None and self.stage in (1, 2):
+            self._engine.optimizer._link_all_hp_params()
+
+
+def parameter_groups(parameters: dict[str, torch.nn.Parameter], training: TrainingConfig) -> list[dict[str, Any]]:
+    """AdamW groups: A matrices and the rest, and B matrices at loraplus_lr_ratio times the learning rate."""
+    b_matrices = [p for name, p in parameters.items() if "lora_B" in name]
+    others = [p for name, p in parameters.items() if "lora_B" not in name]
+    if training.loraplus_lr_ratio == 1:
+        others, b_matrices = list(parameters.values()), []
+    groups = [{"params": others, "lr_ratio": 1.0}, {"params": b_matrices, "lr_ratio": training.loraplus_lr_ratio}]
+    return [{**group, "weight_decay": training.weight_decay} for group in groups if group["params"]]
+
+
+def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,87 @@
+"""Judges a model that is being trained, in place and sharded: validation loss, and answers to held-out prompts."""
+
+import json
+import math
+from contextlib import nullcontext
+
+import torch
+
+from qlora_ray.config import Config
+from qlora_ray.data.cache import open_rows
+from qlora_ray.storage import Folder
+from qlora_ray.worker.batches import left_padded, slices, to_tensors
+from qlora_ray.worker.engine import Engine
+from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+from qlora_ray.worker.team import Team
+
+PROMPTS_PER_BATCH = 32
+
+
+def validation_loss(
+    engine: Engine, rows: Folder, batch_size: int, pad_token_id: int, device: torch.device, team: Team
+) -> dict[str, float]:
+    """eval_loss (nats per unmasked token) and eval_perplexity over all validation rows. Every worker must call this."""
+    table = open_rows(rows, "validation")
+    batches = list(slices(table, batch_size))
+    rounds = -(-len(batches) // team.size)
+    nats = tokens = 0.0
+    engine.train(False)
+    with torch.no_grad():
+        for i in range(rounds):
+            mine = i * team.size + team.rank
+            # A worker without a batch left computes one all the same: ZeRO-3's forward is a collective.
+            batch = to_tensors(batches[min(mine, len(batches) - 1)], pad_token_id, device)
+            value = sum_of_nats(engine.module, batch)
+            if mine < len(batches):
+                nats += float(value)
+                tokens += int(num_label_tokens(batch))
+    engine.train()
+    nats, tokens = team.sum(nats, tokens)
+    loss = nats / tokens
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
+def compare_answers(config: Config, engine: Engine, rows: Folder, tokenizer, device: torch.device, team: Team) -> dict:
+    """Greedy answers of base and adapter to held-out prompts: exact match of each, and the answers.
+
+    Every worker must call this; each answers its share, in lockstep.
+    """
+    prompts = json.loads((rows / "prompts.json").read_bytes())[: config.evaluation.num_prompts]
+    if not prompts:
+        return {}
+    engine.train(False)
+    answers = {
+        who: _answers(config, engine, prompts, tokenizer, device, team, adapter_on=who == "adapter")
+        for who in ("base", "adapter")
+    }
+    engine.train()
+    samples = [
+        {"prompt": prompt["prompt"], "expected": prompt["expected"], "base": base, "adapter": adapter}
+        for prompt, base, adapter in zip(prompts, answers["base"], answers["adapter"], strict=True)
+    ]
+    right = {who: sum(s[who].strip() == s["expected"].strip() for s in samples) / len(samples) for who in answers}
+    return {"exact_match_base": right["base"], "exact_match_adapter": right["adapter"], "samples": samples}
+
+
+def _answers(config, engine, prompts, tokenizer, device, team: Team, adapter_on: bool) -> list[str]:
+    model = engine.module
+    share = -(-len(prompts) // team.size)
+    mine = prompts[team.rank * share : (team.rank + 1) * share]
+    filler = prompts[:1] * (share - len(mine))
+    texts = []
+    with torch.no_grad(), nullcontext() if adapter_on else model.disable_adapter():
+        for start in range(0, share, PROMPTS_PER_BATCH):
+            some = (mine + filler)[start : start + PROMPTS_PER_BATCH]
+            inputs = left_padded([prompt["input_ids"] for prompt in some], tokenizer.pad_token_id, device)
+            output = model.generate(
+                **inputs,
+                max_new_tokens=config.evaluation.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                synced_gpus=team.size > 1,
+            )
+            new = output[:, inputs["input_ids"].shape[1] :]
+            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text for part in team.gather(texts[: len(mine)]) for text in part]

@@ -1,0 +1,167 @@
+"""The training loop: one verb a line, from the newest checkpoint to the adapter."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from qlora_ray.config import Config, ConfigError
+from qlora_ray.data.delivery import Stream, deliver
+from qlora_ray.data.order import Order
+from qlora_ray.data.tokenize import load_tokenizer
+from qlora_ray.plan import Plan, learning_rate_at
+from qlora_ray.storage import Folder
+from qlora_ray.worker import checkpoint, evaluate, export, setup
+from qlora_ray.worker.batches import to_tensors
+from qlora_ray.worker.engine import Engine
+from qlora_ray.worker.loss import sum_of_nats
+from qlora_ray.worker.metrics import Meter, MetricsFile, RowCounts
+from qlora_ray.worker.team import Team
+
+
+@dataclass(frozen=True)
+class State:
+    """What has happened; replaced each step, and kept in checkpoints."""
+
+    step: int = 0  # optimizer steps done: the data cursor
+    num_tokens: int = 0
+    num_label_tokens: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    best_eval_step: int | None = None
+    evaluations_without_improvement: int = 0
+
+
+def run(config: Config, plan: Plan, run_folder: Folder, rows: Folder, fingerprint: str, channel: Any, debug: bool) -> None:
+    """Train from the newest checkpoint to the end of the plan, or to where the driver asks to stop."""
+    team = Team(channel)
+    setup.send_output_to_log(run_folder, team.rank, debug)
+    try:
+        _train(config, plan, run_folder, rows, fingerprint, team, debug)
+    except ConfigError as refusal:  # the same on every worker: trying again would not help
+        team.tell(kind="refused", message=str(refusal))
+
+
+def _train(
+    config: Config, plan: Plan, run_folder: Folder, rows: Folder, fingerprint: str, team: Team, debug: bool
+) -> None:
+    began = time.perf_counter()
+    resumed = checkpoint.load_latest(run_folder)
+    state = State(**resumed[1]["state"]) if resumed else State()
+    order = Order(setup.num_rows(rows), config.training.seed, plan.micro_batch_size, plan.micro_batches_per_step)
+    batches = _Batches(Stream(rows, order, team.rank, team.size, state.step, plan.num_steps))
+    device = ray.train.torch.get_device()
+    tokenizer = load_tokenizer(setup.base_path(config), config.model.revision, config.model.trust_remote_code)
+    engine = setup.build_engine(config, plan, rows, device, tokenizer.pad_token_id, resumed and resumed[0], team, debug)
+    counts = RowCounts(rows, order)
+    writer = MetricsFile(run_folder, state.step) if team.rank == 0 else None
+    meter = Meter(team, counts, writer, device)
+    team.tell(kind="ready", step=state.step, seconds=time.perf_counter() - began)
+    stopping = early = False
+    while state.step < plan.num_steps and not (stopping or early):
+        learning_rate = learning_rate_at(state.step, plan, config)
+        nats = optimizer_step(engine, batches, counts.label_tokens(state.step), state.step, learning_rate, config, device,
+                              tokenizer.pad_token_id, plan)  # fmt: skip
+        state = replace(state, step=state.step + 1)
+        meter.add(state.step, nats)
+        stopping = team.agree_to_stop(state.step)
+        last = state.step == plan.num_steps or stopping
+        if state.step == 1 or state.step % config.logging.every_steps == 0 or last:
+            state = _log(state, meter, engine, learning_rate, order)
+        if plan.eval_every_steps and (state.step % plan.eval_every_steps == 0 or state.step == plan.num_steps):
+            state = _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, team)
+            early = _is_patience_over(state, config)
+            meter.skip_time()
+        if state.step % plan.checkpoint_every_steps == 0 or last or early:
+            _save(state, config, engine, run_folder, fingerprint, team)
+            meter.skip_time()
+    if writer:
+        writer.flush()
+    weights = engine.weights()
+    if team.rank == 0:
+        export.write_adapter(run_folder / "adapter", engine.module, weights, tokenizer, plan.compute_dtype)
+    answers = {} if stopping else evaluate.compare_answers(config, engine, rows, tokenizer, device, team)
+    team.tell(kind="done", status="interrupted" if stopping else "done", early=early, **vars(state), **answers)
+    team.wait_until_told()
+
+
+def optimizer_step(
+    engine: Engine, batches, num_label_tokens: int, step: int, learning_rate: float, config: Config, device: torch.device,
+    pad_token_id: int, plan: Plan,
+) -> torch.Tensor:  # fmt: skip
+    """One update from the gradient of: nats over all unmasked tokens of the global batch / their number.
+
+    Returns this worker's sum of nats, a scalar on the device.
+    """
+    total = torch.zeros((), device=device)
+    for _ in range(plan.gradient_accumulation_steps):
+        micro_batch, rows = batches.next(step)
+        batch = to_tensors(rows, pad_token_id, device)
+        setup.seed_everything(config.training.seed, step, micro_batch)
+        nats = sum_of_nats(engine, batch)
+        engine.backward(nats / num_label_tokens)
+        engine.step(learning_rate)
+        total += nats.detach()
+    return total
+
+
+class _Batches:
+    """The next micro-batch, fetched while the model still loads or computes."""
+
+    def __init__(self, stream: Stream):
+        self._tables = deliver(stream)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next = self._thread.submit(next, self._tables, None)
+
+    def next(self, step: int) -> tuple[int, Any]:
+        """(micro-batch number, rows) of the next micro-batch, which must belong to this step."""
+        table = self._next.result(timeout=setup.DATA_TIMEOUT_SECONDS)
+        self._next = self._thread.submit(next, self._tables, None)
+        assert table is not None and table["step"][0].as_py() == step, "the delivered rows are not those of this step"
+        return table["micro_batch"][0].as_py(), table
+
+
+def _log(state: State, meter: Meter, engine: Engine, learning_rate: float, order: Order) -> State:
+    entry = meter.log(learning_rate=learning_rate, grad_norm=engine.grad_norm(), epoch=state.step / order.steps_per_epoch)
+    first = entry["loss"] if state.first_loss is None else state.first_loss
+    return replace(state, first_loss=first, last_loss=entry["loss"], num_tokens=state.num_tokens + entry["num_tokens"],
+                   num_label_tokens=state.num_label_tokens + entry["num_label_tokens"])  # fmt: skip
+
+
+def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, team) -> State:
+    metrics = evaluate.validation_loss(engine, rows, config.training.batch_size, tokenizer.pad_token_id, device, team)
+    improved = state.best_eval_loss is None or metrics["eval_loss"] < state.best_eval_loss
+    if improved:
+        weights = engine.weights()
+        if team.rank == 0:
+            export.write_adapter(run_folder / "adapter_best", engine.module, weights, tokenizer, plan.compute_dtype)
+    if writer:
+        writer.write(step=state.step, **metrics)
+    team.tell(kind="evaluated", step=state.step, **metrics)
+    ray.train.report({"step": state.step, "loss": state.last_loss, **metrics})
+    return replace(
+        state,
+        eval_loss=metrics["eval_loss"],
+        best_eval_loss=metrics["eval_loss"] if improved else state.best_eval_loss,
+        best_eval_step=state.step if improved else state.best_eval_step,
+        evaluations_without_improvement=0 if improved else state.evaluations_without_improvement + 1,
+    )
+
+
+def _is_patience_over(state: State, config: Config) -> bool:
+    patience = config.training.early_stopping_patience
+    return patience is not None and state.evaluations_without_improvement >= patience
+
+
+def _save(state: State, config: Config, engine: Engine, run_folder: Folder, fingerprint: str, team: Team) -> None:
+    whole = engine.state()
+    if team.rank == 0:
+        progress = {"step": state.step, "state": vars(state), "fingerprint": fingerprint, "seed": config.training.seed}
+        name = checkpoint.save(run_folder, whole, progress, config.checkpoint.keep)
+        team.tell(kind="saved", step=state.step, name=name)

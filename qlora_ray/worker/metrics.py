@@ -1,0 +1,118 @@
+"""metrics.jsonl: a line per logged step or validation, written by one process, continued without gaps on resume."""
+
+import json
+import resource
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora_ray.data.cache import label_tokens_per_row, open_rows
+from qlora_ray.data.order import NO_ROW, Order
+from qlora_ray.storage import Folder
+from qlora_ray.worker.team import Team
+
+
+class MetricsFile:
+    """Appends lines on a local disk; on object stores, which cannot append, rewrites the file at every flush."""
+
+    def __init__(self, run: Folder, resume_step: int):
+        self._target = run / "metrics.jsonl"
+        lines = self._target.read_bytes().decode().splitlines() if self._target.exists() else []
+        # Steps after the checkpoint are done again, and their lines with them. A torn last line goes too.
+        self._lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resume_step]
+        self._rewrite()
+
+    def write(self, **values: Any) -> dict[str, Any]:
+        """Add one line; None values are left out. Returns what was written."""
+        entry = {name: value for name, value in values.items() if value is not None} | {"time": round(time.time(), 3)}
+        self._lines.append(json.dumps(entry))
+        if self._target.is_local:
+            with open(self._target.path, "a", encoding="utf-8") as file:
+                file.write(self._lines.pop() + "\n")
+        return entry
+
+    def flush(self) -> None:
+        """Make the file on an object store current."""
+        if not self._target.is_local:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        self._target.write_bytes("".join(line + "\n" for line in self._lines).encode())
+
+
+class RowCounts:
+    """Tokens and rows of each step, from the cached rows: no worker has to ask another."""
+
+    def __init__(self, rows: Folder, order: Order):
+        self._order = order
+        table = open_rows(rows, "train")
+        # One more entry, for NO_ROW = -1, which counts nothing.
+        self._lengths = np.append(np.diff(table["input_ids"].combine_chunks().offsets.to_numpy()), 0)
+        self._labels = np.append(label_tokens_per_row(rows, "train"), 0)
+
+    def tokens(self, step: int) -> int:
+        """Tokens that optimizer step `step` (from 0) reads, padding not counted."""
+        return int(self._lengths[self._order.rows_of_step(step)].sum())
+
+    def label_tokens(self, step: int) -> int:
+        """Tokens that optimizer step `step` (from 0) is trained on, over all workers."""
+        return int(self._labels[self._order.rows_of_step(step)].sum())
+
+    def samples(self, step: int) -> int:
+        """Rows of optimizer step `step` (from 0)."""
+        return int((self._order.rows_of_step(step) != NO_ROW).sum())
+
+
+class Meter:
+    """Adds up what happened since the last logged step. Losses stay on the device until then."""
+
+    def __init__(self, team: Team, counts: RowCounts, writer: MetricsFile | None, device: torch.device):
+        self._team, self._counts, self._writer, self._device = team, counts, writer, device
+        self._steps: list[int] = []
+        self._nats: list[torch.Tensor] = []
+        self._began = self._last = time.perf_counter()
+
+    def add(self, step: int, nats: torch.Tensor) -> None:
+        """Note a finished step (from 1) and this worker's sum of nats."""
+        self._steps.append(step - 1)
+        self._nats.append(nats)
+        self._last = time.perf_counter()
+
+    def skip_time(self) -> None:
+        """Do not count the time since the last step: it went into validation or a checkpoint."""
+        now = time.perf_counter()
+        self._began, self._last = self._began + now - self._last, now
+
+    def log(self, **values: Any) -> dict[str, Any]:
+        """Write one line for the steps since the last. Every worker must call this; waits once for the device."""
+        nats = float(torch.stack(self._nats).sum())
+        now = time.perf_counter()
+        seconds = now - self._began
+        (total_nats,) = self._team.sum(nats)
+        memory = self._team.max(peak_memory_gib(self._device))
+        tokens = sum(map(self._counts.tokens, self._steps))
+        entry = {
+            "step": self._steps[-1] + 1,
+            "loss": total_nats / sum(map(self._counts.label_tokens, self._steps)),
+            **values,
+            "step_seconds": seconds / len(self._steps),
+            "tokens_per_second": tokens / seconds,
+            "samples_per_second": sum(map(self._counts.samples, self._steps)) / seconds,
+            "peak_memory_gib": memory,
+            "num_tokens": tokens,
+            "num_label_tokens": sum(map(self._counts.label_tokens, self._steps)),
+        }
+        if self._writer:
+            self._writer.write(**entry)
+        self._team.tell(kind="logged", **entry)
+        self._steps, self._nats, self._began, self._last = [], [], now, now
+        return entry
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this worker has held: allocated on its GPU, or resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

@@ -1,0 +1,134 @@
+"""What happens on a worker before step 1: logs, model, adapter, engine, and the proof that sharding changed nothing."""
+
+import logging
+import os
+import sys
+
+import torch
+
+from qlora_ray.config import Config, base_model_path
+from qlora_ray.data.cache import open_rows
+from qlora_ray.model.adapter import add_adapter, trainable
+from qlora_ray.model.base import count_bytes, load_base
+from qlora_ray.plan import Plan
+from qlora_ray.storage import Folder
+from qlora_ray.worker.batches import to_tensors
+from qlora_ray.worker.engine import AdapterState, Engine
+from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+from qlora_ray.worker.team import Team
+
+DATA_TIMEOUT_SECONDS = 600
+GUARD_TOKENS = 64
+# The same kernels on the same values: only the order of sums may differ. 4-bit weights that were cast by mistake
+# change a loss by 4e-3 of its value and more.
+GUARD_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
+
+
+class GuardError(RuntimeError):
+    """The sharded model does not compute what the unsharded one computed."""
+
+
+def send_output_to_log(run_folder: Folder, rank: int, debug: bool) -> None:
+    """Append this process's stdout and stderr, C++ included, to logs/worker_<rank>.log of a local run directory."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO)
+    if run_folder.is_local and not debug:
+        folder = (run_folder / "logs").make()
+        handle = os.open(f"{folder.path}/worker_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.close(handle)
+
+
+def base_path(config: Config) -> str:
+    return base_model_path(config.model.base_model)
+
+
+def num_rows(rows: Folder) -> int:
+    return open_rows(rows, "train").num_rows
+
+
+def seed_everything(seed: int, step: int, micro_batch: int) -> None:
+    """Make dropout and noise of a micro-batch a function of its place alone, whoever computes it."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + micro_batch)
+
+
+def build_engine(
+    config: Config, plan: Plan, rows: Folder, device: torch.device, pad_token_id: int, resumed: AdapterState | None,
+    team: Team, debug: bool,
+) -> Engine:  # fmt: skip
+    """4-bit base, LoRA, DeepSpeed; resumed where there is a checkpoint; checked against the unsharded model."""
+    dtype = getattr(torch, plan.compute_dtype)
+    base = load_base(config.model, config.quantization, plan.compute_dtype, device)
+    stored = count_bytes(base)
+    team.tell(kind="loaded", four_bit_share=stored.four_bit_share, four_bit_gib=stored.four_bit / 2**30,
+              other_gib=stored.other / 2**30)  # fmt: skip
+    model = add_adapter(base, config.model, dtype, config.training.seed)
+    _put_in_one_dtype(model, dtype)
+    if resumed:
+        for name, parameter in trainable(model).items():
+            parameter.data.copy_(resumed.weights[name])
+    if plan.recompute == "all":
+        # Reentrant: the other kind keeps ZeRO-3's gathered weights alive through bitsandbytes' autograd function.
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    if config.training.neftune_noise_alpha:
+        _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
+    sample = to_tensors(open_rows(rows, "train").slice(0, 1), pad_token_id, device)
+    sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items()}
+    if debug and team.rank == 0:
+        logging.getLogger(__name__).info("parameters:\n%s", parameter_table(model, plan))
+    before = _loss(model, sample)
+    engine = Engine(model, config.training, plan.deepspeed)
+    if resumed:
+        engine.load_state(resumed)
+    check_same_loss(before, _loss(engine.module, sample), plan)
+    engine.train()
+    return engine
+
+
+def check_same_loss(before: float, after: float, plan: Plan) -> None:
+    """Raise GuardError where sharding changed the loss of a batch."""
+    if not abs(after - before) <= GUARD_TOLERANCE[plan.compute_dtype] * max(1.0, abs(before)):
+        raise GuardError(
+            f"loss of one batch before sharding {before:.6f}, after {after:.6f}: ZeRO stage {plan.zero_stage} changed the "
+            f"weights. Likely cause: packed 4-bit bytes were cast to {plan.compute_dtype} (bnb_4bit_quant_storage must be "
+            "uint8), or a DeepSpeed option re-quantizes them. The run was stopped before step 1."
+        )
+
+
+def parameter_table(model: torch.nn.Module, plan: Plan) -> str:
+    """One line a parameter: how it is stored, whether it is trained, whether ZeRO shards it."""
+    lines = [f"{'stored':10} {'trained':7} {'sharded':7} {'shape':20} name"]
+    for name, parameter in model.named_parameters():
+        packed = hasattr(parameter, "quant_state")
+        shape = tuple(parameter.quant_state.shape) if packed else tuple(parameter.shape)
+        stored = "4-bit" if packed else str(parameter.dtype).removeprefix("torch.")
+        trained, sharded = "yes" if parameter.requires_grad else "no", "yes" if plan.zero_stage == 3 else "no"
+        lines.append(f"{stored:10} {trained:7} {sharded:7} {shape!s:20} {name}")
+    return "\n".join(lines)
+
+
+def _loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    model.eval()
+    with torch.no_grad():
+        # Without a label in the first tokens, any token will do.
+        if not num_label_tokens(batch):
+            batch = {**batch, "labels": batch["input_ids"]}
+        return float(sum_of_nats(model, batch) / num_label_tokens(batch))
+
+
+def _put_in_one_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            logging.getLogger(__name__).info("%s: %s to %s, as the engine does", name, parameter.dtype, dtype)
+            parameter.data = parameter.data.to(dtype)
+
+
+def _add_noise_to_embeddings(model: torch.nn.Module, alpha: float) -> None:
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = alpha
+    embeddings.register_forward_hook(neftune_post_forward_hook)

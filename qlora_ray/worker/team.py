@@ -1,0 +1,65 @@
+"""The workers of a run as seen by one of them: small host-side collectives, and the line to the driver."""
+
+import datetime
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class Team:
+    """Rank, size, and what must be agreed. Its collectives run on gloo, so the host never waits for a GPU in them."""
+
+    def __init__(self, channel: Any):
+        context = ray.train.get_context()
+        self.rank, self.size = context.get_world_rank(), context.get_world_size()
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._channel = channel
+        self._answer: Any = None
+
+    def tell(self, **message: Any) -> None:
+        """Send a message to the driver; rank 0 speaks for all."""
+        if self.rank == 0:
+            self._answer = self._channel.tell.remote(message)
+
+    def wait_until_told(self) -> None:
+        """Return once the driver's mailbox has what was sent."""
+        if self.rank == 0 and self._answer is not None:
+            ray.get(self._answer, timeout=60)
+
+    def agree_to_stop(self, step: int) -> bool:
+        """Whether the driver has asked to stop: the same answer on every worker. Every worker must call this."""
+        stop = False
+        if self.rank == 0:
+            if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+                stop = ray.get(self._answer)
+                self._answer = None
+            if self._answer is None and not stop:
+                self.tell(kind="step", step=step)
+        flag = torch.tensor(int(stop))
+        dist.broadcast(flag, src=0, group=self._group)
+        return bool(flag)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum over the workers, in rank order, in float64. Every worker must call this."""
+        return torch.stack(self._gather(values)).sum(0).tolist()
+
+    def max(self, value: float) -> float:
+        """Maximum over the workers. Every worker must call this."""
+        return float(torch.stack(self._gather((value,))).max())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Any JSON-like value of each worker, by rank. Every worker must call this."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def _gather(self, values: tuple[float, ...]) -> list[torch.Tensor]:
+        mine = torch.tensor(values, dtype=torch.float64)
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(gathered, mine, group=self._group)
+        return gathered
