@@ -276,7 +276,9 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         where = [str(part) for part in item["loc"]]
-        key = ".".join(part for part in where if not re.match(r"(literal|function|constrained|list|bool|str|int)\b", part))
+        key = ".".join(
+            part for part in where if not re.match(r"(literal|function|constrained|list|bool|str|int)\b", part)
+        )
         if item["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key.{_nearest(key)}")
         elif item["type"] == "value_error" and not key or item["loc"] in {("model",), ("deepspeed",)}:

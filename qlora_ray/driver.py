@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from qlora_ray.config import Config
@@ -51,7 +52,7 @@ class Driver:
             (self._run / "samples.json").write_bytes(json.dumps(self._done["samples"], ensure_ascii=False).encode())
         (self._run / "summary.json").write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
         if self._run.is_local and (self._run / "metrics.jsonl").exists():
-            report.write_report(self._run.path)
+            report.write_report(Path(self._run.path))
         return summary
 
     def _make_trainer(self, channel):
@@ -117,7 +118,8 @@ class Driver:
         status = "refused" if self._refusal else done.pop("status", "interrupted" if fit.is_running() else "failed")
         self._seconds["total"] = time.perf_counter() - self._began
         failures = [
-            {"step": start["last_step"], "resumed_from": start["step"], "cause": "worker failure"} for start in self._starts[1:]
+            {"step": start["last_step"], "resumed_from": start["step"], "cause": "worker failure"}
+            for start in self._starts[1:]
         ]
         return {
             "status": status,

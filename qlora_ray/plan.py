@@ -54,7 +54,9 @@ class Plan:
         return {**dataclasses.asdict(self), "global_batch_size": self.global_batch_size}
 
 
-def make_plan(config: Config, data: DataStats, base: BaseFacts, hardware: Hardware, deepspeed_json: dict | None) -> Plan:
+def make_plan(
+    config: Config, data: DataStats, base: BaseFacts, hardware: Hardware, deepspeed_json: dict | None
+) -> Plan:
     """Derive the plan. Raises ConfigError where several fields together ask for the impossible."""
     use_gpu = _use_gpu(config, hardware)
     resources = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {}), **config.ray.resources_per_worker}
@@ -149,7 +151,9 @@ def _accumulation(config: Config) -> int:
     each = training.batch_size * n
     if training.global_batch_size % each == 0:
         return training.global_batch_size // each
-    works = [size for size in range(1, training.global_batch_size // n + 1) if training.global_batch_size % (size * n) == 0]
+    works = [
+        size for size in range(1, training.global_batch_size // n + 1) if training.global_batch_size % (size * n) == 0
+    ]
     nearest = sorted(sorted(works, key=lambda size: abs(size - training.batch_size))[:2])
     way_out = f"Nearest that work: {', '.join(map(str, nearest))}." if nearest else f"Use a multiple of {n} rows."
     raise ConfigError(
@@ -175,7 +179,9 @@ def _zero_stage(config: Config) -> int:
             f"deepspeed.offload_params={ds.offload_params}: needs zero_stage 3, the stage is {stage}. Set zero_stage: 3."
         )
     if ds.offload_optimizer != "none" and stage == 0:
-        raise ConfigError(f"deepspeed.offload_optimizer={ds.offload_optimizer}: needs zero_stage 1, 2 or 3, the stage is 0.")
+        raise ConfigError(
+            f"deepspeed.offload_optimizer={ds.offload_optimizer}: needs zero_stage 1, 2 or 3, the stage is 0."
+        )
     return stage
 
 
@@ -285,12 +291,16 @@ def _notes(config: Config, base: BaseFacts, data: DataStats) -> tuple[str, ...]:
     notes = []
     if base.num_expert_parameters and config.quantization.type != "none":
         share = base.num_expert_parameters / base.num_parameters
-        notes.append(f"{share:.0%} of the base's weights are mixture-of-experts weights: they stay 16-bit and unadapted.")
+        notes.append(
+            f"{share:.0%} of the base's weights are mixture-of-experts weights: they stay 16-bit and unadapted."
+        )
     elif config.quantization.type != "none" and base.num_linear_parameters < 0.5 * base.num_parameters:
         share = 1 - base.num_linear_parameters / base.num_parameters
         notes.append(f"{share:.0%} of the base's weights are not linear layers (embeddings mostly): they stay 16-bit.")
     if base.context_length and config.training.max_length > base.context_length:
-        notes.append(f"training.max_length={config.training.max_length} exceeds the base's context of {base.context_length}.")
+        notes.append(
+            f"training.max_length={config.training.max_length} exceeds the base's context of {base.context_length}."
+        )
     if data.num_truncated:
         notes.append(f"{data.num_truncated} of {data.num_rows} rows were cut to training.max_length.")
     if data.num_rejected:

@@ -79,7 +79,9 @@ class Progress:
 
     def say_evaluation(self, entry: dict[str, Any]) -> None:
         """Show one validation."""
-        self.say(f"step {entry['step']:,}: eval_loss {entry['eval_loss']:.4f}, perplexity {entry['eval_perplexity']:.3f}")
+        self.say(
+            f"step {entry['step']:,}: eval_loss {entry['eval_loss']:.4f}, perplexity {entry['eval_perplexity']:.3f}"
+        )
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -94,7 +96,9 @@ def show_result(summary: dict[str, Any], run) -> None:
         return
     if summary["status"] == "failed":
         print(f"error: the run failed: {summary['reason']}", file=sys.stderr)
-        print(f"Logs: {run.path}/logs. The same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+        print(
+            f"Logs: {run.path}/logs. The same command with --resume goes on from the last checkpoint.", file=sys.stderr
+        )
         return
     if summary["status"] == "interrupted":
         console.print(f"Interrupted after step {summary['steps']:,}. The same command with --resume and "

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.fs
@@ -15,7 +15,7 @@ from qlora_ray.config import ConfigError
 class Folder:
     """A folder on any pyarrow filesystem; picklable, so that workers get the driver's."""
 
-    filesystem: pyarrow.fs.FileSystem
+    filesystem: pyarrow.fs.FileSystem = field(hash=False)
     path: str
 
     def __truediv__(self, name: str) -> "Folder":
@@ -105,7 +105,9 @@ def check_writable(folder: Folder) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise ConfigError(f"ray.storage_path={folder.path}: not writable: {error.strerror}. Choose another folder.") from None
+        raise ConfigError(
+            f"ray.storage_path={folder.path}: not writable: {error.strerror}. Choose another folder."
+        ) from None
 
 
 def sync_folder(path: str) -> None:

@@ -6,15 +6,13 @@ import json
 import os
 import re
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import yaml
 
 from qlora_ray.config import Config, ConfigError, base_model_path, bundled_root, find_file, load_config
-
-STOP_TIMEOUT_SECONDS = 300
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,26 +62,26 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
     storage.check_writable(folder)
     run = find_run(config, config_name, folder, resume)
     quiet_environment(debug)
-    cluster = _Background(lambda: start_ray(config, debug))  # Ray takes seconds to start: the data is prepared meanwhile
     try:
-        return _prepare_and_fit(config, run, folder, deepspeed_json, cluster, resume, debug, began)
+        return _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began)
     finally:
-        cluster.wait()
-        import ray
-
-        ray.shutdown()
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
 
 
-def _prepare_and_fit(config, run, folder, deepspeed_json, cluster, resume, debug, began) -> int:
+def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) -> int:
     from qlora_ray import screen
     from qlora_ray.data.prepare import prepare
     from qlora_ray.driver import Driver
     from qlora_ray.model.facts import read_facts
     from qlora_ray.plan import make_plan
 
-    facts = read_facts(local_base(config))
-    data = prepare(config, folder)
-    plan = make_plan(config, data.stats, facts, cluster.result(), deepspeed_json)
+    # The data is prepared while Ray starts. Ray must start on this thread: its processes die with the one that made them.
+    with ThreadPoolExecutor(1) as thread:
+        prepared = thread.submit(lambda: (read_facts(local_base(config)), prepare(config, folder)))
+        hardware = start_ray(config, debug)
+        facts, data = prepared.result()
+    plan = make_plan(config, data.stats, facts, hardware, deepspeed_json)
     identity = run_identity(config, data.stats.fingerprint, facts)
     check_resumable(run, identity, resume)
     screen.show_plan(plan, config, data.stats, facts, run)
@@ -91,30 +89,6 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, cluster, resume, debug
     summary = Driver(config, plan, run, data, debug, began).fit()
     screen.show_result(summary, run)
     return {"done": 0, "interrupted": 130, "refused": 2}.get(summary["status"], 1)
-
-
-class _Background:
-    """A call in a thread, its result or error on demand."""
-
-    def __init__(self, call):
-        self._call, self._value, self._error = call, None, None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._call()
-        except BaseException as error:  # re-raised in result(), on the caller's thread
-            self._error = error
-
-    def wait(self) -> None:
-        self._thread.join(timeout=120)
-
-    def result(self) -> Any:
-        self._thread.join()
-        if self._error:
-            raise self._error
-        return self._value
 
 
 def check_files(config: Config) -> None:
@@ -184,7 +158,9 @@ def find_run(config: Config, config_name: str, storage, resume: bool):
     if name is None and resume:
         runs = [old for old in storage.list() if re.fullmatch(rf"{re.escape(prefix)}-\d{{8}}-\d{{6}}", old)]
         if not runs:
-            raise ConfigError(f"--resume: no run named {prefix}-<time> in {storage.path}. Leave --resume out to start one.")
+            raise ConfigError(
+                f"--resume: no run named {prefix}-<time> in {storage.path}. Leave --resume out to start one."
+            )
         name = runs[-1]
     if name is None:
         name = f"{prefix}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -192,7 +168,9 @@ def find_run(config: Config, config_name: str, storage, resume: bool):
     if resume and not checkpoints.with_manifest(run):
         raise ConfigError(f"--resume: {run.path} has no checkpoint. Leave --resume out to start the run.")
     if not resume and run.exists():
-        raise ConfigError(f"ray.run_name={name}: {run.path} is there already. Add --resume to go on, or name another run.")
+        raise ConfigError(
+            f"ray.run_name={name}: {run.path} is there already. Add --resume to go on, or name another run."
+        )
     return run
 
 
@@ -245,7 +223,18 @@ def versions() -> dict[str, str]:
     import platform
     from importlib.metadata import version
 
-    names = ("qlora_ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "numpy", "pyarrow", "tokenizers")
+    names = (
+        "qlora_ray",
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "deepspeed",
+        "ray",
+        "numpy",
+        "pyarrow",
+        "tokenizers",
+    )
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
@@ -308,4 +297,3 @@ def start_ray(config: Config, debug: bool):
 
 if __name__ == "__main__":
     sys.exit(main())
-

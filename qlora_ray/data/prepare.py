@@ -112,7 +112,10 @@ def _prompt(tokenizer, messages: Messages) -> dict:
 
 def _fingerprint(config: Config) -> str:
     base, data = base_model_path(config.model.base_model), config.data
-    parts: list[bytes | str] = [path.read_bytes() for path in tokenizer_files(base)] or [base, str(config.model.revision)]
+    parts: list[bytes | str] = [path.read_bytes() for path in tokenizer_files(base)] or [
+        base,
+        str(config.model.revision),
+    ]
     for key, name in (("train_file", data.train_file), ("validation_file", data.validation_file)):
         if name is None:
             continue

@@ -22,7 +22,9 @@ def read_records(path: Path, key: str = "data.train_file") -> list[Any]:
         raise ConfigError(f"{key}={path}: not readable by this user.") from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{key}={path}: not UTF-8 at line {line} (byte {error.start}). Convert it, e.g. with iconv.") from None
+        raise ConfigError(
+            f"{key}={path}: not UTF-8 at line {line} (byte {error.start}). Convert it, e.g. with iconv."
+        ) from None
     if not text.strip():
         raise ConfigError(f"{key}={path}: the file is empty.")
     if text.lstrip().startswith("["):

@@ -36,7 +36,9 @@ def load_tokenizer(base_model: str, revision: str | None, trust_remote_code: boo
     try:
         tokenizer = AutoTokenizer.from_pretrained(base_model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.base_model={base_model}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"model.base_model={base_model}: no usable tokenizer: {str(error).splitlines()[0]}"
+        ) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"model.base_model={base_model}: only a slow tokenizer; tokenizer.json is needed.")
     if tokenizer.eos_token is None:
@@ -71,7 +73,9 @@ def tokenize(tokenizer, messages: Messages, max_length: int) -> Row:
     their end. Raises BadRecord when no label token would be left.
     """
     text = render(tokenizer, messages)
-    spans = [_assistant_span(tokenizer, messages, i, text) for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    spans = [
+        _assistant_span(tokenizer, messages, i, text) for i, turn in enumerate(messages) if turn["role"] == "assistant"
+    ]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
     labels = [
@@ -104,5 +108,3 @@ def tokenizer_files(base_model_path: str) -> list[Path]:
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
              "merges.txt", "tokenizer.model")  # fmt: skip
     return [Path(base_model_path) / name for name in names if (Path(base_model_path) / name).is_file()]
-
-

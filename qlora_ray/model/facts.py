@@ -32,8 +32,6 @@ class BaseFacts:
     fingerprint: str  # of names, shapes and sizes; contents are not read
 
 
-
-
 def read_facts(folder: str) -> BaseFacts:
     """Read a local base model folder. Raises ConfigError where it could not be loaded later."""
     path, key = Path(folder), f"model.base_model={folder}"

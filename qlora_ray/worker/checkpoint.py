@@ -18,6 +18,7 @@ from qlora_ray.checkpoints import MANIFEST, newest_whole, with_manifest
 from qlora_ray.storage import Folder
 from qlora_ray.worker.engine import MOMENTS, AdapterState
 
+
 def save(run: Folder, state: AdapterState, progress: dict[str, Any], keep: int) -> str:
     """Write one checkpoint whole, then remove all but the newest `keep`. One process calls this; returns its name."""
     folder, name = run / "checkpoints", f"step_{progress['step']:08d}"

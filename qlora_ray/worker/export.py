@@ -10,12 +10,16 @@ from qlora_ray.model.adapter import ADAPTER_NAME
 from qlora_ray.storage import Folder
 
 
-def write_adapter(folder: Folder, model: torch.nn.Module, weights: dict[str, torch.Tensor], tokenizer, dtype: str) -> None:
+def write_adapter(
+    folder: Folder, model: torch.nn.Module, weights: dict[str, torch.Tensor], tokenizer, dtype: str
+) -> None:
     """Write the adapter in the compute dtype: exactly what the live model multiplies with."""
     from peft import get_peft_model_state_dict
 
     values = {name: weight.to(getattr(torch, dtype)).contiguous() for name, weight in weights.items()}
-    exported = get_peft_model_state_dict(model, state_dict=values, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    exported = get_peft_model_state_dict(
+        model, state_dict=values, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+    )
     config = model.peft_config[ADAPTER_NAME]
     was_in_training, config.inference_mode = config.inference_mode, True
     with tempfile.TemporaryDirectory() as temporary:

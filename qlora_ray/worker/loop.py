@@ -38,7 +38,9 @@ class State:
     evaluations_without_improvement: int = 0
 
 
-def run(config: Config, plan: Plan, run_folder: Folder, rows: Folder, fingerprint: str, channel: Any, debug: bool) -> None:
+def run(
+    config: Config, plan: Plan, run_folder: Folder, rows: Folder, fingerprint: str, channel: Any, debug: bool
+) -> None:
     """Train from the newest checkpoint to the end of the plan, or to where the driver asks to stop."""
     team = Team(channel)
     setup.send_output_to_log(run_folder, team.rank, debug)
@@ -128,7 +130,9 @@ class _Batches:
 
 
 def _log(state: State, meter: Meter, engine: Engine, learning_rate: float, order: Order) -> State:
-    entry = meter.log(learning_rate=learning_rate, grad_norm=engine.grad_norm(), epoch=state.step / order.steps_per_epoch)
+    entry = meter.log(
+        learning_rate=learning_rate, grad_norm=engine.grad_norm(), epoch=state.step / order.steps_per_epoch
+    )
     first = entry["loss"] if state.first_loss is None else state.first_loss
     return replace(state, first_loss=first, last_loss=entry["loss"], num_tokens=state.num_tokens + entry["num_tokens"],
                    num_label_tokens=state.num_label_tokens + entry["num_label_tokens"])  # fmt: skip
