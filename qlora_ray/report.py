@@ -199,7 +199,8 @@ def seconds_chart(phases: dict[str, float]) -> "Figure":
     figure = go.Figure(layout=_layout(height=40 + 38 * len(phases)))
     figure.add_bar(
         x=list(phases.values()), y=[html.escape(name.replace("_", " ")) for name in names], orientation="h",
-        text=[show_duration(seconds) for seconds in phases.values()], customdata=shares, textposition="outside", cliponaxis=False, marker={"color": BLUE}, width=0.56,
+        text=[show_duration(seconds) for seconds in phases.values()], customdata=shares,
+        textposition="outside", cliponaxis=False, marker={"color": BLUE}, width=0.56,
         hovertemplate="%{y}: %{x:,.1f} s, %{customdata:.1%}<extra></extra>",
     )  # fmt: skip
     figure.update_xaxes(visible=False, range=[0, 1.6 * max(phases.values())])  # room for the label of the longest bar
@@ -242,12 +243,13 @@ def show_duration(seconds: float | None) -> str:
 
 
 def _layout(height: int, x_title: str = "") -> dict[str, Any]:
+    title = {"title": {"text": x_title, "standoff": 8}} if x_title else {}
     axis = {"zeroline": False, "automargin": True, "fixedrange": False}
     return {
         "template": "none", "height": height, "showlegend": False, "hovermode": "closest",
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 8, "r": 12, "t": 12, "b": 8}, "font": {"size": 12},
-        "xaxis": {**axis, "showgrid": False, "nticks": 8} | ({"title": {"text": x_title, "standoff": 8}} if x_title else {}),
+        "xaxis": {**axis, "showgrid": False, "nticks": 8, **title},
         "yaxis": axis,
     }  # fmt: skip
 

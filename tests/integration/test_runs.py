@@ -1,0 +1,149 @@
+"""Whole runs through the door: real Ray, real ZeRO-3, real NF4, on CPU."""
+
+import json
+import math
+import signal
+
+import pytest
+
+from qlora_ray.config import base_model_path, find_file
+from qlora_ray.data.order import held_out, permutation
+from tests.integration import door, plain_loop
+
+STEPS, ROWS_PER_STEP, LEARNING_RATE, SEED = 20, 8, 1e-3, 3
+
+
+def settings(storage, name, num_workers, accumulation, *more):
+    return [
+        "-c", "configs/quickstart.yaml", f"ray.storage_path={storage}", f"ray.run_name={name}",
+        f"ray.num_workers={num_workers}", f"training.gradient_accumulation_steps={accumulation}",
+        "training.batch_size=4", f"training.max_steps={STEPS}", f"training.learning_rate={LEARNING_RATE}",
+        f"training.seed={SEED}", "model.lora_dropout=0", "logging.every_steps=1", "checkpoint.every_steps=5",
+        "checkpoint.keep=9", "training.eval_every_steps=10", "evaluation.num_prompts=4", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def two_workers(storage):
+    """An uninterrupted run of two workers."""
+    ended = door.run(*settings(storage, "two", 2, 1))
+    assert ended.returncode == 0, ended.stderr
+    return storage / "two", ended
+
+
+def test_run_directory_holds_what_the_contract_names(two_workers):
+    run, _ = two_workers
+    files = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "plan.json", "manifest.json", "metrics.jsonl", "report.html", "summary.json", "checkpoints",
+            "adapter", "adapter_best"} <= files  # fmt: skip
+    assert door.summary(run)["status"] == "done"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step_{s:08d}" for s in (5, 10, 15, 20)]
+    assert not [path for path in run.rglob("*") if path.suffix in (".pkl", ".pt", ".bin", ".pth")]
+
+
+def test_metrics_have_one_line_a_step_and_the_documented_names(two_workers):
+    run, _ = two_workers
+    lines = [line for line in door.metrics(run) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert {"epoch", "loss", "learning_rate", "grad_norm", "step_seconds", "tokens_per_second", "samples_per_second",
+            "peak_memory_gib", "num_tokens", "num_label_tokens"} <= lines[0].keys()  # fmt: skip
+    validations = [line for line in door.metrics(run) if "eval_loss" in line]
+    assert [line["step"] for line in validations] == [10, 20]
+    assert all(math.isclose(v["eval_perplexity"], math.exp(v["eval_loss"])) for v in validations)
+
+
+def test_user_sees_plan_progress_and_result_but_no_chatter(two_workers):
+    _, ended = two_workers
+    for expected in ("ZeRO stage 3", "step 20/20", "exact match on 4 held-out prompts", "report.html"):
+        assert expected in ended.stdout
+    for noise in ("Traceback", "WARNING", "(RayTrainWorker", "(TrainController", "kernels-community", "PlacementGroup"):
+        assert noise not in ended.stdout + ended.stderr
+
+
+def test_one_worker_gives_the_losses_of_two(two_workers, storage):
+    run, _ = two_workers
+    ended = door.run(*settings(storage, "one", 1, 2))
+    assert ended.returncode == 0, ended.stderr
+    assert door.losses(storage / "one") == pytest.approx(door.losses(run), rel=1e-5)
+
+
+def test_plain_loop_gives_the_losses_of_two_workers(two_workers):
+    run, _ = two_workers
+    path = str(find_file("data/sample_data.json"))
+    records = plain_loop.read(path)
+    out = set(held_out(len(records), 0.1, SEED).tolist())
+    train = [record for i, record in enumerate(records) if i not in out]
+    order = permutation(len(train), SEED, 0)
+    batches = [order[k * ROWS_PER_STEP : (k + 1) * ROWS_PER_STEP].tolist() for k in range(STEPS)]
+    # Warmup over 3% of 20 steps is one step at the peak; then a cosine over the other 19 down to 0.
+    rates = [LEARNING_RATE] + [LEARNING_RATE * (1 + math.cos(math.pi * k / 19)) / 2 for k in range(19)]
+    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+    expected = plain_loop.train(base_model_path("embedded"), train, batches, rates, lora, SEED, max_norm=1.0)
+    assert list(door.losses(run).values()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_interrupted_and_resumed_run_equals_uninterrupted_run(two_workers, storage):
+    whole, _ = two_workers
+    process = door.start(*settings(storage, "stopped", 2, 1))
+    door.wait_for_step(storage / "stopped", 7, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert "--resume" in out and "Traceback" not in err
+    stopped_at = door.summary(storage / "stopped")["steps"]
+    assert 7 <= stopped_at < STEPS
+    assert (storage / "stopped" / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").exists()
+
+    ended = door.run(*settings(storage, "stopped", 2, 1), "--resume")
+    assert ended.returncode == 0, ended.stderr
+    resumed = storage / "stopped"
+    for file in ("adapter/adapter_model.safetensors", "checkpoints/step_00000020/optimizer.safetensors"):
+        assert door.sha256(resumed / file) == door.sha256(whole / file), file
+    assert door.losses(resumed) == door.losses(whole)
+    assert [line["step"] for line in door.metrics(resumed) if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_killed_worker_is_replaced_and_the_result_is_the_same(two_workers, storage):
+    import os
+
+    import psutil
+
+    whole, _ = two_workers
+    process = door.start(*settings(storage, "killed", 2, 1))
+    door.wait_for_step(storage / "killed", 8, process)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    os.kill(workers[1].pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    assert len(door.summary(storage / "killed")["failures"]) == 1
+    for file in ("adapter/adapter_model.safetensors", "checkpoints/step_00000020/optimizer.safetensors"):
+        assert door.sha256(storage / "killed" / file) == door.sha256(whole / file), file
+
+
+def test_resume_refuses_another_lora_shape(two_workers, storage):
+    run, _ = two_workers
+    before = sorted(path for path in run.rglob("*"))
+    ended = door.run(*settings(storage, "two", 2, 1, "model.lora_r=8"), "--resume")
+    assert ended.returncode == 2
+    assert "lora_r" in ended.stderr and "Traceback" not in ended.stderr
+    assert sorted(path for path in run.rglob("*")) == before
+
+
+def test_more_workers_than_the_machine_holds_are_refused(storage):
+    ended = door.run(*settings(storage, "many", 64, 1))
+    assert ended.returncode == 2
+    assert "ray.num_workers=64" in ended.stderr and "the cluster holds" in ended.stderr
+    assert not (storage / "many").exists()
+
+
+def test_manifest_names_versions_and_data(two_workers):
+    run, _ = two_workers
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert {"torch", "ray", "deepspeed", "bitsandbytes", "peft", "transformers"} <= manifest["versions"].keys()
+    assert len(manifest["identity"]["data"]) == 32
