@@ -1,4 +1,4 @@
-"""Which checkpoints a run directory holds, and whether they are whole. Imports no torch, so that doors answer at once."""
+"""Which checkpoints a run directory holds, and whether they are whole. Imports no torch: doors answer at once."""
 
 import hashlib
 import json

@@ -1,10 +1,10 @@
 """What a user may ask: the YAML file and its overrides, checked and frozen. Imports no torch, no ray."""
 
 import difflib
-import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -55,7 +55,7 @@ class QuantizationConfig(Section):
     double_quant: bool = True
     """Quantize the block scales too: 0.37 bit a parameter less, at no measurable loss."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """dtype of activations and matrix products; auto: bfloat16 on GPUs that have it, float16 on older, float32 on CPU."""
+    """dtype of activations and products; auto: bfloat16 on GPUs that have it, float16 on older, float32 on CPU."""
 
 
 class TrainingConfig(Section):
@@ -86,7 +86,7 @@ class TrainingConfig(Section):
     max_length: int = Field(512, ge=8)
     """Tokens per row; longer records are cut."""
     recompute: Literal["auto", "all", "none"] = "auto"
-    """Gradient checkpointing of the decoder layers: less memory, a forward pass more. auto: on a GPU all, on a CPU none."""
+    """Gradient checkpointing of decoder layers: less memory, a forward pass more. auto: on a GPU all, on a CPU none."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides data order, LoRA initialization, dropout and noise."""
     eval_every_steps: int | None = Field(None, ge=1)
@@ -134,7 +134,7 @@ class RayConfig(Section):
     """Ray Train workers, one GPU each (or CPU shares). The ZeRO group is all of them."""
     use_gpu: bool | Literal["auto"] = "auto"
     """auto: if the cluster has any."""
-    resources_per_worker: dict[str, float] = Field(default_factory=dict)
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Ray resources of one worker; default one CPU, and one GPU where GPUs are used."""
     storage_path: str = "runs"
     """Where run directories go: a folder (shared by all nodes) or a pyarrow URI such as s3://bucket/runs."""
@@ -187,15 +187,15 @@ class Config(Section):
     def _lora_variant_fits(self):
         if self.model.lora_variant == "pissa" and self.quantization.type != "none":
             raise ValueError(
-                "model.lora_variant=pissa: PiSSA rewrites the base weights, so its adapter would not fit the 4-bit base "
-                "that others load. Use loftq (same idea, base untouched), or quantization.type=none."
+                "model.lora_variant=pissa: PiSSA rewrites the base weights, so its adapter would not fit the 4-bit "
+                "base that others load. Use loftq (same idea, base untouched), or quantization.type=none."
             )
         if self.model.lora_variant == "loftq" and self.quantization.type == "none":
             raise ValueError("model.lora_variant=loftq: starts from the quantization error; quantization.type is none.")
         return self
 
 
-def load_config(path: Path, overrides: list[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply dotted `key.path=value` overrides, and validate.
 
     Raises ConfigError for whatever a user can get wrong.
@@ -245,7 +245,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"-c {path}:{where}: not YAML: {getattr(error, 'problem', error)}.") from None
     if not isinstance(values, dict | None):
         raise ConfigError(f"-c {path}: must hold sections such as `training:`, found a {type(values).__name__}.")
-    return values or {}
+    # A section whose keys are all commented out is an empty one.
+    return {key: {} if value is None and key in Config.model_fields else value for key, value in (values or {}).items()}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -281,8 +282,8 @@ def _explain(error: ValidationError) -> str:
         )
         if item["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key.{_nearest(key)}")
-        elif item["type"] == "value_error" and not key or item["loc"] in {("model",), ("deepspeed",)}:
-            lines.append(str(item["ctx"]["error"]) if "ctx" in item else item["msg"])
+        elif item["type"] == "value_error" and len(item["loc"]) < 2:  # from a section's own check: it names the key
+            lines.append(item["msg"].removeprefix("Value error, "))
         else:
             rule = item["msg"].removeprefix("Value error, ")
             lines.append(f"{key}={_shown(item['input'])}: {rule[0].lower() + rule[1:]}.")
@@ -301,7 +302,3 @@ def _nearest(key: str) -> str:
     same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
     named = same_name[:1] or close
     return f" Did you mean {named[0]}?" if named else f" Known sections: {', '.join(Config.model_fields)}."
-
-
-def is_whole(number: float) -> bool:
-    return math.isclose(number, round(number))

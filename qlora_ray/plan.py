@@ -1,11 +1,12 @@
 """What will be done, derived once on the driver. Pure: no torch, no Ray, no I/O."""
 
 import dataclasses
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_ray.config import Config, ConfigError
-from qlora_ray.data.cache import DataStats
+from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import BaseFacts
 
 GIB = 2**30
@@ -20,6 +21,7 @@ class Hardware:
     num_cpus: float
     num_gpus: float
     accelerator_types: tuple[str, ...] = ()
+    other_resources: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def make_plan(
     """Derive the plan. Raises ConfigError where several fields together ask for the impossible."""
     use_gpu = _use_gpu(config, hardware)
     resources = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {}), **config.ray.resources_per_worker}
-    _check_workers_fit(config, resources, hardware)
+    check_workers_fit(config, resources, hardware)
     accumulation = _accumulation(config)
     micro_batches = accumulation * config.ray.num_workers
     steps_per_epoch = -(-data.num_rows // (micro_batches * config.training.batch_size))
@@ -95,15 +97,32 @@ def make_plan(
     return dataclasses.replace(plan, deepspeed=merge_deepspeed(plan, deepspeed_json)) if deepspeed_json else plan
 
 
+def refuse_early(config: Config, deepspeed_json: dict | None) -> None:
+    """Refuse what needs neither data nor hardware to refuse, before Ray starts. Raises ConfigError."""
+    accumulation, stage = _accumulation(config), _zero_stage(config)
+    dtype = config.quantization.compute_dtype
+    if deepspeed_json:
+        ours = _deepspeed_dict(config, stage, accumulation, dtype)
+        fixed = _fixed(ours, config.ray.num_workers)
+        if dtype == "auto":  # decided by the GPU
+            fixed = {key: value for key, value in fixed.items() if key.split(".")[0] not in ("bf16", "fp16")}
+        _refuse_contradictions(deepspeed_json, fixed)
+
+
 def num_lora_parameters(config: Config, base: BaseFacts) -> int:
     """Parameters of the A and B matrices: r x (rows + columns) for each adapted layer (LoRA, arXiv:2106.09685)."""
+    adapted = [(rows, columns) for name, rows, columns in base.linear_shapes if _is_adapted(name, config)]
+    return sum(config.model.lora_r * (rows + columns) for rows, columns in adapted)
+
+
+def _is_adapted(name: str, config: Config) -> bool:
+    # As PEFT matches them: a list holds suffixes, a text is a regular expression of the whole name.
     wanted = config.model.target_modules
-    names = None if isinstance(wanted, str) else set(wanted)
-    return sum(
-        config.model.lora_r * (rows + columns)
-        for name, rows, columns in base.linear_shapes
-        if names is None or name.rsplit(".", 1)[-1] in names
-    )
+    if wanted == "all-linear":
+        return True
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in wanted)
 
 
 def learning_rate_at(step: int, plan: Plan, config: Config) -> float:
@@ -131,16 +150,18 @@ def _use_gpu(config: Config, hardware: Hardware) -> bool:
     return use_gpu
 
 
-def _check_workers_fit(config: Config, resources: dict[str, float], hardware: Hardware) -> None:
+def check_workers_fit(config: Config, resources: dict[str, float], hardware: Hardware) -> None:
+    """Refuse more workers than the cluster can ever hold. Raises ConfigError."""
     n = config.ray.num_workers
-    held = {"CPU": hardware.num_cpus, "GPU": hardware.num_gpus}
+    held = {**hardware.other_resources, "CPU": hardware.num_cpus, "GPU": hardware.num_gpus}
     for name, each in resources.items():
-        if name in held and n * each > held[name]:
-            fit = int(held[name] // each)
-            way_out = f"Use ray.num_workers={fit}" if fit else "Lower ray.resources_per_worker"
+        holds = held.get(name, 0)
+        if n * each > holds:
+            fit = int(holds // each)
+            way_out = f"Use ray.num_workers={fit}, or ask" if fit else "Ask"
             raise ConfigError(
-                f"ray.num_workers={n}: {n} x {each:g} {name} = {n * each:g}, the cluster holds {held[name]:g}. "
-                f"{way_out}, or ask for less with ray.resources_per_worker."
+                f"ray.num_workers={n}: {n} x {each:g} {name} = {n * each:g}, the cluster holds {holds:g}. "
+                f"{way_out} for less with ray.resources_per_worker."
             )
 
 
@@ -157,8 +178,8 @@ def _accumulation(config: Config) -> int:
     nearest = sorted(sorted(works, key=lambda size: abs(size - training.batch_size))[:2])
     way_out = f"Nearest that work: {', '.join(map(str, nearest))}." if nearest else f"Use a multiple of {n} rows."
     raise ConfigError(
-        f"training.batch_size={training.batch_size}: the global batch of {training.global_batch_size} is not a multiple of "
-        f"batch_size x ray.num_workers = {training.batch_size} x {n}. {way_out}"
+        f"training.batch_size={training.batch_size}: the global batch of {training.global_batch_size} is not a "
+        f"multiple of batch_size x ray.num_workers = {training.batch_size} x {n}. {way_out}"
     )
 
 
@@ -176,7 +197,8 @@ def _zero_stage(config: Config) -> int:
     stage = ds.zero_stage if ds.zero_stage != "auto" else (3 if config.ray.num_workers > 1 else 0)
     if ds.offload_params != "none" and stage != 3:
         raise ConfigError(
-            f"deepspeed.offload_params={ds.offload_params}: needs zero_stage 3, the stage is {stage}. Set zero_stage: 3."
+            f"deepspeed.offload_params={ds.offload_params}: needs zero_stage 3, the stage is {stage}. "
+            "Set deepspeed.zero_stage=3."
         )
     if ds.offload_optimizer != "none" and stage == 0:
         raise ConfigError(
@@ -218,22 +240,35 @@ def merge_deepspeed(plan: Plan, user: dict[str, Any]) -> dict[str, Any]:
 
     Raises ConfigError with the key's dotted name.
     """
-    fixed = {
-        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        "train_batch_size": plan.global_batch_size,
-        "zero_optimization.stage": plan.zero_stage,
-        "bf16.enabled": plan.compute_dtype == "bfloat16",
-        "fp16.enabled": plan.compute_dtype == "float16",
-        "gradient_clipping": plan.deepspeed["gradient_clipping"],
-        "zero_optimization.offload_param.device": _device(plan, "offload_param"),
-        "zero_optimization.offload_optimizer.device": _device(plan, "offload_optimizer"),
+    fixed = _fixed(plan.deepspeed, plan.num_workers)
+    _refuse_contradictions(user, fixed)
+    return _merged(plan.deepspeed, user, fixed)
+
+
+def _fixed(ours: dict[str, Any], num_workers: int) -> dict[str, Any]:
+    """Dotted DeepSpeed keys that the YAML decides, with their values."""
+    zero = ours["zero_optimization"]
+    micro_batch_size, accumulation = ours["train_micro_batch_size_per_gpu"], ours["gradient_accumulation_steps"]
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch_size * accumulation * num_workers,
+        "zero_optimization.stage": zero["stage"],
+        "bf16.enabled": ours["bf16"]["enabled"],
+        "fp16.enabled": ours["fp16"]["enabled"],
+        "gradient_clipping": ours["gradient_clipping"],
+        "zero_optimization.offload_param.device": zero.get("offload_param", {}).get("device", "none"),
+        "zero_optimization.offload_optimizer.device": zero.get("offload_optimizer", {}).get("device", "none"),
     }
+
+
+def _refuse_contradictions(user: dict[str, Any], fixed: dict[str, Any]) -> None:
     ours = {
         "train_micro_batch_size_per_gpu": "training.batch_size", "train_batch_size": "training.global_batch_size",
-        "gradient_accumulation_steps": "training.gradient_accumulation_steps", "gradient_clipping": "training.max_grad_norm",
-        "zero_optimization.stage": "deepspeed.zero_stage", "bf16.enabled": "quantization.compute_dtype",
-        "fp16.enabled": "quantization.compute_dtype", "zero_optimization.offload_param.device": "deepspeed.offload_params",
+        "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+        "gradient_clipping": "training.max_grad_norm", "zero_optimization.stage": "deepspeed.zero_stage",
+        "bf16.enabled": "quantization.compute_dtype", "fp16.enabled": "quantization.compute_dtype",
+        "zero_optimization.offload_param.device": "deepspeed.offload_params",
         "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
     }  # fmt: skip
     for key, value in _flat(user).items():
@@ -246,11 +281,9 @@ def merge_deepspeed(plan: Plan, user: dict[str, Any]) -> dict[str, Any]:
                 f"{key}={value} in the DeepSpeed JSON contradicts {ours[key]}, which gives {fixed[key]}. "
                 f'Write "auto" there, or change {ours[key]}.'
             )
-    return _merged(plan.deepspeed, user, fixed)
-
-
-def _device(plan: Plan, name: str) -> str:
-    return plan.deepspeed["zero_optimization"].get(name, {}).get("device", "none")
+        sections = {name.split(".")[0] for name in fixed if "." in name}
+        if key in sections and value != "auto":
+            raise ConfigError(f'{key}={value} in the DeepSpeed JSON: must be an object, e.g. {{"enabled": "auto"}}.')
 
 
 CORRUPTING = {

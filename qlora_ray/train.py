@@ -2,16 +2,19 @@
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import re
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import yaml
 
+from qlora_ray import __version__
 from qlora_ray.config import Config, ConfigError, base_model_path, bundled_root, find_file, load_config
 
 
@@ -24,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         return _train(config, name, arguments.resume, arguments.debug, began)
     except ConfigError as error:
         if arguments.debug:
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -55,12 +58,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(config: Config, config_name: str, resume: bool, debug: bool, began: float) -> int:
     from qlora_ray import storage
+    from qlora_ray.data.prepare import check_records
+    from qlora_ray.plan import Hardware, check_workers_fit, refuse_early
 
     deepspeed_json = read_deepspeed_json(config)
+    refuse_early(config, deepspeed_json)
+    if not _address(config):  # Ray takes seconds to say what is known here
+        cpus = config.ray.resources_per_worker.get("CPU", 1)
+        check_workers_fit(config, {"CPU": cpus}, Hardware(len(os.sched_getaffinity(0)), 0))
     check_files(config)
     folder = storage.open_folder(config.ray.storage_path)
     storage.check_writable(folder)
     run = find_run(config, config_name, folder, resume)
+    check_records(config, folder)
     quiet_environment(debug)
     try:
         return _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began)
@@ -76,9 +86,10 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) 
     from qlora_ray.model.facts import read_facts
     from qlora_ray.plan import make_plan
 
-    # The data is prepared while Ray starts. Ray must start on this thread: its processes die with the one that made them.
+    # The data is prepared while Ray starts. Ray must start on this thread: its processes die with their maker.
     with ThreadPoolExecutor(1) as thread:
         prepared = thread.submit(lambda: (read_facts(local_base(config)), prepare(config, folder)))
+        thread.submit(importlib.import_module, "ray.train.torch")  # takes 2 s, and fit needs it
         hardware = start_ray(config, debug)
         facts, data = prepared.result()
     plan = make_plan(config, data.stats, facts, hardware, deepspeed_json)
@@ -92,8 +103,8 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) 
 
 
 def check_files(config: Config) -> None:
-    """What names alone can tell, in milliseconds: data files and the base's folder. Raises ConfigError."""
-    from qlora_ray.model.facts import check_folder
+    """What names and headers can tell, in milliseconds: data files and the base's folder. Raises ConfigError."""
+    from qlora_ray.model.facts import check_folder, read_facts
 
     for key, name in (("train_file", config.data.train_file), ("validation_file", config.data.validation_file)):
         if name is not None and not find_file(name).is_file():
@@ -104,6 +115,7 @@ def check_files(config: Config) -> None:
     base = base_model_path(config.model.base_model)
     if os.path.isdir(base):
         check_folder(base)
+        read_facts(base)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model.base_model) or config.model.base_model.startswith("."):
         raise ConfigError(f"model.base_model={config.model.base_model}: no such folder, and not a hub id (owner/name).")
 
@@ -165,7 +177,7 @@ def find_run(config: Config, config_name: str, storage, resume: bool):
     if name is None:
         name = f"{prefix}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     run = storage / name
-    if resume and not checkpoints.with_manifest(run):
+    if resume and checkpoints.newest_whole(run) is None:
         raise ConfigError(f"--resume: {run.path} has no checkpoint. Leave --resume out to start the run.")
     if not resume and run.exists():
         raise ConfigError(
@@ -189,11 +201,10 @@ def check_resumable(run, identity: dict[str, Any], resume: bool) -> None:
     """Refuse to go on with another base, data or LoRA shape than the run began with. Raises ConfigError."""
     if not resume:
         return
-    from qlora_ray import checkpoints
-
-    checkpoints.newest_whole(run)
-    manifest = run / "manifest.json"
-    before = json.loads(manifest.read_bytes())["identity"] if manifest.exists() else {}
+    try:
+        before = json.loads((run / "manifest.json").read_bytes())["identity"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"--resume: {run.path}/manifest.json cannot be read ({error}). Start a new run.") from None
     for what, value in identity.items():
         if what in before and before[what] != value:
             raise ConfigError(
@@ -224,7 +235,6 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     names = (
-        "qlora_ray",
         "torch",
         "transformers",
         "peft",
@@ -235,7 +245,7 @@ def versions() -> dict[str, str]:
         "pyarrow",
         "tokenizers",
     )
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"qlora_ray": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def git_commit() -> str | None:
@@ -266,6 +276,10 @@ def quiet_environment(debug: bool) -> None:
         os.environ |= {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "TRANSFORMERS_VERBOSITY": "info"}
 
 
+def _address(config: Config) -> str | None:
+    return config.ray.address or os.environ.get("RAY_ADDRESS")
+
+
 def start_ray(config: Config, debug: bool):
     """Connect to the cluster, or start a private Ray on this machine; returns its Hardware."""
     import logging
@@ -275,9 +289,9 @@ def start_ray(config: Config, debug: bool):
     from qlora_ray.plan import Hardware
 
     cores = len(os.sched_getaffinity(0))
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     # One CPU more than there are cores, for the data tasks: workers may hold every core, and the data would never come.
-    private = {} if address else {"num_cpus": cores + 1, "include_dashboard": False}
+    private: dict[str, Any] = {} if address else {"num_cpus": cores + 1, "include_dashboard": False}
     threads = max(1, cores // config.ray.num_workers)
     try:
         ray.init(
@@ -292,7 +306,7 @@ def start_ray(config: Config, debug: bool):
     total = ray.cluster_resources()
     accelerators = tuple(name.split(":", 1)[1] for name in total if name.startswith("accelerator_type:"))
     cpus = cores if not address else total.get("CPU", 0)
-    return Hardware(num_cpus=cpus, num_gpus=total.get("GPU", 0), accelerator_types=accelerators)
+    return Hardware(cpus, total.get("GPU", 0), accelerators, other_resources=dict(total))
 
 
 if __name__ == "__main__":

@@ -3,32 +3,18 @@
 import hashlib
 import json
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 
+from qlora_ray.data.stats import DataStats
 from qlora_ray.data.tokenize import IGNORE_INDEX, Row
 from qlora_ray.storage import Folder
 
 LAYOUT = 1  # raise when the tokens or the file layout change, so that old caches are not read
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
-
-
-@dataclass(frozen=True)
-class DataStats:
-    """What is known of the rows once tokenized: the driver's copy, and part of the cache."""
-
-    fingerprint: str
-    num_records: int
-    num_rejected: int
-    num_truncated: int
-    num_rows: int
-    num_validation_rows: int
-    num_tokens: int
-    num_label_tokens: int
-    longest_row: int
 
 
 def fingerprint(parts: list[bytes | str]) -> str:
@@ -54,6 +40,8 @@ def write(cache: Folder, stats: DataStats, splits: dict[str, list[Row]], prompts
         (temporary / f"{name}.arrow").write_bytes(_to_arrow(rows))
     (temporary / "prompts.json").write_bytes(json.dumps(prompts, ensure_ascii=False).encode())
     (temporary / "stats.json").write_bytes(json.dumps(asdict(stats)).encode())
+    if entry.exists() and find(cache, stats.fingerprint) is None:
+        entry.delete()  # half of an entry, e.g. copied by hand: it would stand in the way for ever
     try:
         temporary.rename(entry)
     except OSError:

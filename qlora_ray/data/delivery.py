@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +49,8 @@ def deliver(stream: Stream) -> Iterator[pa.Table]:
         return
     num_tasks = max(1, count // MICRO_BATCHES_PER_TASK)
     positions = ray.data.range(count, override_num_blocks=num_tasks)
-    rows = positions.map_batches(rows_at, fn_args=(stream,), batch_size=None, batch_format="numpy", num_cpus=0.5)
+    task: Any = rows_at
+    rows = positions.map_batches(task, fn_args=(stream,), batch_size=None, batch_format="numpy", num_cpus=0.5)
     yield from rows.iter_batches(
         batch_size=stream.order.micro_batch_size, batch_format="pyarrow", prefetch_batches=2, drop_last=False
     )

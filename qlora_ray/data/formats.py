@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 Messages = list[dict[str, str]]
-ROLES = {"system", "user", "assistant"}
+ROLES = ("system", "user", "assistant")
 
 
 class BadRecord(ValueError):
@@ -17,7 +17,7 @@ def alpaca(record: dict[str, Any]) -> Messages:
     extra = record.get("input") or ""
     if not isinstance(extra, str):
         raise BadRecord("`input` is not a text")
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    system = [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
     prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     return [*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
 
@@ -28,7 +28,7 @@ def messages(record: dict[str, Any]) -> Messages:
     if not isinstance(turns, list) or not turns:
         raise BadRecord("`messages` is not a list of turns")
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str) or turn.get("role") not in ROLES:
             raise BadRecord("a turn is not {role: system|user|assistant, content: text}")
     roles = [turn["role"] for turn in turns]
     spoken = roles[1:] if roles[0] == "system" else roles
@@ -48,7 +48,13 @@ def to_messages(record: Any, format: str) -> Messages:
         raise BadRecord("the record is not a JSON object")
     if format == "auto":
         format = "messages" if "messages" in record else "alpaca"
-    return FORMATS[format](record)
+    turns = FORMATS[format](record)
+    for turn in turns:
+        try:
+            turn["content"].encode()
+        except UnicodeEncodeError:  # JSON's \ud800 escapes can write what no UTF-8 text holds
+            raise BadRecord("a text holds half of a surrogate pair") from None
+    return turns
 
 
 def _text(record: dict[str, Any], field: str) -> str:

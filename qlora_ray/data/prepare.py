@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from qlora_ray.config import Config, ConfigError, base_model_path, find_file
 from qlora_ray.data import cache
-from qlora_ray.data.cache import DataStats
 from qlora_ray.data.formats import BadRecord, Messages, to_messages
 from qlora_ray.data.order import held_out
 from qlora_ray.data.read import read_records
+from qlora_ray.data.stats import DataStats
 from qlora_ray.data.tokenize import Row, load_tokenizer, prompt_ids, tokenize, tokenizer_files
 from qlora_ray.storage import Folder
 
@@ -36,6 +36,18 @@ def prepare(config: Config, storage: Folder) -> Prepared:
     if stats is None:
         stats = _tokenize_and_write(config, folder, key)
     return Prepared(folder / key, stats)
+
+
+def check_records(config: Config, storage: Folder) -> None:
+    """Refuse files and records that no tokenizer could make good, in the time it takes to parse them.
+
+    Costs a second parse, little beside tokenizing, and only where nothing is cached. Raises ConfigError.
+    """
+    if cache.find(storage / "cache", _fingerprint(config)) is not None:
+        return
+    _read(config, config.data.train_file, "data.train_file")
+    if config.data.validation_file:
+        _read(config, config.data.validation_file, "data.validation_file")
 
 
 def _tokenize_and_write(config: Config, folder: Folder, key: str) -> DataStats:
@@ -72,19 +84,35 @@ def _tokenize_and_write(config: Config, folder: Folder, key: str) -> DataStats:
     return stats
 
 
-def _tokenize_file(tokenizer, config: Config, name: str, key: str) -> _Tokenized:
-    records = read_records(find_file(name), key)
-    rows, kept, rejected = [], [], []
-    for number, record in enumerate(records, 1):
+def _read(config: Config, name: str, key: str) -> tuple[dict[int, Messages], list[tuple[int, str]]]:
+    """Messages by record number from 1, and the rejected records."""
+    usable, rejected = {}, []
+    for number, record in enumerate(read_records(find_file(name), key), 1):
         try:
-            messages = to_messages(record, config.data.format)
+            usable[number] = to_messages(record, config.data.format)
+        except BadRecord as reason:
+            rejected.append((number, str(reason)))
+    _refuse_too_many(config, name, key, len(usable), rejected)
+    return usable, rejected
+
+
+def _tokenize_file(tokenizer, config: Config, name: str, key: str) -> _Tokenized:
+    usable, rejected = _read(config, name, key)
+    rows, kept = [], []
+    for number, messages in usable.items():
+        try:
             rows.append(tokenize(tokenizer, messages, config.training.max_length))
             kept.append(messages)
         except BadRecord as reason:
             rejected.append((number, str(reason)))
-    if len(rejected) > config.data.max_bad_fraction * len(records) or not rows:
-        raise ConfigError(_too_many_rejected(key, name, len(records), rejected, config.data.max_bad_fraction))
-    return _Tokenized(rows, kept, rejected)
+    _refuse_too_many(config, name, key, len(rows), rejected)
+    return _Tokenized(rows, kept, sorted(rejected))
+
+
+def _refuse_too_many(config: Config, name: str, key: str, num_usable: int, rejected: list[tuple[int, str]]) -> None:
+    num_records, limit = num_usable + len(rejected), config.data.max_bad_fraction
+    if len(rejected) > limit * num_records or not num_usable:
+        raise ConfigError(_too_many_rejected(key, name, num_records, rejected, limit))
 
 
 def _too_many_rejected(key: str, name: str, num_records: int, rejected: list[tuple[int, str]], limit: float) -> str:
@@ -96,8 +124,8 @@ def _too_many_rejected(key: str, name: str, num_records: int, rejected: list[tup
     )
     left = " No record is left." if len(rejected) == num_records else ""
     return (
-        f"{key}={name}: {len(rejected)} of {num_records} records cannot be used, data.max_bad_fraction allows {limit:.0%}: "
-        f"{reasons}.{left}"
+        f"{key}={name}: {len(rejected)} of {num_records} records cannot be used, data.max_bad_fraction allows "
+        f"{limit:.0%}: {reasons}.{left}"
     )
 
 

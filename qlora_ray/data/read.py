@@ -21,9 +21,10 @@ def read_records(path: Path, key: str = "data.train_file") -> list[Any]:
     except PermissionError:
         raise ConfigError(f"{key}={path}: not readable by this user.") from None
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
         raise ConfigError(
-            f"{key}={path}: not UTF-8 at line {line} (byte {error.start}). Convert it, e.g. with iconv."
+            f"{key}={path}: not UTF-8 at line {line}, column {column}. Convert it, e.g. with iconv."
         ) from None
     if not text.strip():
         raise ConfigError(f"{key}={path}: the file is empty.")
@@ -38,3 +39,5 @@ def _parse(text: str, key: str, path: Path, first_line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ConfigError(f"{key}={path}: not JSON at line {line}, column {error.colno}: {error.msg}.") from None
+    except RecursionError:
+        raise ConfigError(f"{key}={path}: the JSON from line {first_line} on is nested too deeply.") from None

@@ -36,7 +36,7 @@ def read_facts(folder: str) -> BaseFacts:
     """Read a local base model folder. Raises ConfigError where it could not be loaded later."""
     path, key = Path(folder), f"model.base_model={folder}"
     config = _read_model_config(path, key)
-    text = {**config, **config.get("text_config", {})}
+    text = {**config, **(config.get("text_config") or {})}
     shapes = _read_shapes(path, key)
     linear = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight") and not NOT_QUANTIZED.search(n)}
     return BaseFacts(
@@ -57,7 +57,7 @@ def check_folder(folder: str) -> None:
     """Raise ConfigError if a local folder lacks what a base model needs. Reads names only: milliseconds."""
     path, key = Path(folder), f"model.base_model={folder}"
     _read_model_config(path, key)
-    if not _weight_files(path):
+    if not _weight_files(path, key):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
         if pickled:
             raise ConfigError(
@@ -71,26 +71,38 @@ def check_folder(folder: str) -> None:
 
 def _read_model_config(path: Path, key: str) -> dict:
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{key}: no config.json in the folder; is it a model saved with save_pretrained?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{key}: config.json is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{key}: config.json does not hold a JSON object.")
+    return config
 
 
 def _fingerprint(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
-    sizes = [(file.name, file.stat().st_size) for file in _weight_files(path)]
+    sizes = [(file.name, file.stat().st_size) for file in _weight_files(path, "")]
     return hashlib.sha256(json.dumps([sizes, sorted(shapes.items())]).encode()).hexdigest()[:16]
 
 
-def _weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors"))
+def _weight_files(path: Path, key: str) -> list[Path]:
+    # The files that transformers would load: the index's, else model.safetensors; others may lie beside them.
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if not index.is_file():
+        return sorted(path.glob("*.safetensors"))
+    try:
+        return sorted({path / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}: {index.name} is damaged ({error}). Download or copy it again.") from None
 
 
 def _read_shapes(path: Path, key: str) -> dict[str, tuple[int, ...]]:
     # Layout of a safetensors file: 8 bytes little-endian header length, then that much JSON.
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(path):
+    for file in _weight_files(path, key):
         try:
             with file.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
@@ -100,7 +112,10 @@ def _read_shapes(path: Path, key: str) -> dict[str, tuple[int, ...]]:
             end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
             if end > file.stat().st_size:
                 raise ValueError("tensors cut off")
-        except (ValueError, struct.error) as error:
+            found = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        except FileNotFoundError:
+            raise ConfigError(f"{key}: {file.name} is missing from the folder. Download or copy it again.") from None
+        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
             raise ConfigError(f"{key}: {file.name} is damaged ({error}). Download or copy it again.") from None
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        shapes |= found
     return shapes

@@ -1,0 +1,104 @@
+"""A checkpoint is whole, or it is not there."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+from qlora_ray.checkpoints import BrokenCheckpoint, newest_whole, verify, with_manifest
+from qlora_ray.storage import open_folder
+from qlora_ray.worker.checkpoint import load_latest, save
+from qlora_ray.worker.engine import MOMENTS, AdapterState
+
+FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+def state(step: int) -> AdapterState:
+    torch.manual_seed(step)
+    weights = {f"layer.{i}.lora_A.default.weight": torch.randn(4, 8) for i in range(2)}
+    moments = {name: {key: torch.rand(4, 8) for key in MOMENTS} for name in weights}
+    return AdapterState(weights, moments, optimizer_step=step, loss_scale=None)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory with the checkpoints of steps 5 and 10."""
+    folder = open_folder(str(tmp_path / "run"))
+    for step in (5, 10):
+        save(folder, state(step), {"step": step}, keep=3)
+    return tmp_path / "run"
+
+
+def test_saved_state_comes_back_bit_for_bit(run):
+    loaded, progress = load_latest(open_folder(str(run)))
+    wanted = state(10)
+    assert progress == {"step": 10} and loaded.optimizer_step == 10
+    assert loaded.weights.keys() == wanted.weights.keys()
+    for name, weight in wanted.weights.items():
+        assert torch.equal(loaded.weights[name], weight)
+        assert all(torch.equal(loaded.moments[name][key], wanted.moments[name][key]) for key in MOMENTS)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_any_flipped_bit_is_detected_and_the_checkpoint_before_is_used(run, file):
+    path, chance = run / "checkpoints" / "step_00000010" / file, random.Random(file)
+    whole = path.read_bytes()
+    for _ in range(60):
+        position, bit = chance.randrange(len(whole)), chance.randrange(8)
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :])
+        checkpoint, _, broken = newest_whole(open_folder(str(run)))
+        assert (checkpoint.name, len(broken)) == ("step_00000005", 1), (position, bit)
+    path.write_bytes(whole)
+    assert newest_whole(open_folder(str(run)))[0].name == "step_00000010"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_any_truncated_file_is_detected_and_the_checkpoint_before_is_used(run, file):
+    path, chance = run / "checkpoints" / "step_00000010" / file, random.Random(file)
+    whole = path.read_bytes()
+    for length in [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(30))]:
+        path.write_bytes(whole[:length])
+        assert newest_whole(open_folder(str(run)))[0].name == "step_00000005", length
+    path.unlink()
+    assert newest_whole(open_folder(str(run)))[0].name == "step_00000005"
+
+
+def test_resumed_state_is_that_of_the_checkpoint_before(run):
+    (run / "checkpoints/step_00000010/optimizer.safetensors").write_bytes(b"")
+    assert load_latest(open_folder(str(run)))[1] == {"step": 5}
+
+
+def test_manifest_that_leaves_a_file_out_is_no_proof(run):
+    path = run / "checkpoints/step_00000010/manifest.json"
+    manifest = json.loads(path.read_bytes())
+    del manifest["optimizer.safetensors"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BrokenCheckpoint, match="does not list every file"):
+        verify(open_folder(str(path.parent)))
+
+
+def test_without_manifest_there_is_no_checkpoint(run):
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+    assert with_manifest(open_folder(str(run))) == [] and newest_whole(open_folder(str(run))) is None
+
+
+def test_directory_of_an_interrupted_write_is_not_a_checkpoint(run):
+    shutil.copytree(run / "checkpoints/step_00000010", run / "checkpoints/.step_00000015.tmp")
+    assert newest_whole(open_folder(str(run)))[0].name == "step_00000010"
+
+
+def test_run_with_only_broken_checkpoints_says_so(run):
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(BrokenCheckpoint, match="state.json is not what was written.*No whole checkpoint is left"):
+        newest_whole(open_folder(str(run)))
+
+
+def test_only_the_newest_are_kept_and_nothing_is_pickled(run):
+    for step in (15, 20, 25):
+        save(open_folder(str(run)), state(step), {"step": step}, keep=2)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000020", "step_00000025"]
+    assert {path.name for path in run.rglob("*") if path.is_file()} == set(FILES)

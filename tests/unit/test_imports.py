@@ -1,0 +1,84 @@
+"""Imports point one way, and what must answer at once imports nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qlora_ray
+
+PACKAGE = Path(qlora_ray.__file__).parent
+HEAVY = ("torch", "ray", "transformers", "deepspeed", "peft", "bitsandbytes", "datasets", "numpy", "pyarrow")
+
+# Who may import whom, at the top of a module or inside a function: each line only names above it, or its own.
+MAY_IMPORT = {
+    "config": set(),
+    "storage": {"config"},
+    "checkpoints": {"config", "storage"},
+    "data": {"config", "storage"},
+    "model": {"config"},
+    "plan": {"config", "data", "model"},
+    "screen": {"config", "data", "model", "plan"},
+    "report": {"config", "storage"},
+    "worker": {"config", "storage", "checkpoints", "data", "model", "plan"},
+    "driver": {"config", "storage", "checkpoints", "data", "plan", "screen", "report", "worker"},
+    "train": {"config", "storage", "checkpoints", "data", "model", "plan", "screen", "driver"},
+    "cli": {"config"},  # the doors it opens by name
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names inside the package that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("qlora_ray.") for name in found if name.startswith("qlora_ray.")}
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "_bundled" not in path.parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_imports_only_what_the_table_allows(path):
+    part = part_of(path)
+    if part == "__init__":
+        assert imports(path) == set()
+        return
+    assert part in MAY_IMPORT, f"{part} is new: add it to the table"
+    above = {name.split(".")[0] for name in imports(path)} - {part, "__version__"}
+    assert above <= MAY_IMPORT[part]
+
+
+def test_table_has_no_circle():
+    order = list(MAY_IMPORT)
+    for part, allowed in MAY_IMPORT.items():
+        assert all(order.index(name) < order.index(part) for name in allowed)
+
+
+def test_only_the_engine_imports_deepspeed():
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        if name.split(".")[0] == "deepspeed"
+    }
+    assert users == {"worker/engine.py"}
+
+
+@pytest.mark.parametrize("module", ["config", "plan", "cli", "train", "data.stats", "model.facts"])
+def test_what_must_answer_at_once_loads_nothing_heavy(module):
+    code = f"import sys, qlora_ray.{module}; print([name for name in {HEAVY!r} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

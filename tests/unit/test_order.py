@@ -1,0 +1,119 @@
+"""Which rows make which batch depends on seed, epoch and step only."""
+
+import numpy as np
+import pytest
+
+from qlora_ray.data import cache
+from qlora_ray.data.delivery import Stream, rows_at
+from qlora_ray.data.order import NO_ROW, Order, held_out, micro_batches_of
+from qlora_ray.data.stats import DataStats
+from qlora_ray.data.tokenize import IGNORE_INDEX, Row
+from qlora_ray.storage import open_folder
+
+CASES = 60
+
+
+def random_order(case: int) -> Order:
+    random = np.random.default_rng(case)
+    return Order(
+        num_rows=int(random.integers(1, 300)),
+        seed=int(random.integers(0, 2**32)),
+        micro_batch_size=int(random.integers(1, 9)),
+        micro_batches_per_step=int(random.integers(1, 17)),
+    )
+
+
+@pytest.mark.parametrize("case", range(CASES))
+def test_each_row_comes_exactly_once_an_epoch(case):
+    order = random_order(case)
+    for epoch in range(3):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        rows = np.concatenate([order.rows_of_step(step).ravel() for step in steps])
+        assert sorted(rows[rows != NO_ROW]) == list(range(order.num_rows))
+        assert (rows == NO_ROW).sum() < order.global_batch_size
+        assert {order.epoch_of(step) for step in steps} == {epoch}
+
+
+@pytest.mark.parametrize("num_workers", range(1, 17))
+def test_global_batch_is_the_same_for_any_number_of_workers(num_workers):
+    micro_batches = 720720 // 1001  # 720 = a multiple of most numbers up to 16
+    micro_batches -= micro_batches % num_workers
+    for seed in range(3):
+        order = Order(num_rows=2500, seed=seed, micro_batch_size=2, micro_batches_per_step=micro_batches)
+        one = order.rows_of_step(1)
+        shares = [
+            [order.rows_of_micro_batch(1, m) for m in micro_batches_of(rank, num_workers, micro_batches)]
+            for rank in range(num_workers)
+        ]
+        assert {len(share) for share in shares} == {micro_batches // num_workers}
+        together = np.concatenate([rows for share in shares for rows in share])
+        assert sorted(together) == sorted(one.ravel())
+
+
+def test_a_short_last_batch_is_short_by_at_most_one_row_a_micro_batch():
+    for case in range(CASES):
+        order = random_order(case)
+        filled = (order.rows_of_step(order.steps_per_epoch - 1) != NO_ROW).sum(axis=1)
+        assert filled.max() - filled.min() <= 1
+
+
+def test_rows_of_a_step_do_not_depend_on_what_was_asked_before():
+    for case in range(CASES):
+        order = random_order(case)
+        last = 3 * order.steps_per_epoch
+        forward = [order.rows_of_step(step).tolist() for step in range(last)]
+        fresh = Order(**vars(order))
+        assert [fresh.rows_of_step(step).tolist() for step in reversed(range(last))] == forward[::-1]
+
+
+def test_epochs_and_seeds_give_different_orders():
+    first, other = (Order(100, seed, 10, 10) for seed in (1, 2))
+    assert len({tuple(order.rows_of_step(step).ravel()) for order in (first, other) for step in range(5)}) == 10
+
+
+def test_held_out_rows_are_distinct_in_range_and_as_many_as_asked():
+    for num_rows in (1, 2, 10, 999):
+        for fraction in (0.001, 0.1, 0.5, 0.99):
+            rows = held_out(num_rows, fraction, seed=7)
+            assert len(set(rows)) == len(rows) == max(1, round(num_rows * fraction))
+            assert rows.min() >= 0 and rows.max() < num_rows
+    assert len(held_out(10, 0, seed=7)) == 0
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory):
+    """A cache entry of 23 rows, row i holding i + 1 times the token i."""
+    rows = [Row([i] * (i + 1), [IGNORE_INDEX] * (i // 2) + [i] * (i + 1 - i // 2), False) for i in range(23)]
+    folder = open_folder(str(tmp_path_factory.mktemp("cache")))
+    cache.write(folder, DataStats("rows", 23, 0, 0, 23, 0, 276, 200, 23), {"train": rows, "validation": []}, [])
+    return folder / "rows", rows
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 6])
+def test_delivered_rows_are_those_the_order_names(entry, num_workers):
+    folder, rows = entry
+    order = Order(num_rows=23, seed=5, micro_batch_size=3, micro_batches_per_step=6)
+    seen = {}
+    for rank in range(num_workers):
+        stream = Stream(folder, order, rank, num_workers, first_step=1, last_step=5)
+        table = rows_at({"id": np.arange(stream.num_micro_batches)}, stream)
+        for line in table.to_pylist():
+            seen.setdefault((line["step"], line["micro_batch"]), []).append((line["input_ids"], line["labels"]))
+    assert sorted(seen) == [(step, micro) for step in range(1, 5) for micro in range(6)]
+    for (step, micro), got in seen.items():
+        wanted = order.rows_of_step(step)[micro]
+        assert len(got) == 3
+        for number, (ids, labels) in zip(wanted, got, strict=True):
+            if number == NO_ROW:
+                assert set(labels) == {IGNORE_INDEX} and len(labels) == len(ids)
+            else:
+                assert (ids, labels) == (rows[number].input_ids, rows[number].labels)
+
+
+def test_stream_resumed_in_the_middle_goes_on_with_the_same_rows(entry):
+    folder, _ = entry
+    order = Order(num_rows=23, seed=5, micro_batch_size=3, micro_batches_per_step=4)
+    whole, rest = (Stream(folder, order, 1, 2, first, 9) for first in (0, 6))
+    all_rows = rows_at({"id": np.arange(whole.num_micro_batches)}, whole)
+    skipped = 6 * 2 * 3  # steps x micro-batches of this worker x rows
+    assert rows_at({"id": np.arange(rest.num_micro_batches)}, rest).equals(all_rows.slice(skipped))

@@ -1,0 +1,202 @@
+"""What is derived from config, data, base and hardware, against formulas and libraries of others."""
+
+import math
+
+import pytest
+
+from qlora_ray.config import Config, ConfigError, base_model_path
+from qlora_ray.data.stats import DataStats
+from qlora_ray.model.facts import read_facts
+from qlora_ray.plan import Hardware, learning_rate_at, make_plan, num_lora_parameters, refuse_early
+
+TINY = base_model_path("embedded")
+FACTS = read_facts(TINY)
+CPUS, GPUS = Hardware(8, 0), Hardware(64, 8, ("H100",))
+DATA = DataStats("key", 100, 0, 0, num_rows=90, num_validation_rows=10, num_tokens=900, num_label_tokens=400, longest_row=50)
+
+
+def config(**sections) -> Config:
+    return Config.model_validate(sections)
+
+
+def plan(hardware=CPUS, deepspeed_json=None, **sections):
+    return make_plan(config(**sections), DATA, FACTS, hardware, deepspeed_json)
+
+
+def refusal(hardware=CPUS, deepspeed_json=None, **sections) -> str:
+    with pytest.raises(ConfigError) as refused:
+        plan(hardware, deepspeed_json, **sections)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch", "accumulation", "epochs", "global_batch", "steps"),
+    [(1, 4, 1, 3, 4, 69), (2, 4, 3, 1, 24, 4), (4, 1, 1, 0.5, 4, 12), (3, 30, 1, 2, 90, 2), (1, 64, 2, 0.01, 128, 1)],
+)
+def test_steps_are_epochs_times_full_or_short_batches(workers, batch, accumulation, epochs, global_batch, steps):
+    made = plan(
+        ray={"num_workers": workers},
+        training={"batch_size": batch, "gradient_accumulation_steps": accumulation, "num_epochs": epochs},
+    )
+    assert (made.global_batch_size, made.num_steps) == (global_batch, steps)
+    assert made.steps_per_epoch == math.ceil(90 / global_batch)
+
+
+def test_global_batch_size_replaces_accumulation_and_max_steps_replaces_epochs():
+    made = plan(ray={"num_workers": 2}, training={"batch_size": 4, "global_batch_size": 32, "max_steps": 7})
+    assert (made.gradient_accumulation_steps, made.num_steps, made.global_batch_size) == (4, 7, 32)
+
+
+def test_global_batch_that_does_not_divide_names_the_nearest_that_work():
+    said = refusal(ray={"num_workers": 4}, training={"batch_size": 3, "global_batch_size": 16})
+    assert said == (
+        "training.batch_size=3: the global batch of 16 is not a multiple of batch_size x ray.num_workers = 3 x 4. "
+        "Nearest that work: 2, 4."
+    )
+
+
+def test_workers_beyond_the_cluster_are_refused_with_what_it_holds():
+    assert refusal(ray={"num_workers": 9}) == (
+        "ray.num_workers=9: 9 x 1 CPU = 9, the cluster holds 8. "
+        "Use ray.num_workers=8, or ask for less with ray.resources_per_worker."
+    )
+    assert "9 x 1 GPU = 9, the cluster holds 8" in refusal(GPUS, ray={"num_workers": 9})
+    assert "TPU = 1, the cluster holds 0" in refusal(ray={"resources_per_worker": {"TPU": 1}})
+    assert plan(ray={"num_workers": 8}).num_workers == 8
+
+
+def test_gpu_asked_but_none_there_is_refused():
+    assert refusal(ray={"use_gpu": True}).startswith("ray.use_gpu=true: the cluster has no GPU.")
+
+
+def test_fp16_on_cpus_is_refused_and_on_gpus_planned():
+    fp16 = {"compute_dtype": "float16"}
+    assert refusal(quantization=fp16).startswith("quantization.compute_dtype=float16: loss scaling needs a GPU")
+    assert refusal(GPUS, quantization=fp16, ray={"use_gpu": False}).startswith("quantization.compute_dtype=float16")
+    assert plan(GPUS, quantization=fp16).deepspeed["fp16"]["enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "recompute"),
+    [(CPUS, "float32", "none"), (GPUS, "bfloat16", "all"), (Hardware(8, 1, ("T4",)), "float16", "all")],
+)
+def test_auto_dtype_and_recompute_fit_the_hardware(hardware, dtype, recompute):
+    assert (plan(hardware).compute_dtype, plan(hardware).recompute) == (dtype, recompute)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate_equals_transformers_schedule(schedule):
+    import torch
+    from transformers import get_scheduler
+
+    asked = config(training={"max_steps": 50, "warmup_ratio": 0.2, "learning_rate": 3e-4, "lr_schedule": schedule})
+    made = make_plan(asked, DATA, FACTS, CPUS, None)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=10, num_training_steps=50)
+    rates = []
+    for _ in range(51):
+        rates.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    for step in range(50):  # in warmup one step ahead of theirs, whose first step has a learning rate of 0
+        wanted = rates[step + 1] if step < 10 else rates[step]
+        assert learning_rate_at(step, made, asked) == pytest.approx(wanted, rel=1e-9), step
+
+
+def test_auto_values_of_a_deepspeed_json_are_filled_and_explicit_ones_win():
+    theirs = {
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "initial_scale_power": 9},
+        "zero_optimization": {"stage": "auto", "overlap_comm": False, "stage3_prefetch_bucket_size": "auto"},
+    }  # fmt: skip
+    made = plan(GPUS, theirs, ray={"num_workers": 2}, training={"batch_size": 4, "gradient_accumulation_steps": 3})
+    got = made.deepspeed
+    assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]) == (24, 4, 3)
+    assert (got["gradient_clipping"], got["bf16"]) == (1.0, {"enabled": True})
+    assert got["fp16"] == {"enabled": False, "initial_scale_power": 9}
+    assert (got["zero_optimization"]["stage"], got["zero_optimization"]["overlap_comm"]) == (3, False)
+    assert "auto" not in str(got)
+
+
+CONTRADICTIONS = [
+    ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage=2", "deepspeed.zero_stage"),
+    ({"train_batch_size": 5}, "train_batch_size=5", "training.global_batch_size"),
+    ({"train_micro_batch_size_per_gpu": 5}, "train_micro_batch_size_per_gpu=5", "training.batch_size"),
+    ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2", "training.gradient_accumulation_steps"),
+    ({"gradient_clipping": 0.5}, "gradient_clipping=0.5", "training.max_grad_norm"),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        "zero_optimization.offload_optimizer.device=cpu",
+        "deepspeed.offload_optimizer",
+    ),
+    ({"zero_optimization": 3}, "zero_optimization=3", "must be an object"),
+    ({"optimizer": {"type": "Adam"}}, "optimizer.type", "training.learning_rate"),
+    ({"scheduler": {"type": "WarmupLR"}}, "scheduler.type", "training.lr_schedule"),
+    ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights", "4-bit"),
+    ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, "quantized_nontrainable_weights", "4-bit"),
+    ({"compile": {"deepcompile": True}}, "compile.deepcompile", "DeepCompile"),
+]
+
+
+@pytest.mark.parametrize(("theirs", "key", "reason"), CONTRADICTIONS, ids=lambda value: value if type(value) is str else "")
+def test_deepspeed_json_that_contradicts_or_corrupts_is_refused_by_name_before_and_with_the_plan(theirs, key, reason):
+    said = refusal(deepspeed_json=theirs)
+    assert key in said and reason in said
+    with pytest.raises(ConfigError) as early:
+        refuse_early(Config(), theirs)
+    assert str(early.value) == said
+
+
+def test_bf16_that_contradicts_is_refused_once_the_hardware_is_known():
+    theirs = {"bf16": {"enabled": True}}
+    refuse_early(Config(), theirs)
+    assert refusal(deepspeed_json=theirs).startswith("bf16.enabled=True")
+    assert plan(GPUS, theirs).deepspeed["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "key"),
+    [({"zero_stage": 2, "offload_params": "cpu"}, "offload_params"), ({"zero_stage": 0, "offload_optimizer": "cpu"}, "offload_optimizer")],
+)  # fmt: skip
+def test_offload_that_its_zero_stage_cannot_do_is_refused(deepspeed, key):
+    assert refusal(deepspeed=deepspeed).startswith(f"deepspeed.{key}=cpu: needs zero_stage")
+
+
+def test_auto_zero_stage_is_3_with_several_workers_and_0_with_one():
+    stages = [plan(deepspeed={"zero_stage": "auto"}, ray={"num_workers": n}).zero_stage for n in (1, 2)]
+    assert stages == [0, 3]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(TINY)
+
+
+def test_facts_of_the_embedded_base_equal_those_that_torch_counts(tiny):
+    import torch
+
+    linear = {
+        name: tuple(layer.weight.shape)
+        for name, layer in tiny.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head"
+    }
+    assert FACTS.num_parameters == sum(parameter.numel() for parameter in tiny.parameters())
+    assert {name: (rows, columns) for name, rows, columns in FACTS.linear_shapes} == linear
+    assert FACTS.num_linear_parameters == sum(rows * columns for rows, columns in linear.values())
+    assert (FACTS.num_layers, FACTS.hidden_size, FACTS.vocab_size) == (
+        tiny.config.num_hidden_layers, tiny.config.hidden_size, tiny.config.vocab_size,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["self_attn.k_proj"], r".*\.layers\.[01]\.mlp\..*"])
+def test_number_of_lora_parameters_equals_pefts(targets):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=6, target_modules=targets))
+    counted = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert num_lora_parameters(config(model={"lora_r": 6, "target_modules": targets}), FACTS) == counted > 0
