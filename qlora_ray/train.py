@@ -21,7 +21,7 @@ from qlora_ray.config import Config, ConfigError, base_model_path, bundled_root,
 def main(argv: list[str] | None = None) -> int:
     """Run the door; returns the exit code: 0 done, 1 failed, 2 impossible request, 130 interrupted."""
     began = time.perf_counter()
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)  # overrides and options in any order
     try:
         config, name = read_arguments(arguments)
         return _train(config, name, arguments.resume, arguments.debug, began)

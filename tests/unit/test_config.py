@@ -115,7 +115,9 @@ def test_number_that_yaml_reads_as_text_becomes_a_float(written):
 
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(written):
     path = written("training:\n  batch_size: 2\n  seed: 1\n")
-    config = load_config(path, ["training.batch_size=3", "training.batch_size=5", "model.target_modules=[q_proj, v_proj]"])
+    config = load_config(
+        path, ["training.batch_size=3", "training.batch_size=5", "model.target_modules=[q_proj, v_proj]"]
+    )
     assert (config.training.batch_size, config.training.seed) == (5, 1)
     assert config.model.target_modules == ["q_proj", "v_proj"]
 
@@ -183,5 +185,7 @@ def test_schema_prints_every_key_with_its_meaning(capsys):
     schema = json.loads(capsys.readouterr().out)
     sections = [section for name, section in schema["$defs"].items() if name.endswith("Config")]
     assert len(sections) == len(Config.model_fields)
-    undocumented = [key for section in sections for key, field in section["properties"].items() if "description" not in field]
+    undocumented = [
+        key for section in sections for key, field in section["properties"].items() if "description" not in field
+    ]
     assert undocumented == []

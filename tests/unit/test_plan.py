@@ -12,7 +12,9 @@ from qlora_ray.plan import Hardware, learning_rate_at, make_plan, num_lora_param
 TINY = base_model_path("embedded")
 FACTS = read_facts(TINY)
 CPUS, GPUS = Hardware(8, 0), Hardware(64, 8, ("H100",))
-DATA = DataStats("key", 100, 0, 0, num_rows=90, num_validation_rows=10, num_tokens=900, num_label_tokens=400, longest_row=50)
+DATA = DataStats(
+    "key", 100, 0, 0, num_rows=90, num_validation_rows=10, num_tokens=900, num_label_tokens=400, longest_row=50
+)
 
 
 def config(**sections) -> Config:
@@ -112,7 +114,11 @@ def test_auto_values_of_a_deepspeed_json_are_filled_and_explicit_ones_win():
     }  # fmt: skip
     made = plan(GPUS, theirs, ray={"num_workers": 2}, training={"batch_size": 4, "gradient_accumulation_steps": 3})
     got = made.deepspeed
-    assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]) == (24, 4, 3)
+    assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]) == (
+        24,
+        4,
+        3,
+    )
     assert (got["gradient_clipping"], got["bf16"]) == (1.0, {"enabled": True})
     assert got["fp16"] == {"enabled": False, "initial_scale_power": 9}
     assert (got["zero_optimization"]["stage"], got["zero_optimization"]["overlap_comm"]) == (3, False)
@@ -139,8 +145,10 @@ CONTRADICTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("theirs", "key", "reason"), CONTRADICTIONS, ids=lambda value: value if type(value) is str else "")
-def test_deepspeed_json_that_contradicts_or_corrupts_is_refused_by_name_before_and_with_the_plan(theirs, key, reason):
+@pytest.mark.parametrize(
+    ("theirs", "key", "reason"), CONTRADICTIONS, ids=lambda value: value if type(value) is str else ""
+)
+def test_deepspeed_json_that_contradicts_or_corrupts_is_refused_by_name_even_before_ray_starts(theirs, key, reason):
     said = refusal(deepspeed_json=theirs)
     assert key in said and reason in said
     with pytest.raises(ConfigError) as early:
@@ -155,12 +163,9 @@ def test_bf16_that_contradicts_is_refused_once_the_hardware_is_known():
     assert plan(GPUS, theirs).deepspeed["bf16"] == {"enabled": True}
 
 
-@pytest.mark.parametrize(
-    ("deepspeed", "key"),
-    [({"zero_stage": 2, "offload_params": "cpu"}, "offload_params"), ({"zero_stage": 0, "offload_optimizer": "cpu"}, "offload_optimizer")],
-)  # fmt: skip
-def test_offload_that_its_zero_stage_cannot_do_is_refused(deepspeed, key):
-    assert refusal(deepspeed=deepspeed).startswith(f"deepspeed.{key}=cpu: needs zero_stage")
+@pytest.mark.parametrize(("stage", "key"), [(2, "offload_params"), (0, "offload_optimizer")])
+def test_offload_that_its_zero_stage_cannot_do_is_refused(stage, key):
+    assert refusal(deepspeed={"zero_stage": stage, key: "cpu"}).startswith(f"deepspeed.{key}=cpu: needs zero_stage")
 
 
 def test_auto_zero_stage_is_3_with_several_workers_and_0_with_one():
@@ -191,7 +196,9 @@ def test_facts_of_the_embedded_base_equal_those_that_torch_counts(tiny):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["self_attn.k_proj"], r".*\.layers\.[01]\.mlp\..*"])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "v_proj"], ["self_attn.k_proj"], r".*\.layers\.[01]\.mlp\..*_proj"]
+)
 def test_number_of_lora_parameters_equals_pefts(targets):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,0 +1,41 @@
+"""Every model family: sharded 4-bit training works, and the adapter is the live model's in plain PEFT."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from qlora_ray.model.base import count_bytes, load_base
+from qlora_ray.model.facts import read_facts
+from qlora_ray.storage import open_folder
+from qlora_ray.worker.export import write_adapter
+from tests.integration import tiny_models
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_family_trains_under_zero3_and_its_adapter_reloads_in_plain_peft(family, tmp_path, process_group):
+    folder = tiny_models.save(family, tmp_path / "base")
+    config = tiny_models.make_config(folder)
+    sharded = tiny_models.build(config)
+    losses = tiny_models.train(sharded, range(8))
+    assert losses[-1] < losses[0] - 0.05
+
+    weights = sharded.engine.weights()
+    adapter = open_folder(str(tmp_path / "adapter"))
+    write_adapter(adapter, sharded.engine.module, weights, AutoTokenizer.from_pretrained(folder), "float32")
+    base = load_base(config.model, config.quantization, "float32", torch.device("cpu"))
+    plain = PeftModel.from_pretrained(base, adapter.path)
+    torch.testing.assert_close(tiny_models.logits(plain), tiny_models.logits(sharded.engine.module), rtol=1e-5, atol=1e-5)
+    with plain.disable_adapter():
+        assert not torch.allclose(tiny_models.logits(plain), tiny_models.logits(sharded.engine.module), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_plan_knows_what_really_becomes_4_bit(family, tmp_path):
+    folder = tiny_models.save(family, tmp_path)
+    config = tiny_models.make_config(folder)
+    stored = count_bytes(load_base(config.model, config.quantization, "float32", torch.device("cpu")))
+    facts = read_facts(folder)
+    assert facts.num_linear_parameters == stored.four_bit_parameters > 0
+    assert facts.num_parameters == stored.parameters
+    assert (facts.num_expert_parameters > 0) == (family in ("mixtral", "qwen3_moe"))
