@@ -28,7 +28,15 @@ def main() -> None:
         print(json.dumps(train_with_trainer(arguments.steps)))
         return
     ours = train_with_qlora_ray(arguments.steps)
-    command = [sys.executable, "-m", "benchmarks.quickstart_vs_trainer", "--only", "trainer", "--steps", str(arguments.steps)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.quickstart_vs_trainer",
+        "--only",
+        "trainer",
+        "--steps",
+        str(arguments.steps),
+    ]
     began = time.perf_counter()
     ran = subprocess.run(command, check=True, capture_output=True, text=True)
     peer = json.loads(ran.stdout.splitlines()[-1]) | {"seconds": time.perf_counter() - began}
@@ -79,13 +87,18 @@ def train_with_trainer(steps: int) -> dict[str, float]:
         width = -(-max(len(row.input_ids) for row in some) // 8) * 8
         pad = [width - len(row.input_ids) for row in some]
         return {
-            "input_ids": torch.tensor([r.input_ids + [tokenizer.pad_token_id] * n for r, n in zip(some, pad, strict=True)]),
+            "input_ids": torch.tensor(
+                [r.input_ids + [tokenizer.pad_token_id] * n for r, n in zip(some, pad, strict=True)]
+            ),
             "attention_mask": torch.tensor([[1] * len(r.input_ids) + [0] * n for r, n in zip(some, pad, strict=True)]),
             "labels": torch.tensor([r.labels + [IGNORE_INDEX] * n for r, n in zip(some, pad, strict=True)]),
         }
 
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear")

@@ -1,7 +1,7 @@
 """Makes the embedded base model from nothing: corpus, tokenizer, weights, card. Corpus and tokenizer follow the seed.
 
-    python tools/pretrain_base.py                                                  # one GPU, a few minutes
-    python tools/pretrain_base.py --steps 3 --num-documents 2000 --rows 8 --out /tmp/tiny_base        # a try on a CPU
+python tools/pretrain_base.py                                                  # one GPU, a few minutes
+python tools/pretrain_base.py --steps 3 --num-documents 2000 --rows 8 --out /tmp/tiny_base        # a try on a CPU
 """
 
 import argparse

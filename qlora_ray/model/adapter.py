@@ -1,6 +1,6 @@
 """The LoRA on the frozen base: built, saved and read back by parameter name."""
 
-import os
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -54,12 +54,37 @@ def exported_name(name: str) -> str:
 
 
 def _start_from_quantization_error(adapted: PeftModel, folder: str) -> None:
-    from peft import replace_lora_weights_loftq
-    from transformers.pytorch_utils import Conv1D
+    """LoftQ (arXiv:2310.08659), one step: scaling x B A = best rank-r approximation of W - dequantize(W4)."""
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import Linear4bit
 
-    weights = os.path.join(folder, "model.safetensors")
-    if not os.path.isfile(weights):
-        raise ConfigError("model.lora_variant=loftq: needs a local base with a single model.safetensors. Use lora.")
-    if adapted.config.model_type == "gpt2":
-        raise ConfigError(f"model.lora_variant=loftq: PEFT's LoftQ does not know {Conv1D.__name__} layers. Use lora.")
-    replace_lora_weights_loftq(adapted, model_path=weights)
+    weights = _Weights(folder)
+    is_transposed = adapted.config.model_type == "gpt2"  # Conv1D stores (columns, rows)
+    for name, module in adapted.named_modules():
+        if not isinstance(module, Linear4bit):
+            continue
+        packed = module.get_base_layer().weight
+        exact = weights.read(name.removeprefix("base_model.model.") + ".weight").to(packed.device, torch.float32)
+        error = (exact.T if is_transposed else exact) - dequantize_4bit(packed.data, packed.quant_state).float()
+        rank = module.r[ADAPTER_NAME]
+        u, s, v = torch.linalg.svd(error, full_matrices=False)
+        root = s[:rank].sqrt()
+        a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
+        a.data[: len(root)] = root[:, None] * v[:rank]
+        b.data[:, : len(root)] = u[:, :rank] * root / module.scaling[ADAPTER_NAME]
+
+
+class _Weights:
+    """The unquantized weights of a local base, one at a time."""
+
+    def __init__(self, folder: str):
+        from safetensors import safe_open
+
+        self._files = [safe_open(str(path), "pt") for path in sorted(Path(folder).glob("*.safetensors"))]
+        self._home = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - safe_open has no iterator
+
+    def read(self, name: str) -> torch.Tensor:
+        stored = name if name in self._home else name.removeprefix("transformer.").removeprefix("model.")
+        if stored not in self._home:
+            raise ConfigError(f"model.lora_variant=loftq: the base's files have no weight {name}. Use lora.")
+        return self._home[stored].get_tensor(stored)

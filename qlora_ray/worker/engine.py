@@ -36,7 +36,8 @@ class Engine:
         optimizer = torch.optim.AdamW(parameter_groups(self._parameters, training), lr=training.learning_rate)
         self._lr_ratios = [group.pop("lr_ratio") for group in optimizer.param_groups]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
-        self.stage = self._engine.zero_optimization_stage()
+        for state in self._torch_optimizer().state.values():  # some wrappers begin with an empty step: not counted
+            state["step"].zero_()
 
     @property
     def module(self) -> torch.nn.Module:
@@ -95,7 +96,8 @@ class Engine:
         if self._is_sharded(parameter):
             value = safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
         else:
-            value = self._torch_optimizer().state[parameter][key] if key else parameter
+            master = self._master(parameter)
+            value = self._torch_optimizer().state[master][key] if key else master
         return value.detach().to("cpu", torch.float32, copy=True).view(_whole_shape(parameter))
 
     def _set(self, parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
@@ -108,8 +110,15 @@ class Engine:
             else:
                 safe_set_full_fp32_param(parameter, value)
         else:
-            target = self._torch_optimizer().state[parameter][key] if key else parameter.data
-            target.copy_(value)
+            master = self._master(parameter)
+            (self._torch_optimizer().state[master][key] if key else master.data).copy_(value)
+
+    def _master(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What stage 0 optimizes: the parameter, or in 16-bit its float32 copy (deepspeed/runtime/fp16/unfused_optimizer.py)."""
+        optimizer = self._engine.optimizer
+        pairs = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True)
+        copies = {id(p): copy for low, high in pairs for p, copy in zip(low, high, strict=True)}
+        return copies.get(id(parameter), parameter)
 
     @staticmethod
     def _is_sharded(parameter: torch.nn.Parameter) -> bool:
@@ -130,9 +139,9 @@ class Engine:
             for key in MOMENTS:
                 if key not in state:
                     state[key] = torch.zeros_like(flat)
-        link = getattr(self._engine.optimizer, "_link_all_hp_params", None)
-        if link is not None and self.stage in (1, 2):
-            self._engine.optimizer._link_all_hp_params()
+        link_fragments = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)  # stages 1 and 2
+        if link_fragments is not None:
+            link_fragments()
 
 
 def parameter_groups(parameters: dict[str, torch.nn.Parameter], training: TrainingConfig) -> list[dict[str, Any]]:

@@ -14,7 +14,12 @@ def start(*arguments: str) -> subprocess.Popen:
     """Start the door with arguments, in a session of its own."""
     command = [sys.executable, "-m", "qlora_ray.train", *arguments]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ.copy()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ.copy(),
     )
 
 

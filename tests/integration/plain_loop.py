@@ -8,12 +8,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
 def train(
-    base: str, records: list[dict], batches: list[list[int]], learning_rates: list[float], lora: dict, seed: int, max_norm: float
+    base: str,
+    records: list[dict],
+    batches: list[list[int]],
+    learning_rates: list[float],
+    lora: dict,
+    seed: int,
+    max_norm: float,
 ) -> list[float]:
     """Losses (nats per answer token) of one optimizer step per batch of record numbers."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
     torch.manual_seed(seed)

@@ -25,7 +25,9 @@ def test_family_trains_under_zero3_and_its_adapter_reloads_in_plain_peft(family,
     write_adapter(adapter, sharded.engine.module, weights, AutoTokenizer.from_pretrained(folder), "float32")
     base = load_base(config.model, config.quantization, "float32", torch.device("cpu"))
     plain = PeftModel.from_pretrained(base, adapter.path)
-    torch.testing.assert_close(tiny_models.logits(plain), tiny_models.logits(sharded.engine.module), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        tiny_models.logits(plain), tiny_models.logits(sharded.engine.module), rtol=1e-5, atol=1e-5
+    )
     with plain.disable_adapter():
         assert not torch.allclose(tiny_models.logits(plain), tiny_models.logits(sharded.engine.module), atol=1e-3)
 

@@ -116,7 +116,9 @@ def test_killed_worker_is_replaced_and_the_result_is_the_same(two_workers, stora
     whole, _ = two_workers
     process = door.start(*settings(storage, "killed", 2, 1))
     door.wait_for_step(storage / "killed", 8, process)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    workers = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+    ]
     assert len(workers) == 2
     os.kill(workers[1].pid, signal.SIGKILL)
     out, err = process.communicate(timeout=200)

@@ -1,0 +1,131 @@
+"""LoRA variants and ZeRO stages: each trains, exports, and gives its state back to the bit."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from qlora_ray.config import base_model_path
+from qlora_ray.model.adapter import add_adapter, trainable
+from qlora_ray.model.base import load_base
+from qlora_ray.storage import open_folder
+from qlora_ray.worker.engine import parameter_groups
+from qlora_ray.worker.export import write_adapter
+from tests.integration import tiny_models
+
+EMBEDDED = base_model_path("embedded")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "loftq"])
+def test_variant_trains_and_its_adapter_reloads_in_plain_peft(variant, tmp_path, process_group):
+    config = tiny_models.make_config(EMBEDDED, model={"lora_variant": variant})
+    sharded = tiny_models.build(config, stage=2 if variant == "dora" else 3)
+    losses = tiny_models.train(sharded, range(6), learning_rate=3e-3)
+    assert losses[-1] < losses[0] - 0.05
+    adapter = open_folder(str(tmp_path / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    write_adapter(adapter, sharded.engine.module, sharded.engine.weights(), tokenizer, "float32")
+    plain = PeftModel.from_pretrained(load_base(config.model, config.quantization, "float32", CPU), adapter.path)
+    torch.testing.assert_close(
+        tiny_models.logits(plain), tiny_models.logits(sharded.engine.module), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_loftq_starts_with_the_best_rank_r_approximation_of_the_quantization_error():
+    config = tiny_models.make_config(EMBEDDED, model={"lora_variant": "loftq", "lora_alpha": 4})
+    start = add_adapter(load_base(config.model, config.quantization, "float32", CPU), config.model, torch.float32, 0)
+    unquantized = load_base(config.model, config.quantization.model_copy(update={"type": "none"}), "float32", CPU)
+    exact = dict(unquantized.named_parameters())
+    layers = [(n, m) for n, m in start.named_modules() if hasattr(m, "lora_A")]
+    assert len(layers) == 28
+    for name, layer in layers:
+        packed = layer.get_base_layer().weight
+        error = exact[name.removeprefix("base_model.model.") + ".weight"] - dequantize_4bit(
+            packed.data, packed.quant_state
+        )
+        left = error - layer.get_delta_weight("default")
+        best = torch.linalg.svdvals(error)[config.model.lora_r :].norm()  # Eckart-Young
+        assert left.norm() == pytest.approx(float(best), rel=1e-3)
+        assert left.norm() < error.norm()
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    config = tiny_models.make_config(EMBEDDED, model={"lora_variant": "rslora", "lora_alpha": 4, "lora_r": 16})
+    model = add_adapter(load_base(config.model, config.quantization, "float32", CPU), config.model, torch.float32, 0)
+    scales = {m.scaling["default"] for m in model.modules() if hasattr(m, "scaling") and isinstance(m.scaling, dict)}
+    assert scales == {4 / 16**0.5}
+
+
+def test_loraplus_gives_b_matrices_the_higher_learning_rate(process_group):
+    config = tiny_models.make_config(EMBEDDED, training={"loraplus_lr_ratio": 16})
+    model = add_adapter(load_base(config.model, config.quantization, "float32", CPU), config.model, torch.float32, 0)
+    parameters = trainable(model)
+    groups = parameter_groups(parameters, config.training)
+    assert [group["lr_ratio"] for group in groups] == [1.0, 16.0]
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for name, p in parameters.items() if "lora_B" in name}
+    losses = tiny_models.train(tiny_models.build(config), range(6), learning_rate=1e-3)
+    assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize(
+    "stage, dtype, zero",
+    [
+        (0, "float32", {}),
+        (1, "float32", {}),
+        (2, "float32", {}),
+        (3, "float32", {}),
+        (0, "bfloat16", {}),
+        (2, "bfloat16", {}),
+        (3, "bfloat16", {}),
+        (3, "float32", {"offload_optimizer": {"device": "cpu"}}),
+        (3, "float32", {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+    ],
+)
+def test_state_taken_and_loaded_continues_to_the_same_bits(stage, dtype, zero, process_group):
+    config = tiny_models.make_config(EMBEDDED)
+    whole = tiny_models.build(config, stage, dtype, **zero)
+    losses = tiny_models.train(whole, range(6), 1e-3, fixed=False)
+
+    first = tiny_models.build(config, stage, dtype, **zero)
+    begun = tiny_models.train(first, range(3), 1e-3, fixed=False)
+    state = first.engine.state()
+    assert state.optimizer_step == 3
+    second = tiny_models.build(config, stage, dtype, weights=state.weights, **zero)
+    second.engine.load_state(state)
+    assert begun + tiny_models.train(second, range(3, 6), 1e-3, fixed=False) == losses
+    ours, theirs = second.engine.state(), whole.engine.state()
+    for name in theirs.weights:
+        assert torch.equal(ours.weights[name], theirs.weights[name]), name
+        for key, value in theirs.moments[name].items():
+            assert torch.equal(ours.moments[name][key], value), (name, key)
+
+
+def test_gradient_after_an_evaluation_is_the_gradient_before_it():
+    config = tiny_models.make_config(EMBEDDED)
+    model = add_adapter(load_base(config.model, config.quantization, "float32", CPU), config.model, torch.float32, 0)
+
+    def gradients():
+        model.train()
+        model.zero_grad()
+        out = model(**tiny_models.batch(), use_cache=False)
+        out.loss.backward()
+        return {name: p.grad.clone() for name, p in trainable(model).items()}
+
+    before = gradients()
+    tiny_models.logits(model)
+    after = gradients()
+    assert any(gradient.abs().sum() > 0 for gradient in before.values())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_recomputation_does_not_change_the_training(process_group):
+    losses = {}
+    for recompute in (False, True):
+        sharded = tiny_models.build(tiny_models.make_config(EMBEDDED))
+        if recompute:
+            sharded.model.gradient_checkpointing_enable({"use_reentrant": True})
+            sharded.model.enable_input_require_grads()
+        losses[recompute] = tiny_models.train(sharded, range(4), 3e-3)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
