@@ -50,7 +50,8 @@ def train_with_qlora_ray(steps: int) -> dict[str, float]:
         began = time.perf_counter()
         subprocess.run(
             [sys.executable, "-m", "qlora_ray.train", f"ray.storage_path={storage}", "ray.run_name=bench",
-             f"training.max_steps={steps}", "data.validation_split=0", "evaluation.num_prompts=0", "logging.every_steps=10",
+             f"training.max_steps={steps}", "data.validation_split=0", "evaluation.num_prompts=0",
+             "logging.every_steps=10",
              f"checkpoint.every_steps={steps}"],
             check=True, capture_output=True,
         )  # fmt: skip

@@ -28,8 +28,8 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run)
         f"{plan.four_bit_share:.0%} in {config.quantization.type})",
         "adapter": f"{config.model.lora_variant}, r={config.model.lora_r}, alpha={config.model.lora_alpha:g}, "
         f"{plan.num_trainable_parameters / 1e6:,.2f} M parameters",
-        "data": f"{data.num_rows:,} rows, {data.num_tokens:,} tokens ({data.num_label_tokens / data.num_tokens:.0%} trained "
-        f"on), {data.num_validation_rows:,} rows held out",
+        "data": f"{data.num_rows:,} rows, {data.num_tokens:,} tokens ({data.num_label_tokens / data.num_tokens:.0%} "
+        f"trained on), {data.num_validation_rows:,} rows held out",
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
         "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "
         f"{plan.gradient_accumulation_steps} accumulated x {plan.num_workers} workers",
@@ -54,7 +54,8 @@ class Progress:
         self._is_live = console.is_terminal
         self._next_line = 0
         self._bar = Bar(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
+            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"),
             TextColumn("left"), TimeRemainingColumn(), console=console, disable=not self._is_live, expand=True,
         )  # fmt: skip
         self._task = self._bar.add_task("loading", total=plan.num_steps, now="")

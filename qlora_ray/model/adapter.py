@@ -21,12 +21,12 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
-        lora_alpha=model.lora_alpha,
+        lora_alpha=model.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it; a fraction is as good
         lora_dropout=model.lora_dropout,
         target_modules=model.target_modules,
         use_rslora=model.lora_variant == "rslora",
         use_dora=model.lora_variant == "dora",
-        init_lora_weights=initial,
+        init_lora_weights=initial,  # type: ignore[arg-type]  # typed as a pattern
         revision=model.revision,
     )
     try:

@@ -114,7 +114,8 @@ class Engine:
             (self._torch_optimizer().state[master][key] if key else master.data).copy_(value)
 
     def _master(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """What stage 0 optimizes: the parameter, or in 16-bit its float32 copy (deepspeed/runtime/fp16/unfused_optimizer.py)."""
+        """What stage 0 optimizes: the parameter, or in 16-bit its float32 copy."""
+        # The copies lie beside the parameters in deepspeed/runtime/fp16/unfused_optimizer.py.
         optimizer = self._engine.optimizer
         pairs = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True)
         copies = {id(p): copy for low, high in pairs for p, copy in zip(low, high, strict=True)}

@@ -68,8 +68,10 @@ def _train(
     stopping = early = False
     while state.step < plan.num_steps and not (stopping or early):
         learning_rate = learning_rate_at(state.step, plan, config)
-        nats = optimizer_step(engine, batches, counts.label_tokens(state.step), state.step, learning_rate, config, device,
-                              tokenizer.pad_token_id, plan)  # fmt: skip
+        num_label_tokens = counts.label_tokens(state.step)
+        nats = optimizer_step(
+            engine, batches, num_label_tokens, state.step, learning_rate, config, plan, device, tokenizer.pad_token_id
+        )
         state = replace(state, step=state.step + 1)
         meter.add(state.step, nats)
         stopping = team.agree_to_stop(state.step)
@@ -94,9 +96,16 @@ def _train(
 
 
 def optimizer_step(
-    engine: Engine, batches, num_label_tokens: int, step: int, learning_rate: float, config: Config, device: torch.device,
-    pad_token_id: int, plan: Plan,
-) -> torch.Tensor:  # fmt: skip
+    engine: Engine,
+    batches: "_Batches",
+    num_label_tokens: int,
+    step: int,
+    learning_rate: float,
+    config: Config,
+    plan: Plan,
+    device: torch.device,
+    pad_token_id: int,
+) -> torch.Tensor:
     """One update from the gradient of: nats over all unmasked tokens of the global batch / their number.
 
     Returns this worker's sum of nats, a scalar on the device.

@@ -1,13 +1,16 @@
 """The loss: nats over unmasked tokens, summed, so that no mean of means can creep in."""
 
 # B rows in a micro-batch, T tokens per row, V vocabulary
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from qlora_ray.data.tokenize import IGNORE_INDEX
 
 
-def sum_of_nats(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def sum_of_nats(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy of a micro-batch summed over its unmasked tokens: a float32 scalar, in nats."""
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False

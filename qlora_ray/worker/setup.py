@@ -92,9 +92,9 @@ def check_same_loss(before: float, after: float, plan: Plan) -> None:
     """Raise GuardError where sharding changed the loss of a batch."""
     if not abs(after - before) <= GUARD_TOLERANCE[plan.compute_dtype] * max(1.0, abs(before)):
         raise GuardError(
-            f"loss of one batch before sharding {before:.6f}, after {after:.6f}: ZeRO stage {plan.zero_stage} changed the "
-            f"weights. Likely cause: packed 4-bit bytes were cast to {plan.compute_dtype} (bnb_4bit_quant_storage must be "
-            "uint8), or a DeepSpeed option re-quantizes them. The run was stopped before step 1."
+            f"loss of one batch before sharding {before:.6f}, after {after:.6f}: ZeRO stage {plan.zero_stage} changed "
+            f"the weights. Likely cause: packed 4-bit bytes were cast to {plan.compute_dtype} (bnb_4bit_quant_storage "
+            "must be uint8), or a DeepSpeed option re-quantizes them. The run was stopped before step 1."
         )
 
 
