@@ -197,7 +197,7 @@ def _zero_stage(config: Config) -> int:
     stage = ds.zero_stage if ds.zero_stage != "auto" else (3 if config.ray.num_workers > 1 else 0)
     if config.model.lora_variant == "dora" and stage == 3 and config.quantization.type != "none":
         raise ConfigError(
-            "model.lora_variant=dora: PEFT's DoRA reads the whole base weight in backward, when ZeRO-3 has released it. "
+            "model.lora_variant=dora: PEFT's DoRA reads the base weight in backward, when ZeRO-3 has released it. "
             "Set deepspeed.zero_stage: 2 (each worker then holds the whole 4-bit base), or use lora or rslora."
         )
     if ds.offload_params != "none" and stage != 3:

@@ -1,0 +1,63 @@
+"""The first-step guard: 4-bit weights that ZeRO would silently cast stop the run."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from qlora_ray.config import base_model_path
+from qlora_ray.model import base as base_module
+from qlora_ray.plan import Hardware, Plan, make_plan
+from qlora_ray.worker import setup
+from tests.integration import tiny_models
+
+
+def _guarded(monkeypatch, storage_dtype) -> tuple[float, float, Plan]:
+    from qlora_ray.data.stats import DataStats
+    from qlora_ray.model.facts import read_facts
+
+    exact = base_module.four_bit_config
+
+    def with_storage(quantization, dtype):
+        settings = exact(quantization, dtype)
+        settings.bnb_4bit_quant_storage = storage_dtype
+        return settings
+
+    monkeypatch.setattr(base_module, "four_bit_config", with_storage)
+    path = base_model_path("embedded")
+    config = tiny_models.make_config(path)
+    stats = DataStats(**{f.name: "x" if f.type in ("str", str) else 8 for f in dataclasses.fields(DataStats)})
+    plan = make_plan(config, stats, read_facts(path), Hardware(num_cpus=1, num_gpus=0), None)
+    plan = dataclasses.replace(plan, compute_dtype="bfloat16")
+    built = base_module.load_base(config.model, config.quantization, "bfloat16", torch.device("cpu"))
+    model = tiny_models.add_adapter(built, config.model, torch.bfloat16, 0)
+    before = setup._loss(model, tiny_models.batch())
+    engine = tiny_models.Engine(model, config.training, tiny_models.deepspeed_config(3, "bfloat16"))
+    return before, setup._loss(engine.module, tiny_models.batch()), plan
+
+
+def test_guard_passes_byte_storage(monkeypatch, process_group):
+    before, after, plan = _guarded(monkeypatch, torch.uint8)
+    setup.check_same_loss(before, after, plan)
+
+
+def test_guard_stops_a_run_whose_packed_weights_were_cast(monkeypatch, process_group):
+    before, after, plan = _guarded(monkeypatch, torch.float16)
+    with pytest.raises(setup.GuardError, match="bnb_4bit_quant_storage"):
+        setup.check_same_loss(before, after, plan)
+
+
+def test_neftune_noise_is_there_in_training_only(process_group):
+    model = tiny_models.build(tiny_models.make_config(base_model_path("embedded"))).model
+    rows = tiny_models.batch()
+
+    def loss(training):
+        model.train(training)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return float(model(**rows, use_cache=False).loss)
+
+    quiet = loss(True)
+    setup._add_noise_to_embeddings(model, 5.0)
+    assert loss(True) != quiet
+    assert loss(False) == pytest.approx(quiet, rel=1e-6)
