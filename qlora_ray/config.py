@@ -185,10 +185,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _lora_variant_fits(self):
-        if self.model.lora_variant == "pissa" and self.quantization.type != "none":
+        if self.model.lora_variant == "pissa":
             raise ValueError(
-                "model.lora_variant=pissa: PiSSA rewrites the base weights, so its adapter would not fit the 4-bit "
-                "base that others load. Use loftq (same idea, base untouched), or quantization.type=none."
+                "model.lora_variant=pissa: PiSSA rewrites the base weights, so its adapter would not fit the base that "
+                "others load. Use loftq: the same idea with the base untouched."
             )
         if self.model.lora_variant == "loftq" and self.quantization.type == "none":
             raise ValueError("model.lora_variant=loftq: starts from the quantization error; quantization.type is none.")

@@ -17,7 +17,6 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
     Raises ConfigError where the target modules or the variant do not fit the base.
     """
     torch.manual_seed(seed)
-    initial: bool | str = "pissa_niter_4" if model.lora_variant == "pissa" else True
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
@@ -26,7 +25,6 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
         target_modules=model.target_modules,
         use_rslora=model.lora_variant == "rslora",
         use_dora=model.lora_variant == "dora",
-        init_lora_weights=initial,  # type: ignore[arg-type]  # typed as a pattern
         revision=model.revision,
     )
     try:

@@ -144,6 +144,18 @@ def test_more_workers_than_the_machine_holds_are_refused(storage):
     assert not (storage / "many").exists()
 
 
+def test_early_stopping_ends_a_run_that_no_longer_improves_and_debug_shows_every_parameter(storage):
+    still = ["training.learning_rate=1e-30", "training.early_stopping_patience=1", "training.eval_every_steps=2"]
+    ended = door.run(*settings(storage, "early", 1, 1, *still, "evaluation.num_prompts=0"), "--debug")
+    assert ended.returncode == 0, ended.stderr
+    summary = door.summary(storage / "early")
+    assert (summary["status"], summary["early"], summary["steps"]) == ("done", True, 4)
+    assert (storage / "early" / "adapter_best" / "adapter_model.safetensors").exists()
+    table = [line for line in (ended.stdout + ended.stderr).splitlines() if "q_proj" in line]
+    assert any("4-bit" in line and "no" in line for line in table)
+    assert any("float32" in line and "lora_A" in line and "yes" in line for line in table)
+
+
 def test_manifest_names_versions_and_data(two_workers):
     run, _ = two_workers
     manifest = json.loads((run / "manifest.json").read_text())
