@@ -22,6 +22,7 @@ class Hardware:
     num_gpus: float
     accelerator_types: tuple[str, ...] = ()
     other_resources: dict[str, float] = field(default_factory=dict)
+    nodes: tuple[dict[str, float], ...] = ()  # resources of each: a worker lives on one
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,14 @@ def check_workers_fit(config: Config, resources: dict[str, float], hardware: Har
                 f"ray.num_workers={n}: {n} x {each:g} {name} = {n * each:g}, the cluster holds {holds:g}. "
                 f"{way_out} for less with ray.resources_per_worker."
             )
+    fit = sum(
+        min(int(node.get(name, 0) // each) for name, each in resources.items() if each) for node in hardware.nodes
+    )
+    if hardware.nodes and fit < n:
+        raise ConfigError(
+            f"ray.num_workers={n}: a worker needs {resources} on one node, and the {len(hardware.nodes)} nodes hold {fit} "
+            f"such workers. Use ray.num_workers={fit}, or ask for less with ray.resources_per_worker."
+        )
 
 
 def _accumulation(config: Config) -> int:

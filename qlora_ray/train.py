@@ -290,7 +290,7 @@ def start_ray(config: Config, debug: bool):
 
     cores = len(os.sched_getaffinity(0))
     address = _address(config)
-    # One CPU more than there are cores, for the data tasks: workers may hold every core, and the data would never come.
+    # One CPU more than there are cores, for the data tasks: Ray Data starts none where the workers hold every CPU.
     private: dict[str, Any] = {} if address else {"num_cpus": cores + 1, "include_dashboard": False}
     threads = max(1, cores // config.ray.num_workers)
     try:
@@ -305,8 +305,9 @@ def start_ray(config: Config, debug: bool):
         raise ConfigError(f"ray.address={address}: no Ray cluster answers there: {error}") from error
     total = ray.cluster_resources()
     accelerators = tuple(name.split(":", 1)[1] for name in total if name.startswith("accelerator_type:"))
-    cpus = cores if not address else total.get("CPU", 0)
-    return Hardware(cpus, total.get("GPU", 0), accelerators, other_resources=dict(total))
+    cpus = cores if not address else total.get("CPU", 0) - 1  # the data tasks' one
+    nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return Hardware(cpus, total.get("GPU", 0), accelerators, dict(total), nodes)
 
 
 if __name__ == "__main__":

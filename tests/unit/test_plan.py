@@ -7,7 +7,7 @@ import pytest
 from qlora_ray.config import Config, ConfigError, base_model_path
 from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import read_facts
-from qlora_ray.plan import Hardware, learning_rate_at, make_plan, num_lora_parameters, refuse_early
+from qlora_ray.plan import Hardware, check_workers_fit, learning_rate_at, make_plan, num_lora_parameters, refuse_early
 
 TINY = base_model_path("embedded")
 FACTS = read_facts(TINY)
@@ -207,3 +207,11 @@ def test_number_of_lora_parameters_equals_pefts(targets):
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=6, target_modules=targets))
     counted = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert num_lora_parameters(config(model={"lora_r": 6, "target_modules": targets}), FACTS) == counted > 0
+
+
+def test_workers_that_no_single_node_can_hold_are_refused():
+    nodes = ({"CPU": 3.0}, {"CPU": 3.0})
+    config = Config.model_validate({"ray": {"num_workers": 3, "resources_per_worker": {"CPU": 2}}})
+    with pytest.raises(ConfigError, match="2 nodes hold 2 such workers"):
+        check_workers_fit(config, {"CPU": 2.0}, Hardware(6, 0, nodes=nodes))
+    check_workers_fit(config, {"CPU": 1.0}, Hardware(6, 0, nodes=nodes))
