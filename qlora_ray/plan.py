@@ -169,8 +169,8 @@ def check_workers_fit(config: Config, resources: dict[str, float], hardware: Har
     )
     if hardware.nodes and fit < n:
         raise ConfigError(
-            f"ray.num_workers={n}: a worker needs {resources} on one node, and the {len(hardware.nodes)} nodes hold {fit} "
-            f"such workers. Use ray.num_workers={fit}, or ask for less with ray.resources_per_worker."
+            f"ray.num_workers={n}: a worker needs {resources} on one node, and the {len(hardware.nodes)} nodes hold "
+            f"{fit} such workers. Use ray.num_workers={fit}, or ask for less with ray.resources_per_worker."
         )
 
 

@@ -57,13 +57,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(config: Config, config_name: str, resume: bool, debug: bool, began: float) -> int:
-    from qlora_ray import storage
+    from qlora_ray import cluster, storage
     from qlora_ray.data.prepare import check_records
     from qlora_ray.plan import Hardware, check_workers_fit, refuse_early
 
     deepspeed_json = read_deepspeed_json(config)
     refuse_early(config, deepspeed_json)
-    if not _address(config):  # Ray takes seconds to say what is known here
+    if not cluster.address(config):  # Ray takes seconds to say what is known here
         cpus = config.ray.resources_per_worker.get("CPU", 1)
         check_workers_fit(config, {"CPU": cpus}, Hardware(len(os.sched_getaffinity(0)), 0))
     check_files(config)
@@ -71,7 +71,7 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
     storage.check_writable(folder)
     run = find_run(config, config_name, folder, resume)
     check_records(config, folder)
-    quiet_environment(debug)
+    cluster.quiet_environment(debug)
     try:
         return _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began)
     finally:
@@ -80,7 +80,7 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
 
 
 def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) -> int:
-    from qlora_ray import screen
+    from qlora_ray import cluster, screen
     from qlora_ray.data.prepare import prepare
     from qlora_ray.driver import Driver
     from qlora_ray.model.facts import read_facts
@@ -90,7 +90,7 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) 
     with ThreadPoolExecutor(1) as thread:
         prepared = thread.submit(lambda: (read_facts(local_base(config)), prepare(config, folder)))
         thread.submit(importlib.import_module, "ray.train.torch")  # takes 2 s, and fit needs it
-        hardware = start_ray(config, debug)
+        hardware = cluster.start_ray(config, debug)
         facts, data = prepared.result()
     plan = make_plan(config, data.stats, facts, hardware, deepspeed_json)
     identity = run_identity(config, data.stats.fingerprint, facts)
@@ -256,58 +256,6 @@ def git_commit() -> str | None:
         return None
     found = subprocess.run(["git", "-C", str(bundled_root()), "rev-parse", "HEAD"], capture_output=True, text=True)
     return found.stdout.strip() or None
-
-
-def quiet_environment(debug: bool) -> None:
-    """Settings that Ray and others read from the environment when they start."""
-    quiet = {
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon a report is taken (default 2 s)
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONWARNINGS": "ignore",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    if debug:
-        os.environ |= {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "TRANSFORMERS_VERBOSITY": "info"}
-
-
-def _address(config: Config) -> str | None:
-    return config.ray.address or os.environ.get("RAY_ADDRESS")
-
-
-def start_ray(config: Config, debug: bool):
-    """Connect to the cluster, or start a private Ray on this machine; returns its Hardware."""
-    import logging
-
-    import ray
-
-    from qlora_ray.plan import Hardware
-
-    cores = len(os.sched_getaffinity(0))
-    address = _address(config)
-    # One CPU more than there are cores, for the data tasks: Ray Data starts none where the workers hold every CPU.
-    private: dict[str, Any] = {} if address else {"num_cpus": cores + 1, "include_dashboard": False}
-    threads = max(1, cores // config.ray.num_workers)
-    try:
-        ray.init(
-            address=address,
-            log_to_driver=debug,
-            logging_level=logging.INFO if debug else logging.ERROR,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}},
-            **private,
-        )
-    except ConnectionError as error:
-        raise ConfigError(f"ray.address={address}: no Ray cluster answers there: {error}") from error
-    total = ray.cluster_resources()
-    accelerators = tuple(name.split(":", 1)[1] for name in total if name.startswith("accelerator_type:"))
-    cpus = cores if not address else total.get("CPU", 0) - 1  # the data tasks' one
-    nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
-    return Hardware(cpus, total.get("GPU", 0), accelerators, dict(total), nodes)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ MAY_IMPORT = {
     "data": {"config", "storage"},
     "model": {"config"},
     "plan": {"config", "data", "model"},
+    "cluster": {"config", "plan"},
     "screen": {"config", "data", "model", "plan"},
     "report": {"config", "storage"},
     "worker": {"config", "storage", "checkpoints", "data", "model", "plan"},
     "driver": {"config", "storage", "checkpoints", "data", "plan", "screen", "report", "worker"},
-    "train": {"config", "storage", "checkpoints", "data", "model", "plan", "screen", "driver"},
+    "train": {"config", "storage", "checkpoints", "data", "model", "plan", "cluster", "screen", "driver"},
     "cli": {"config"},  # the doors it opens by name
 }
 

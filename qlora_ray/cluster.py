@@ -1,0 +1,56 @@
+"""Connects to the Ray cluster of a run, or starts a private one, and has its processes ready when they are needed."""
+
+import logging
+import os
+from typing import Any
+
+from qlora_ray.config import Config, ConfigError
+from qlora_ray.plan import Hardware
+
+
+def quiet_environment(debug: bool) -> None:
+    """Settings that Ray and others read from the environment when they start."""
+    quiet = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon a report is taken (default 2 s)
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if debug:
+        os.environ |= {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "TRANSFORMERS_VERBOSITY": "info"}
+
+
+def address(config: Config) -> str | None:
+    return config.ray.address or os.environ.get("RAY_ADDRESS")
+
+
+def start_ray(config: Config, debug: bool) -> Hardware:
+    """Connect to the cluster, or start a private Ray on this machine; returns its Hardware."""
+    import ray
+
+    cores = len(os.sched_getaffinity(0))
+    where = address(config)
+    # One CPU more than there are cores, for the data tasks: Ray Data starts none where the workers hold every CPU.
+    private: dict[str, Any] = {} if where else {"num_cpus": cores + 1, "include_dashboard": False}
+    threads = max(1, cores // config.ray.num_workers)
+    try:
+        ray.init(
+            address=where,
+            log_to_driver=debug,
+            logging_level=logging.INFO if debug else logging.ERROR,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}},
+            **private,
+        )
+    except ConnectionError as error:
+        raise ConfigError(f"ray.address={where}: no Ray cluster answers there: {error}") from error
+    total = ray.cluster_resources()
+    accelerators = tuple(name.split(":", 1)[1] for name in total if name.startswith("accelerator_type:"))
+    cpus = cores if not where else total.get("CPU", 0) - 1  # the data tasks' one
+    nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return Hardware(cpus, total.get("GPU", 0), accelerators, dict(total), nodes)
