@@ -111,20 +111,12 @@ class DataConfig(Section):
 class DeepSpeedConfig(Section):
     zero_stage: Literal["auto", 0, 1, 2, 3] = 3
     """ZeRO stage: 3 shards the 4-bit base over the workers; auto: 3 with several workers, 0 with one."""
-    offload_params: Literal["none", "cpu", "nvme"] = "none"
-    """Keep the sharded base in host memory or on NVMe (stage 3)."""
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Keep the optimizer state in host memory or on NVMe."""
-    nvme_path: str | None = None
-    """Folder on a local NVMe disk, for the two above."""
+    offload_params: Literal["none", "cpu"] = "none"
+    """Keep the sharded base in host memory (stage 3). NVMe is not offered: its buffers do not hold 4-bit bytes."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep the optimizer state in host memory."""
     config_file: str | None = None
     """DeepSpeed JSON merged over the plan: "auto" values are filled in, explicit ones win (also --deepspeed)."""
-
-    @model_validator(mode="after")
-    def _nvme_has_a_path(self):
-        if "nvme" in (self.offload_params, self.offload_optimizer) and not self.nvme_path:
-            raise ValueError("deepspeed.nvme_path is missing: offload to nvme needs a folder on a local NVMe disk.")
-        return self
 
 
 class RayConfig(Section):

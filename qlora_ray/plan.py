@@ -229,9 +229,9 @@ def _deepspeed_dict(config: Config, stage: int, accumulation: int, compute_dtype
         zero |= {"stage3_param_persistence_threshold": 1_000_000, "stage3_max_live_parameters": 1e12,
                  "stage3_max_reuse_distance": 1e12, "stage3_prefetch_bucket_size": 1_000_000_000}  # fmt: skip
     if ds.offload_params != "none":
-        zero["offload_param"] = _offload(ds.offload_params, ds.nvme_path)
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     if ds.offload_optimizer != "none":
-        zero["offload_optimizer"] = _offload(ds.offload_optimizer, ds.nvme_path)
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_micro_batch_size_per_gpu": config.training.batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -243,10 +243,6 @@ def _deepspeed_dict(config: Config, stage: int, accumulation: int, compute_dtype
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-
-
-def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
-    return {"device": device, "pin_memory": device == "cpu"} | ({"nvme_path": nvme_path} if device == "nvme" else {})
 
 
 def merge_deepspeed(plan: Plan, user: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""Seconds until --help, a config error and the first optimizer step answer: python -m benchmarks.startup [repetitions].
+
+Medians of whole processes, caches warm, on whatever else the machine is doing: run it on an idle one.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TRAIN = [sys.executable, "-m", "qlora_ray.train"]
+
+
+def seconds_of(command: list[str], code: int) -> float:
+    began = time.perf_counter()
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    return time.perf_counter() - began
+
+
+def seconds_to_first_step(storage: str, name: str) -> float:
+    short = ["training.max_steps=2", "evaluation.num_prompts=0", "training.eval_every_steps=2"]
+    seconds_of([*TRAIN, f"ray.storage_path={storage}", f"ray.run_name={name}", *short], 0)
+    return json.loads(Path(storage, name, "summary.json").read_text())["seconds"]["to_first_step"]
+
+
+def main() -> None:
+    repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    with tempfile.TemporaryDirectory() as storage:
+        seconds_to_first_step(storage, "warm")  # fills the data cache and the page cache
+        figures = {
+            "--help": [seconds_of([*TRAIN, "--help"], 0) for _ in range(repetitions)],
+            "config error": [seconds_of([*TRAIN, "training.lerning_rate=1"], 2) for _ in range(repetitions)],
+            "first optimizer step (quickstart)": [
+                seconds_to_first_step(storage, f"run{i}") for i in range(repetitions)
+            ],
+        }
+    print("| until | seconds (median) | all |\n|---|---|---|")
+    for what, seconds in figures.items():
+        print(f"| {what} | {statistics.median(seconds):.2f} | {', '.join(f'{s:.2f}' for s in seconds)} |")
+
+
+if __name__ == "__main__":
+    main()
