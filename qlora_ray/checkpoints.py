@@ -57,3 +57,14 @@ def newest_whole(run: Folder) -> tuple[Folder, dict[str, bytes], list[str]] | No
     if broken:
         raise BrokenCheckpoint(f"{' '.join(broken)} No whole checkpoint is left: start a new run.")
     return None
+
+
+def put_aside(checkpoint: Folder) -> None:
+    """Take what is no whole checkpoint out of the way: it stays to be looked at, as broken-step_<step>."""
+    parent, name = checkpoint.path.rsplit("/", 1)
+    aside = Folder(checkpoint.filesystem, f"{parent}/broken-{name}")
+    aside.delete()
+    if checkpoint.is_local:
+        checkpoint.rename(aside)
+    else:  # object stores cannot rename a folder
+        (checkpoint / MANIFEST).rename(aside)

@@ -2,25 +2,28 @@
 
 import logging
 import os
+import signal
 from typing import Any
 
 from qlora_ray.config import Config, ConfigError
 from qlora_ray.plan import Hardware
 
 
-def quiet_environment(debug: bool) -> None:
+def set_environment(config: Config, debug: bool) -> None:
     """Settings that Ray and others read from the environment when they start."""
-    quiet = {
+    settings = {
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon a report is taken (default 2 s)
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{config.watchdog.frozen_seconds:g}",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # of the surviving workers of a group (default 30)
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    for name, value in quiet.items():
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     if debug:
         os.environ |= {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "TRANSFORMERS_VERBOSITY": "info"}
@@ -49,8 +52,25 @@ def start_ray(config: Config, debug: bool) -> Hardware:
         )
     except ConnectionError as error:
         raise ConfigError(f"ray.address={where}: no Ray cluster answers there: {error}") from error
+    # Ray has put its own handler there, which prints a stack and dies.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     total = ray.cluster_resources()
     accelerators = tuple(name.split(":", 1)[1] for name in total if name.startswith("accelerator_type:"))
     cpus = cores if not where else total.get("CPU", 0) - 1  # the data tasks' one
     nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
     return Hardware(cpus, total.get("GPU", 0), accelerators, dict(total), nodes)
+
+
+def release_workers(config: Config) -> None:
+    """Free what the workers of a dead Ray Train controller hold, or the next would wait for their CPUs for ever.
+
+    Ray Train's own cleaner asks the dashboard, which a private Ray does not run; there all placement groups are ours.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    if address(config):
+        return
+    for name, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))

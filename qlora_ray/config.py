@@ -133,7 +133,7 @@ class RayConfig(Section):
     run_name: str | None = Field(None)
     """Name of the run directory; default: the config's name and the time."""
     max_failures: int = Field(3, ge=0)
-    """Restarts from the last checkpoint after a worker failure."""
+    """Restarts from the last checkpoint after a failure. One that repeats without progress ends the run after three."""
 
     @field_validator("run_name")
     @classmethod
@@ -148,6 +148,21 @@ class CheckpointConfig(Section):
     """Steps between checkpoints: the most that a failure can cost. Default: ten times a run, at most 200."""
     keep: int = Field(3, ge=1)
     """Number of newest checkpoints kept."""
+
+
+class WatchdogConfig(Section):
+    load_seconds: float = Field(1800, gt=0)
+    """Longest time from a worker's start to its first step; then the worker is ended and the run recovers."""
+    step_seconds: float = Field(600, gt=0)
+    """Longest optimizer step. Once three were seen, ten times the slowest counts instead."""
+    evaluate_seconds: float = Field(3600, gt=0)
+    """Longest validation; learned in the same way."""
+    save_seconds: float = Field(600, gt=0)
+    """Longest checkpoint; learned in the same way."""
+    min_seconds: float = Field(60, gt=0)
+    """No learned deadline is shorter than this."""
+    frozen_seconds: float = Field(120, gt=0)
+    """A worker process that answers nothing for so long is killed."""
 
 
 class LoggingConfig(Section):
@@ -172,6 +187,7 @@ class Config(Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     ray: RayConfig = RayConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 

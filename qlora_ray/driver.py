@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ class Driver:
         self._seconds: dict[str, float] = {"prepare": time.perf_counter() - began}
         self._done: dict[str, Any] = {}
         self._refusal: str | None = None
-        self._starts: list[dict[str, Any]] = []
+        self._failures: list[dict[str, Any]] = []  # survived, or the last one
+        self._fatal: str | None = None
         self._last_step = 0
 
     def fit(self) -> dict[str, Any]:
@@ -36,8 +39,8 @@ class Driver:
         from qlora_ray.worker.channel import Channel
 
         channel = Channel.remote()
-        fit = _Fit(self._make_trainer(channel))
-        with screen.Progress(self._plan) as progress:
+        fit = _Fit(lambda: self._make_trainer(channel), channel, self._config)
+        with self._quiet(), screen.Progress(self._plan) as progress:
             try:
                 while fit.is_running():
                     self._listen(ray.get(channel.take.remote(), timeout=60), progress)
@@ -55,10 +58,19 @@ class Driver:
             report.write_report(Path(self._run.path))
         return summary
 
+    def _quiet(self) -> contextlib.AbstractContextManager:
+        from qlora_ray import screen
+
+        if self._debug:
+            return contextlib.nullcontext()
+        local = self._run.is_local
+        return screen.chatter_goes_to(f"{(self._run / 'logs').make().path}/driver.log" if local else os.devnull)
+
     def _make_trainer(self, channel):
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        from qlora_ray.failures import ReportFailures
         from qlora_ray.worker import train_worker
 
         plan = self._plan
@@ -83,6 +95,7 @@ class Driver:
                 storage_path=f"{self._run.path}/.ray",
                 storage_filesystem=None if self._run.is_local else self._run.filesystem,
                 failure_config=FailureConfig(max_failures=self._config.ray.max_failures),
+                callbacks=[ReportFailures(channel, f"{self._run.path}/logs" if self._run.is_local else None)],  # type: ignore[list-item]  # Ray annotates its old Callback
             ),
         )
 
@@ -90,9 +103,19 @@ class Driver:
         for message in messages:
             kind = message.pop("kind")
             if kind == "ready":
-                self._starts.append({"step": message["step"], "last_step": self._last_step})
+                self._recovered(message["step"])
+                for reason in message["broken"]:
+                    progress.say(f"[yellow]note[/]  {reason} Going on from step {message['step']:,}.")
                 self._seconds.setdefault("load", message["seconds"])
                 self._seconds.setdefault("to_first_step", time.perf_counter() - self._began)
+            elif kind == "step":
+                self._last_step = message["step"]
+            elif kind == "failed":
+                self._failed(message["cause"], progress)
+            elif kind == "warning":
+                progress.say(f"[yellow]note[/]  {message['message']}")
+            elif kind == "fatal":
+                self._fatal = self._fatal or message["message"]
             elif kind == "logged":
                 self._last_step = message["step"]
                 progress.show(message)
@@ -102,6 +125,19 @@ class Driver:
                 self._refusal = message["message"]
             elif kind == "done":
                 self._done = message
+
+    def _failed(self, cause: str, progress) -> None:
+        self._failures.append({"step": self._last_step, "cause": cause, "at": time.perf_counter()})
+        progress.say(f"[yellow]note[/]  {cause} after step {self._last_step:,}: going back to the last checkpoint")
+
+    def _recovered(self, step: int) -> None:
+        if self._failures and "resumed_from" not in self._failures[-1]:
+            failure = self._failures[-1]
+            failure |= {
+                "resumed_from": step,
+                "steps_redone": failure["step"] - step,
+                "seconds_to_recover": round(time.perf_counter() - failure["at"], 2),
+            }
 
     def _stop(self, channel, fit: "_Fit", progress) -> None:
         import ray
@@ -117,13 +153,10 @@ class Driver:
         done = {name: value for name, value in self._done.items() if name not in ("samples",)}
         status = "refused" if self._refusal else done.pop("status", "interrupted" if fit.is_running() else "failed")
         self._seconds["total"] = time.perf_counter() - self._began
-        failures = [
-            {"step": start["last_step"], "resumed_from": start["step"], "cause": "worker failure"}
-            for start in self._starts[1:]
-        ]
+        failures = [{key: value for key, value in one.items() if key != "at"} for one in self._failures]
         return {
             "status": status,
-            "reason": self._refusal or (str(fit.error) if fit.error else None),
+            "reason": self._refusal or self._fatal or (str(fit.error) if fit.error else None),
             "steps": done.pop("step", self._last_step),
             "planned_steps": self._plan.num_steps,
             **done,
@@ -134,21 +167,38 @@ class Driver:
 
 
 class _Fit:
-    """TorchTrainer.fit in a thread, so that the main thread can listen and be interrupted."""
+    """TorchTrainer.fit in a thread, so that the main thread can listen and be interrupted.
 
-    def __init__(self, trainer):
+    Ray Train restarts worker groups. When its controller itself dies, a new trainer takes over from our checkpoints.
+    """
+
+    def __init__(self, make_trainer: Callable[[], Any], channel: Any, config: Config):
         self.error: BaseException | None = None
-        self._trainer = trainer
+        self._make_trainer, self._channel, self._config = make_trainer, channel, config
+        self._tries_left = 1 + config.ray.max_failures
         self._thread = threading.Thread(target=self._run, daemon=True, name="fit")
         self._thread.start()
 
     def _run(self) -> None:
+        from ray.exceptions import RayActorError
         from ray.train import ControllerError, TrainingFailedError
 
-        try:
-            self._trainer.fit()
-        except (TrainingFailedError, ControllerError) as error:
-            self.error = error
+        from qlora_ray import cluster
+        from qlora_ray.worker.channel import DEATH
+
+        while self._tries_left:
+            self._tries_left -= 1
+            try:
+                self._make_trainer().fit()
+                self.error = None
+                return
+            except (TrainingFailedError, ControllerError) as error:
+                self.error = error
+                return
+            except RayActorError as error:
+                self.error = error
+                self._channel.tell.remote({"kind": "failed", "cause": f"Ray Train's controller {DEATH}"})
+                cluster.release_workers(self._config)
 
     def is_running(self) -> bool:
         return self._thread.is_alive()

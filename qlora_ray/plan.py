@@ -10,6 +10,7 @@ from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import BaseFacts
 
 GIB = 2**30
+STORAGE_FOR_THE_REST = 32 * 2**20  # logs, metrics, report, tokenizer files
 # Ray's accelerator labels of GPUs without bfloat16 matrix units (compute capability below 8.0).
 GPUS_WITHOUT_BFLOAT16 = {"K80", "P4", "P100", "P40", "V100", "T4", "RTX-2080"}
 
@@ -96,6 +97,15 @@ def make_plan(
         deepspeed=_deepspeed_dict(config, zero_stage, accumulation, compute_dtype),
     )
     return dataclasses.replace(plan, deepspeed=merge_deepspeed(plan, deepspeed_json)) if deepspeed_json else plan
+
+
+def storage_bytes(config: Config, plan: Plan) -> int:
+    """Bytes that a run writes at most: its checkpoints and one being written, two adapters, and a little for the rest.
+
+    A checkpoint holds weight and two moments of each trained parameter in float32.
+    """
+    checkpoint = plan.num_trainable_parameters * 12
+    return (config.checkpoint.keep + 1) * checkpoint + 2 * plan.num_trainable_parameters * 4 + STORAGE_FOR_THE_REST
 
 
 def refuse_early(config: Config, deepspeed_json: dict | None) -> None:

@@ -1,6 +1,9 @@
 """What a person sees in the terminal: the plan, one live line, the result. Writes nothing to disk."""
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -46,6 +49,19 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run)
     console.print()
 
 
+@contextlib.contextmanager
+def chatter_goes_to(path: str) -> Iterator[None]:
+    """Send what libraries print to a file, while the console goes on speaking to the terminal."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(handle, "a", encoding="utf-8") as file:
+        console.file = sys.stdout
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            console.file = None  # type: ignore[assignment]  # rich: sys.stdout again, whatever that is then
+
+
 class Progress:
     """One live line; where the output is not a terminal, a line at each tenth of the run."""
 
@@ -57,6 +73,7 @@ class Progress:
             TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
             TextColumn("{task.fields[now]}"),
             TextColumn("left"), TimeRemainingColumn(), console=console, disable=not self._is_live, expand=True,
+            redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self._task = self._bar.add_task("loading", total=plan.num_steps, now="")
 

@@ -1,7 +1,9 @@
 """Where a run lives: one pyarrow filesystem and path, local or remote, with writes that are whole or absent."""
 
 import contextlib
+import errno
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pyarrow.fs
 
 from qlora_ray.config import ConfigError
+
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,18 @@ def check_writable(folder: Folder) -> None:
         raise ConfigError(
             f"ray.storage_path={folder.path}: not writable: {error.strerror}. Choose another folder."
         ) from None
+
+
+def check_space(folder: Folder, needed: int) -> None:
+    """Refuse to start a run of `needed` bytes on a local disk that has less. Raises ConfigError."""
+    if not folder.is_local:
+        return
+    free = shutil.disk_usage(folder.make().path).free
+    if free < needed:
+        raise ConfigError(
+            f"ray.storage_path={folder.path}: {free / 2**20:,.0f} MiB free, the run needs {needed / 2**20:,.0f} MiB. "
+            "Free space, lower checkpoint.keep, or choose another folder."
+        )
 
 
 def sync_folder(path: str) -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -22,9 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the door; returns the exit code: 0 done, 1 failed, 2 impossible request, 130 interrupted."""
     began = time.perf_counter()
     arguments = _parser().parse_intermixed_args(argv)  # overrides and options in any order
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Slurm, Kubernetes and clouds send first
     try:
         config, name = read_arguments(arguments)
         return _train(config, name, arguments.resume, arguments.debug, began)
+    except KeyboardInterrupt:
+        print("Interrupted before the first step.", file=sys.stderr)
+        return 130
     except ConfigError as error:
         if arguments.debug:
             traceback.print_exc()
@@ -71,7 +76,7 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
     storage.check_writable(folder)
     run = find_run(config, config_name, folder, resume)
     check_records(config, folder)
-    cluster.quiet_environment(debug)
+    cluster.set_environment(config, debug)
     try:
         return _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began)
     finally:
@@ -80,11 +85,11 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
 
 
 def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) -> int:
-    from qlora_ray import cluster, screen
+    from qlora_ray import cluster, screen, storage
     from qlora_ray.data.prepare import prepare
     from qlora_ray.driver import Driver
     from qlora_ray.model.facts import read_facts
-    from qlora_ray.plan import make_plan
+    from qlora_ray.plan import make_plan, storage_bytes
 
     # The data is prepared while Ray starts. Ray must start on this thread: its processes die with their maker.
     with ThreadPoolExecutor(1) as thread:
@@ -95,6 +100,7 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) 
     plan = make_plan(config, data.stats, facts, hardware, deepspeed_json)
     identity = run_identity(config, data.stats.fingerprint, facts)
     check_resumable(run, identity, resume)
+    storage.check_space(folder, storage_bytes(config, plan))
     screen.show_plan(plan, config, data.stats, facts, run)
     write_run_files(run, config, plan, data.stats, identity)
     summary = Driver(config, plan, run, data, debug, began).fit()

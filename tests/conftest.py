@@ -18,3 +18,8 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_configure(config):
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"

@@ -2,18 +2,29 @@
 
 import ray
 
+MAX_REPETITIONS = 3  # of one failure at one step
+DEATH, FREEZE = "died", "froze"
 
-@ray.remote(num_cpus=0)
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Channel:
-    """Holds messages until the driver takes them."""
+    """Holds messages until the driver takes them, and remembers failures across worker groups."""
 
     def __init__(self) -> None:
         self._messages: list[dict] = []
         self._stop = False
+        self._fatal: str | None = None
+        self._furthest_step = 0
+        self._failures: list[tuple[int, str]] = []  # furthest step at that time, cause
 
     def tell(self, message: dict) -> bool:
         """Keep a message for the driver; answers whether the run shall stop."""
         self._messages.append(message)
+        self._furthest_step = max(self._furthest_step, message.get("step", 0))
+        if message["kind"] == "failed":
+            self._failures.append((self._furthest_step, message["cause"]))
+        elif message["kind"] == "fatal":
+            self._fatal = message["message"]
         return self._stop
 
     def take(self) -> list[dict]:
@@ -24,3 +35,16 @@ class Channel:
     def stop(self) -> None:
         """Ask the run to stop after its current step, leaving a checkpoint."""
         self._stop = True
+
+    def reason_to_give_up(self) -> str | None:
+        """Why a worker group that is about to start should not: what failed would fail again."""
+        last = self._failures[-MAX_REPETITIONS:]
+        if self._fatal is None and len(last) == MAX_REPETITIONS and len(set(last)) == 1 and not is_death(last[0][1]):
+            step, cause = last[0]
+            self._fatal = f"the same failure {MAX_REPETITIONS} times after step {step:,}, without progress: {cause}"
+        return self._fatal
+
+
+def is_death(cause: str) -> bool:
+    """Whether a process was ended from outside, as far as one can tell: that says nothing about the next time."""
+    return cause.endswith((DEATH, FREEZE))

@@ -9,23 +9,73 @@ checkpoints/step_00000100/
 
 import hashlib
 import json
-import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import safetensors.torch
 
-from qlora_ray.checkpoints import MANIFEST, newest_whole, with_manifest
-from qlora_ray.storage import Folder
+from qlora_ray.checkpoints import MANIFEST, newest_whole, put_aside, verify, with_manifest
+from qlora_ray.storage import DISK_IS_FULL, Folder
 from qlora_ray.worker.engine import MOMENTS, AdapterState
 
 
+class Saver:
+    """Writes checkpoints beside the training, one at a time. A full disk costs a checkpoint, not the run."""
+
+    def __init__(self, run: Folder, keep: int):
+        self._run, self._keep = run, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+
+    def begin(self, state: AdapterState, progress: dict[str, Any]) -> None:
+        """Start to write; `finish` must have been called since the last `begin`."""
+        assert self._writing is None
+        self._writing = self._thread.submit(save, self._run, state, progress, self._keep)
+
+    def finish(self) -> str | None:
+        """Wait for the write under way; returns what is wrong with the disk, or None. Raises any other error."""
+        writing, self._writing = self._writing, None
+        try:
+            if writing:
+                writing.result()
+        except OSError as error:
+            if error.errno not in DISK_IS_FULL:
+                raise
+            return f"a checkpoint could not be written to {self._run.path}: {error.strerror}"
+        return None
+
+
 def save(run: Folder, state: AdapterState, progress: dict[str, Any], keep: int) -> str:
-    """Write one checkpoint whole, then remove all but the newest `keep`. One process calls this; returns its name."""
+    """Write one checkpoint whole, read it back, then remove all older ones but the newest `keep` - 1; returns its name.
+
+    One process calls this. Whatever moment it is killed at, the checkpoint before stays.
+    """
     folder, name = run / "checkpoints", f"step_{progress['step']:08d}"
-    temporary = folder / f".{name}.tmp"
-    if temporary.exists():
-        temporary.delete()
-    temporary.make()
+    if folder.make().is_local:
+        os.chmod(folder.path, 0o700)
+    for left in folder.list():
+        if left.startswith(".step_"):  # of a process that was killed while it wrote
+            (folder / left).delete()
+    # Objects appear whole, and a store cannot rename a folder: there the manifest, written last, makes the checkpoint.
+    place = folder / (f".{name}.tmp" if folder.is_local else name)
+    try:
+        _write_files(place.make(), state, progress)
+    except OSError:
+        place.delete()  # half a checkpoint would hold the space that the next one needs
+        raise
+    if folder.is_local:
+        if (folder / name).exists():
+            put_aside(folder / name)
+        place.rename(folder / name)
+    verify(folder / name)
+    older = [checkpoint for checkpoint in with_manifest(run) if checkpoint.name < name]
+    for checkpoint in older[: len(older) - (keep - 1)]:
+        checkpoint.delete()
+    return name
+
+
+def _write_files(folder: Folder, state: AdapterState, progress: dict[str, Any]) -> None:
     files = {
         "adapter.safetensors": safetensors.torch.save(_contiguous(state.weights)),
         "optimizer.safetensors": safetensors.torch.save(
@@ -37,31 +87,30 @@ def save(run: Folder, state: AdapterState, progress: dict[str, Any], keep: int) 
     }
     manifest = {}
     for file, content in files.items():
-        (temporary / file).write_bytes(content)
+        (folder / file).write_bytes(content)
         manifest[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (temporary / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
-    if (folder / name).exists():
-        (folder / name).delete()
-    temporary.rename(folder / name)
-    for old in with_manifest(run)[:-keep]:
-        old.delete()
-    return name
+    (folder / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
 
 
-def load_latest(run: Folder) -> tuple[AdapterState, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run, with its progress; None where there is none. Raises BrokenCheckpoint."""
+def load_latest(run: Folder, set_aside: bool) -> tuple[AdapterState, dict[str, Any], list[str]] | None:
+    """The newest whole checkpoint of a run, its progress, and what is wrong with newer ones; None where there is none.
+
+    With `set_aside` (one process only) the broken ones are renamed, so that they are in nobody's way.
+    Raises BrokenCheckpoint.
+    """
     found = newest_whole(run)
     if found is None:
         return None
     checkpoint, files, broken = found
-    for reason in broken:
-        logging.getLogger(__name__).warning("%s Going on from %s.", reason, checkpoint.name)
+    if set_aside:
+        for newer in [c for c in with_manifest(run) if c.name > checkpoint.name]:
+            put_aside(newer)
     weights = safetensors.torch.load(files["adapter.safetensors"])
     flat = safetensors.torch.load(files["optimizer.safetensors"])
     moments: dict[str, dict] = {name: {key: flat[f"{name}/{key}"] for key in MOMENTS} for name in weights}
     progress = json.loads(files["state.json"])
     step, scale = progress.pop("optimizer_step"), progress.pop("loss_scale")
-    return AdapterState(weights, moments, step, scale), progress
+    return AdapterState(weights, moments, step, scale), progress, broken
 
 
 def _contiguous(tensors: dict) -> dict:

@@ -21,6 +21,9 @@ from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import sum_of_nats
 from qlora_ray.worker.metrics import Meter, MetricsFile, RowCounts
 from qlora_ray.worker.team import Team
+from qlora_ray.worker.watchdog import Watchdog
+
+MAX_FAILED_CHECKPOINTS = 3  # in a row, for want of space
 
 
 @dataclass(frozen=True)
@@ -38,59 +41,86 @@ class State:
     evaluations_without_improvement: int = 0
 
 
+class Stop(RuntimeError):
+    """A failure that trying again cannot mend, met by every worker at the same place; the message is the reason."""
+
+
 def run(
     config: Config, plan: Plan, run_folder: Folder, rows: Folder, fingerprint: str, channel: Any, debug: bool
 ) -> None:
     """Train from the newest checkpoint to the end of the plan, or to where the driver asks to stop."""
     team = Team(channel)
-    setup.send_output_to_log(run_folder, team.rank, debug)
+    log_folder = setup.send_output_to_log(run_folder, team.rank, debug)
+    watchdog = Watchdog(config.watchdog, log_folder, team.rank)
     try:
-        _train(config, plan, run_folder, rows, fingerprint, team, debug)
+        if reason := team.reason_to_give_up():
+            raise Stop(reason)
+        setup.check_shared(run_folder, team)
+        _train(config, plan, run_folder, rows, fingerprint, team, watchdog, debug)
     except ConfigError as refusal:  # the same on every worker: trying again would not help
         team.tell(kind="refused", message=str(refusal))
+        team.wait_until_told()
+    except (Stop, setup.GuardError) as error:
+        team.tell(kind="fatal", message=str(error))
+        team.wait_until_told()
+    except torch.OutOfMemoryError as error:  # on this worker alone: its death ends the others
+        team.tell_from_any_rank(kind="fatal", message=setup.out_of_memory_message(config, plan, team.rank, error))
+        raise
 
 
 def _train(
-    config: Config, plan: Plan, run_folder: Folder, rows: Folder, fingerprint: str, team: Team, debug: bool
-) -> None:
+    config: Config, plan: Plan, run_folder: Folder, rows: Folder, fingerprint: str, team: Team, watchdog: Watchdog,
+    debug: bool,
+) -> None:  # fmt: skip
     began = time.perf_counter()
-    resumed = checkpoint.load_latest(run_folder)
-    state = State(**resumed[1]["state"]) if resumed else State()
-    order = Order(setup.num_rows(rows), config.training.seed, plan.micro_batch_size, plan.micro_batches_per_step)
-    batches = _Batches(Stream(rows, order, team.rank, team.size, state.step, plan.num_steps))
-    device = ray.train.torch.get_device()
-    tokenizer = load_tokenizer(setup.base_path(config), config.model.revision, config.model.trust_remote_code)
-    engine = setup.build_engine(config, plan, rows, device, tokenizer.pad_token_id, resumed and resumed[0], team, debug)
-    counts = RowCounts(rows, order)
-    writer = MetricsFile(run_folder, state.step) if team.rank == 0 else None
-    meter = Meter(team, counts, writer, device)
-    team.tell(kind="ready", step=state.step, seconds=time.perf_counter() - began)
+    with watchdog.phase("load"):
+        resumed = checkpoint.load_latest(run_folder, set_aside=team.rank == 0)
+        state = State(**resumed[1]["state"]) if resumed else State()
+        order = Order(setup.num_rows(rows), config.training.seed, plan.micro_batch_size, plan.micro_batches_per_step)
+        batches = _Batches(Stream(rows, order, team.rank, team.size, state.step, plan.num_steps))
+        device = ray.train.torch.get_device()
+        tokenizer = load_tokenizer(setup.base_path(config), config.model.revision, config.model.trust_remote_code)
+        engine = setup.build_engine(
+            config, plan, rows, device, tokenizer.pad_token_id, resumed and resumed[0], team, debug
+        )
+        counts = RowCounts(rows, order)
+        writer = MetricsFile(run_folder, state.step) if team.rank == 0 else None
+        meter = Meter(team, counts, writer, device)
+    broken = resumed[2] if resumed else []
+    team.tell(kind="ready", step=state.step, seconds=time.perf_counter() - began, broken=broken)
+    saver, deadline = _Saver(config, engine, run_folder, fingerprint, team), watchdog.deadline("step")
     stopping = early = False
     while state.step < plan.num_steps and not (stopping or early):
-        learning_rate = learning_rate_at(state.step, plan, config)
-        num_label_tokens = counts.label_tokens(state.step)
-        nats = optimizer_step(
-            engine, batches, num_label_tokens, state.step, learning_rate, config, plan, device, tokenizer.pad_token_id
-        )
-        state = replace(state, step=state.step + 1)
-        meter.add(state.step, nats)
-        stopping = team.agree_to_stop(state.step)
-        last = state.step == plan.num_steps or stopping
-        if state.step == 1 or state.step % config.logging.every_steps == 0 or last:
-            state = _log(state, meter, engine, learning_rate, order)
+        with watchdog.phase("step", deadline):
+            learning_rate = learning_rate_at(state.step, plan, config)
+            nats = optimizer_step(
+                engine, batches, counts.label_tokens(state.step), state.step, learning_rate, config, plan, device,
+                tokenizer.pad_token_id,
+            )  # fmt: skip
+            state = replace(state, step=state.step + 1)
+            meter.add(state.step, nats)
+            stopping, deadline = team.agree(state.step, watchdog.deadline("step"))
+            last = state.step == plan.num_steps or stopping
+            if state.step == 1 or state.step % config.logging.every_steps == 0 or last:
+                state = _log(state, meter, engine, learning_rate, order)
         if plan.eval_every_steps and (state.step % plan.eval_every_steps == 0 or state.step == plan.num_steps):
-            state = _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, team)
+            with watchdog.phase("evaluate"):
+                state = _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, team)
             early = _is_patience_over(state, config)
             meter.skip_time()
         if state.step % plan.checkpoint_every_steps == 0 or last or early:
-            _save(state, config, engine, run_folder, fingerprint, team)
+            with watchdog.phase("save"):
+                saver.save(state)
             meter.skip_time()
-    if writer:
-        writer.flush()
-    weights = engine.weights()
-    if team.rank == 0:
-        export.write_adapter(run_folder / "adapter", engine.module, weights, tokenizer, plan.compute_dtype)
-    answers = {} if stopping else evaluate.compare_answers(config, engine, rows, tokenizer, device, team)
+    with watchdog.phase("save"):
+        saver.finish()
+        if writer:
+            writer.flush()
+        weights = engine.weights()
+        if team.rank == 0:
+            export.write_adapter(run_folder / "adapter", engine.module, weights, tokenizer, plan.compute_dtype)
+    with watchdog.phase("evaluate"):
+        answers = {} if stopping else evaluate.compare_answers(config, engine, rows, tokenizer, device, team)
     team.tell(kind="done", status="interrupted" if stopping else "done", early=early, **vars(state), **answers)
     team.wait_until_told()
 
@@ -172,9 +202,32 @@ def _is_patience_over(state: State, config: Config) -> bool:
     return patience is not None and state.evaluations_without_improvement >= patience
 
 
-def _save(state: State, config: Config, engine: Engine, run_folder: Folder, fingerprint: str, team: Team) -> None:
-    whole = engine.state()
-    if team.rank == 0:
-        progress = {"step": state.step, "state": vars(state), "fingerprint": fingerprint, "seed": config.training.seed}
-        name = checkpoint.save(run_folder, whole, progress, config.checkpoint.keep)
-        team.tell(kind="saved", step=state.step, name=name)
+class _Saver:
+    """Checkpoints of a run: the state is gathered by all workers, written by rank 0 beside the next steps."""
+
+    def __init__(self, config: Config, engine: Engine, run_folder: Folder, fingerprint: str, team: Team):
+        self._config, self._engine, self._fingerprint, self._team = config, engine, fingerprint, team
+        self._writer = checkpoint.Saver(run_folder, config.checkpoint.keep)
+        self._failures = 0
+
+    def save(self, state: State) -> None:
+        """Begin a checkpoint, once the one before is on disk. Every worker must call this."""
+        self._wait(MAX_FAILED_CHECKPOINTS)
+        whole = self._engine.state()
+        if self._team.rank == 0:
+            seed = self._config.training.seed
+            self._writer.begin(
+                whole, {"step": state.step, "state": vars(state), "fingerprint": self._fingerprint, "seed": seed}
+            )
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk. Every worker must call this. Raises Stop where it cannot be."""
+        self._wait(max_failures=1)
+
+    def _wait(self, max_failures: int) -> None:
+        problem = self._team.gather(self._writer.finish())[0]
+        self._failures = self._failures + 1 if problem else 0
+        if problem and self._failures >= max_failures:
+            raise Stop(f"{problem}, {self._failures}x in a row. Free space there; --resume goes on.")
+        if problem:
+            self._team.tell(kind="warning", message=f"{problem}. Training goes on; the next one is due as planned.")

@@ -10,7 +10,7 @@ import torch
 
 from qlora_ray.data.cache import label_tokens_per_row, open_rows
 from qlora_ray.data.order import NO_ROW, Order
-from qlora_ray.storage import Folder
+from qlora_ray.storage import DISK_IS_FULL, Folder
 from qlora_ray.worker.team import Team
 
 
@@ -25,12 +25,11 @@ class MetricsFile:
         self._rewrite()
 
     def write(self, **values: Any) -> dict[str, Any]:
-        """Add one line; None values are left out. Returns what was written."""
+        """Add one line; None values are left out. Returns what was written. On a full disk the line waits for space."""
         entry = {name: value for name, value in values.items() if value is not None} | {"time": round(time.time(), 3)}
         self._lines.append(json.dumps(entry))
         if self._target.is_local:
-            with open(self._target.path, "a", encoding="utf-8") as file:
-                file.write(self._lines.pop() + "\n")
+            self._append()
         return entry
 
     def flush(self) -> None:
@@ -38,8 +37,27 @@ class MetricsFile:
         if not self._target.is_local:
             self._rewrite()
 
+    def _append(self) -> None:
+        text = "".join(line + "\n" for line in self._lines).encode()
+        with open(self._target.path, "r+b", buffering=0) as file:
+            file.seek(self._whole_bytes)  # over what a write that found no space has left
+            try:
+                file.truncate()
+                if file.write(text) != len(text):
+                    return
+            except OSError as error:
+                if error.errno not in DISK_IS_FULL:
+                    raise
+                return
+        self._whole_bytes += len(text)
+        self._lines.clear()
+
     def _rewrite(self) -> None:
-        self._target.write_bytes("".join(line + "\n" for line in self._lines).encode())
+        content = "".join(line + "\n" for line in self._lines).encode()
+        self._target.write_bytes(content)
+        if self._target.is_local:
+            self._whole_bytes = len(content)
+            self._lines.clear()
 
 
 class RowCounts:

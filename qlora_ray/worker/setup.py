@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from qlora_ray.config import Config, base_model_path
+from qlora_ray.config import Config, ConfigError, base_model_path
 from qlora_ray.data.cache import open_rows
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
@@ -28,17 +28,52 @@ class GuardError(RuntimeError):
     """The sharded model does not compute what the unsharded one computed."""
 
 
-def send_output_to_log(run_folder: Folder, rank: int, debug: bool) -> None:
-    """Append this process's stdout and stderr, C++ included, to logs/worker_<rank>.log of a local run directory."""
+def send_output_to_log(run_folder: Folder, rank: int, debug: bool) -> str | None:
+    """Append this process's stdout and stderr, C++ included, to logs/worker_<rank>.log of a local run directory.
+
+    Returns the folder of the logs, None where the run directory is not local.
+    """
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO)
-    if run_folder.is_local and not debug:
-        folder = (run_folder / "logs").make()
+    if not run_folder.is_local:
+        return None
+    folder = (run_folder / "logs").make()
+    if not debug:
         handle = os.open(f"{folder.path}/worker_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         os.close(handle)
+    return folder.path
+
+
+def check_shared(run_folder: Folder, team: Team) -> None:
+    """Refuse a storage path that some worker does not see, before the model loads. Every worker must call this.
+
+    Raises ConfigError.
+    """
+    sees = team.gather((run_folder / "manifest.json").exists())
+    if not all(sees):
+        blind = [rank for rank, seen in enumerate(sees) if not seen]
+        raise ConfigError(
+            f"ray.storage_path: workers {blind} do not see {run_folder.path}, which the driver wrote. "
+            "Use a folder that all nodes share (NFS), or a URI such as s3://."
+        )
+
+
+def out_of_memory_message(config: Config, plan: Plan, rank: int, error: Exception) -> str:
+    """What to change, in order, with what the plan expects each to save."""
+    forecast = plan.memory_forecast_gib
+    rows = forecast["activations"] + forecast["logits"]
+    levers = [f"training.batch_size={config.training.batch_size // 2} (about {rows / 2:.1f} GiB)"] if (
+        config.training.batch_size > 1
+    ) else []  # fmt: skip
+    levers += [f"training.max_length={config.training.max_length // 2} (about {rows / 2:.1f} GiB)"]
+    if plan.recompute != "all":
+        levers.insert(0, f"training.recompute=all (most of {forecast['activations']:.1f} GiB)")
+    if config.deepspeed.offload_params == "none" and plan.zero_stage == 3:
+        levers.append(f"deepspeed.offload_params=cpu (about {forecast['base']:.1f} GiB)")
+    return f"worker {rank} is out of memory ({str(error).splitlines()[0]}). What helps, in order: {'; '.join(levers)}."
 
 
 def base_path(config: Config) -> str:

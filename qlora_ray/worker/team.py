@@ -26,13 +26,24 @@ class Team:
         if self.rank == 0:
             self._answer = self._channel.tell.remote(message)
 
+    def tell_from_any_rank(self, **message: Any) -> None:
+        """Send what this worker alone knows, and wait until it has arrived."""
+        ray.get(self._channel.tell.remote(message), timeout=60)
+
+    def reason_to_give_up(self) -> str | None:
+        """Why this worker group should not start, the same on every worker. Every worker must call this."""
+        return ray.get(self._channel.reason_to_give_up.remote(), timeout=60)
+
     def wait_until_told(self) -> None:
         """Return once the driver's mailbox has what was sent."""
         if self.rank == 0 and self._answer is not None:
             ray.get(self._answer, timeout=60)
 
-    def agree_to_stop(self, step: int) -> bool:
-        """Whether the driver has asked to stop: the same answer on every worker. Every worker must call this."""
+    def agree(self, step: int, deadline: float) -> tuple[bool, float]:
+        """Whether the driver has asked to stop, and rank 0's `deadline`: the same on every worker.
+
+        Every worker must call this after each step.
+        """
         stop = False
         if self.rank == 0:
             if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
@@ -40,9 +51,9 @@ class Team:
                 self._answer = None
             if self._answer is None and not stop:
                 self.tell(kind="step", step=step)
-        flag = torch.tensor(int(stop))
-        dist.broadcast(flag, src=0, group=self._group)
-        return bool(flag)
+        agreed = torch.tensor([float(stop), deadline], dtype=torch.float64)
+        dist.broadcast(agreed, src=0, group=self._group)
+        return bool(agreed[0]), float(agreed[1])
 
     def sum(self, *values: float) -> list[float]:
         """Sum over the workers, in rank order, in float64. Every worker must call this."""

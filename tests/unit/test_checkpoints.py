@@ -1,16 +1,20 @@
 """A checkpoint is whole, or it is not there."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
 
 import pytest
 import torch
 
 from qlora_ray.checkpoints import BrokenCheckpoint, newest_whole, verify, with_manifest
 from qlora_ray.storage import open_folder
-from qlora_ray.worker.checkpoint import load_latest, save
+from qlora_ray.worker.checkpoint import Saver, load_latest, save
 from qlora_ray.worker.engine import MOMENTS, AdapterState
+from qlora_ray.worker.metrics import MetricsFile
+from tests.chaos.inject.sitecustomize import die_at_sync
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
@@ -32,7 +36,7 @@ def run(tmp_path):
 
 
 def test_saved_state_comes_back_bit_for_bit(run):
-    loaded, progress = load_latest(open_folder(str(run)))
+    loaded, progress, _ = load_latest(open_folder(str(run)), set_aside=False)
     wanted = state(10)
     assert progress == {"step": 10} and loaded.optimizer_step == 10
     assert loaded.weights.keys() == wanted.weights.keys()
@@ -67,7 +71,7 @@ def test_any_truncated_file_is_detected_and_the_checkpoint_before_is_used(run, f
 
 def test_resumed_state_is_that_of_the_checkpoint_before(run):
     (run / "checkpoints/step_00000010/optimizer.safetensors").write_bytes(b"")
-    assert load_latest(open_folder(str(run)))[1] == {"step": 5}
+    assert load_latest(open_folder(str(run)), set_aside=False)[1] == {"step": 5}
 
 
 def test_manifest_that_leaves_a_file_out_is_no_proof(run):
@@ -102,3 +106,84 @@ def test_only_the_newest_are_kept_and_nothing_is_pickled(run):
         save(open_folder(str(run)), state(step), {"step": step}, keep=2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000020", "step_00000025"]
     assert {path.name for path in run.rglob("*") if path.is_file()} == set(FILES)
+
+
+def in_a_process_killed_at(number: int, work) -> bool:
+    """Run `work` in a child that kills itself before (even number) or after a sync or rename; whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        die_at_sync(number)
+        work()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_save_killed_at_any_sync_or_rename_leaves_a_whole_checkpoint(tmp_path, keep):
+    for number in range(100):
+        folder = open_folder(str(tmp_path / str(number)))
+        save(folder, state(5), {"step": 5}, keep)
+        killed = in_a_process_killed_at(number, lambda folder=folder: save(folder, state(10), {"step": 10}, keep))
+        step = load_latest(folder, set_aside=True)[1]["step"]
+        assert step in (5, 10)
+        save(folder, state(15), {"step": 15}, keep)  # what was left behind is in nobody's way
+        assert load_latest(folder, set_aside=True)[1]["step"] == 15
+        assert not [name for name in (folder / "checkpoints").list() if name.startswith(".")]
+        if not killed:
+            break
+    assert not killed and number > 20 and step == 10
+
+
+def test_broken_newer_checkpoint_is_put_aside_and_counts_for_nothing(run):
+    (run / "checkpoints/step_00000010/state.json").write_text("{}")
+    folder = open_folder(str(run))
+    _, progress, broken = load_latest(folder, set_aside=True)
+    assert progress == {"step": 5} and "state.json is not what was written" in broken[0]
+    save(folder, state(7), {"step": 7}, keep=1)
+    assert [checkpoint.name for checkpoint in with_manifest(folder)] == ["step_00000007"]
+    assert (run / "checkpoints/broken-step_00000010").is_dir()
+    save(folder, state(10), {"step": 10}, keep=1)
+    assert load_latest(folder, set_aside=True)[1:] == ({"step": 10}, [])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_full_disk_at_any_write_keeps_the_last_checkpoint_and_the_next_succeeds_once_there_is_space(small_disk):
+    folder, ballast = open_folder(str(small_disk / "run")), small_disk / "ballast"
+    saver = Saver(folder, keep=2)
+    saver.begin(state(5), {"step": 5})
+    assert saver.finish() is None
+    free, failed = shutil.disk_usage(small_disk).free, 0
+    for left in range(0, 40 * 1024, 4096):
+        ballast.write_bytes(b"x" * (free - left))
+        saver.begin(state(10), {"step": 10})
+        problem = saver.finish()
+        ballast.unlink()
+        assert load_latest(folder, set_aside=True)[1]["step"] == (5 if problem else 10)
+        if not problem:
+            break
+        failed += 1
+        assert "No space left on device" in problem
+    assert not problem and failed > 3
+
+
+def test_metrics_wait_for_space_and_are_then_complete(small_disk):
+    folder, ballast = open_folder(str(small_disk / "run")).make(), small_disk / "ballast"
+    writer = MetricsFile(folder, resume_step=0)
+    for step in range(1, 200):
+        if step == 20:
+            ballast.write_bytes(b"x" * (shutil.disk_usage(small_disk).free))
+        elif step == 150:
+            ballast.unlink()
+        writer.write(step=step, loss=1 / step, text="x" * 60)
+    lines = [json.loads(line) for line in (small_disk / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 200))

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "screen": {"config", "data", "model", "plan"},
     "report": {"config", "storage"},
     "worker": {"config", "storage", "checkpoints", "data", "model", "plan"},
-    "driver": {"config", "storage", "checkpoints", "data", "plan", "screen", "report", "worker"},
+    "failures": {"worker"},
+    "driver": {"config", "cluster", "storage", "checkpoints", "data", "plan", "screen", "report", "worker", "failures"},
     "train": {"config", "storage", "checkpoints", "data", "model", "plan", "cluster", "screen", "driver"},
     "cli": {"config"},  # the doors it opens by name
 }

@@ -1,0 +1,103 @@
+"""Faults inside a worker, for tests: with this folder on PYTHONPATH and QLORA_RAY_FAULT=<kind>:<rank>:<step>[:always].
+
+Python imports this file when any process starts. It waits for the training loop to be imported and makes one worker
+misbehave at the start of one optimizer step, once a run (a marker file remembers), or always.
+
+sleep            the training thread sleeps for ever
+skip             the worker leaves out a collective
+raise            the worker raises a ValueError
+oom              the worker raises torch.OutOfMemoryError
+sync-<n>         the process kills itself before its n-th fsync or rename after that step (n even: before, odd: after)
+"""
+
+import importlib.abc
+import importlib.machinery
+import os
+import signal
+import sys
+import time
+
+FAULT, MARKER = os.environ.get("QLORA_RAY_FAULT"), os.environ.get("QLORA_RAY_FAULT_MARKER", "")
+LOOP = "qlora_ray.worker.loop"
+
+
+def is_due(rank: int, step: int) -> bool:
+    kind, which, when, *always = FAULT.split(":")
+    if (rank, step) != (int(which), int(when)):
+        return False
+    if always:
+        return True
+    try:
+        os.close(os.open(MARKER, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def misbehave(kind: str) -> None:
+    import torch
+
+    if kind == "sleep":
+        time.sleep(10**6)
+    elif kind == "raise":
+        raise ValueError("made to fail")
+    elif kind == "oom":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    elif kind == "skip":
+        import torch.distributed as dist
+
+        broadcast, calls = dist.broadcast, []
+        dist.broadcast = lambda *a, **k: broadcast(*a, **k) if calls else calls.append(1)
+    elif kind.startswith("sync-"):
+        die_at_sync(int(kind.removeprefix("sync-")))
+
+
+def die_at_sync(number: int) -> None:
+    calls = [0]
+
+    def wrapped(original):
+        def call(*arguments, **options):
+            mine, calls[0] = calls[0], calls[0] + 1
+            if mine == number // 2 and number % 2 == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*arguments, **options)
+            if mine == number // 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    os.fsync, os.replace = wrapped(os.fsync), wrapped(os.replace)
+
+
+def patch(loop) -> None:
+    from torch import distributed
+
+    original = loop.optimizer_step
+
+    def optimizer_step(engine, batches, num_label_tokens, step, *rest):
+        if is_due(distributed.get_rank(), step):
+            misbehave(FAULT.split(":")[0])
+        return original(engine, batches, num_label_tokens, step, *rest)
+
+    loop.optimizer_step = optimizer_step
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != LOOP:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            patch(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if FAULT:
+    sys.meta_path.insert(0, Finder())

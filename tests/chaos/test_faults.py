@@ -1,0 +1,135 @@
+"""Interrupt a run however you like: the same bits in the end, and the reason in the summary."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration import door
+
+STEPS = 30
+FILES = ("adapter/adapter_model.safetensors", f"checkpoints/step_{STEPS:08d}/optimizer.safetensors")
+
+
+def settings(storage, name, *more):
+    return [
+        "-c", "configs/quickstart.yaml", f"ray.storage_path={storage}", f"ray.run_name={name}", "ray.num_workers=2",
+        "training.batch_size=4", f"training.max_steps={STEPS}", "logging.every_steps=1", "checkpoint.every_steps=5",
+        "checkpoint.keep=2", "training.eval_every_steps=10", "evaluation.num_prompts=0", "ray.max_failures=9",
+        "watchdog.min_seconds=8", "watchdog.frozen_seconds=10", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(storage):
+    """An uninterrupted run."""
+    ended = door.run(*settings(storage, "whole"))
+    assert ended.returncode == 0, ended.stderr
+    return storage / "whole"
+
+
+def process_of(driver: subprocess.Popen, title: str) -> psutil.Process:
+    """The newest of a run's Ray processes with this title."""
+    found = [p for p in psutil.Process(driver.pid).children(recursive=True) if title in "".join(p.cmdline())]
+    return max(found, key=lambda p: p.create_time())
+
+
+def with_fault(fault: str, marker: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "inject"), prepend=os.pathsep)
+    monkeypatch.setenv("QLORA_RAY_FAULT", fault)
+    monkeypatch.setenv("QLORA_RAY_FAULT_MARKER", str(marker))
+
+
+def assert_same_bits(run, whole):
+    for file in FILES:
+        assert door.sha256(run / file) == door.sha256(whole / file), file
+    assert door.losses(run) == door.losses(whole)
+    assert [line["step"] for line in door.metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_run_that_loses_worker_controller_and_patience_ends_with_the_bits_of_one_that_did_not(
+    whole, storage, tmp_path, monkeypatch
+):
+    with_fault("sleep:1:22", tmp_path / "marker", monkeypatch)
+    run = storage / "hurt"
+    driver = door.start(*settings(storage, "hurt"))
+    for step, title, how in [
+        (3, "ray::RayTrainWorker", signal.SIGKILL),
+        (8, "ray::TrainController", signal.SIGKILL),
+        (13, "ray::RayTrainWorker", signal.SIGSTOP),
+        (18, "ray::RayTrainWorker", signal.SIGKILL),
+    ]:
+        door.wait_for_step(run, step, driver)
+        process_of(driver, title).send_signal(how)
+    out, err = driver.communicate(timeout=200)
+    assert driver.returncode == 0, out + err
+    assert_same_bits(run, whole)
+    failures = door.summary(run)["failures"]
+    causes = [failure["cause"] for failure in failures]
+    assert "died" in causes[0] and "controller died" in causes[1] and "died" in causes[3], causes
+    assert "stuck" in causes[2] or "froze" in causes[2], causes
+    assert causes[4] == "stuck: worker 0, worker 1; stacks in logs/"
+    assert all(failure["steps_redone"] <= 5 for failure in failures)
+    stacks = (run / "logs" / "worker_1.log").read_text()
+    assert "sitecustomize.py" in stacks and "in misbehave" in stacks
+    assert "raylet" not in out + err and "Traceback" not in out + err
+
+
+def test_failure_that_repeats_without_progress_ends_the_run_after_three_tries_with_its_cause(
+    storage, tmp_path, monkeypatch
+):
+    with_fault("raise:1:2:always", tmp_path / "marker", monkeypatch)
+    ended = door.run(*settings(storage, "again"))
+    summary = door.summary(storage / "again")
+    assert (ended.returncode, summary["status"], len(summary["failures"])) == (1, "failed", 3)
+    assert "ValueError: made to fail" in summary["reason"] and "without progress" in summary["reason"]
+    assert summary["reason"] in ended.stderr
+
+
+@pytest.mark.slow
+def test_out_of_memory_on_one_worker_ends_the_run_at_once_and_names_the_levers(storage, tmp_path, monkeypatch):
+    with_fault("oom:1:2:always", tmp_path / "marker", monkeypatch)
+    ended = door.run(*settings(storage, "oom"))
+    assert ended.returncode == 1 and len(door.summary(storage / "oom")["failures"]) == 1
+    assert "worker 1 is out of memory" in ended.stderr and "training.batch_size=2" in ended.stderr
+
+
+@pytest.mark.slow
+def test_worker_that_skips_a_collective_is_found_out(whole, storage, tmp_path, monkeypatch):
+    with_fault("skip:1:7", tmp_path / "marker", monkeypatch)
+    ended = door.run(*settings(storage, "skip"))
+    assert ended.returncode == 0, ended.stderr
+    assert_same_bits(storage / "skip", whole)
+    assert len(door.summary(storage / "skip")["failures"]) == 1
+
+
+@pytest.mark.slow
+def test_killed_driver_and_the_same_command_with_resume_give_the_same_bits(whole, storage):
+    driver = door.start(*settings(storage, "driver"))
+    door.wait_for_step(storage / "driver", 12, driver)
+    driver.kill()
+    driver.communicate(timeout=30)
+    ended = door.run(*settings(storage, "driver"), "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert_same_bits(storage / "driver", whole)
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_step_it_came_in(storage):
+    driver = door.start(*settings(storage, "term"))
+    door.wait_for_step(storage / "term", 7, driver)
+    reached = max(door.losses(storage / "term"))
+    driver.terminate()
+    out, err = driver.communicate(timeout=60)
+    assert driver.returncode == 130, out + err
+    stopped_at = door.summary(storage / "term")["steps"]
+    assert reached <= stopped_at <= reached + 4
+    assert (storage / "term" / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").exists()
+    assert door.summary(storage / "term")["failures"] == []
