@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 EMBEDDED_BASE = "embedded"
@@ -85,6 +94,8 @@ class TrainingConfig(Section):
     """NEFTune (arXiv:2310.05914): strength of uniform noise on the input embeddings; 0 is off."""
     max_length: int = Field(512, ge=8)
     """Tokens per row; longer records are cut."""
+    packing: bool = True
+    """Fill each row with several samples that do not see each other: no time goes into padding."""
     recompute: Literal["auto", "all", "none"] = "auto"
     """Gradient checkpointing of decoder layers: less memory, a forward pass more. auto: on a GPU all, on a CPU none."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -95,17 +106,70 @@ class TrainingConfig(Section):
     """Stop after so many validations in a row without a better eval_loss."""
 
 
+class DataSource(Section):
+    path: str = Field(min_length=1)
+    """A file, glob, folder, URI or hub data set id."""
+    weight: float = Field(1.0, gt=0)
+    """How often each record appears in an epoch: 2.0 twice, 0.5 a seeded half of them once."""
+    split: str | None = None
+    """Split of a hub data set or a saved DatasetDict; default: data.split, for validation "validation"."""
+    name: str | None = None
+    """Configuration of a hub data set (load_dataset's `name`)."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set; default: data.revision."""
+
+
+def _shape_of(value: Any) -> str:
+    return "list" if isinstance(value, list) else "mapping" if isinstance(value, dict | DataSource) else "str"
+
+
+_Path = Annotated[str, Field(min_length=1), Tag("str")]
+_Mapping = Annotated[DataSource, Tag("mapping")]
+_Entry = Annotated[_Path | _Mapping, Discriminator(_shape_of)]
+# Told apart by shape, so that a mistake in one entry is told once, and of that entry.
+DataFiles = Annotated[_Path | _Mapping | Annotated[list[_Entry], Tag("list")], Discriminator(_shape_of)]
+
+
 class DataConfig(Section):
-    train_file: str = "data/sample_data.json"
-    """JSON array or JSON Lines of instruction/input/output records or of chat `messages`."""
-    validation_file: str | None = None
-    """Validation records; without it validation_split of the training records are held out."""
+    train_file: DataFiles = "data/sample_data.json"
+    """Path, glob, folder, URI or hub data set id; or a list of those or of {path, weight}. See docs/data.md."""
+    validation_file: DataFiles | None = None
+    """Validation records, named as above; without it validation_split of the training records are held out."""
     validation_split: float = Field(0.1, ge=0, lt=1)
     """Share of the training records held out for validation; 0 turns validation off."""
-    format: Literal["auto", "alpaca", "messages"] = "auto"
-    """Shape of the records: alpaca = instruction, input, output; messages = a list of role and content."""
+    format: str = "auto"
+    """auto, alpaca, messages, sharegpt, prompt_completion, text, or package.module:function (record to messages)."""
+    chat_template: str | None = None
+    """Default: the tokenizer's own, else plain. Or plain, chatml, or a file with a Jinja template."""
+    train_on: Literal["all_assistant_turns", "last_turn", "everything"] = "all_assistant_turns"
+    """What the loss is taken over: every answer, the last one, or prompts too."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set or a saved DatasetDict to train on."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Stop if more than this share of the records is unusable."""
+
+    @field_validator("train_file", "validation_file")
+    @classmethod
+    def _names_something(cls, value):
+        if value == []:
+            raise ValueError("must name at least one file")
+        return value
+
+    @field_validator("format")
+    @classmethod
+    def _format_is_known_or_a_function(cls, name):
+        known = ("auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text")
+        if name not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+            raise ValueError(f"must be one of {', '.join(known)}, or package.module:function")
+        return name
+
+    def sources(self, key: str) -> list[DataSource]:
+        """Entries of train_file or validation_file, in order; empty where there are none."""
+        value = getattr(self, key)
+        entries = [] if value is None else value if isinstance(value, list) else [value]
+        return [entry if isinstance(entry, DataSource) else DataSource(path=entry) for entry in entries]
 
 
 class DeepSpeedConfig(Section):
@@ -286,7 +350,7 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         where = [str(part) for part in item["loc"]]
         key = ".".join(
-            part for part in where if not re.match(r"(literal|function|constrained|list|bool|str|int)\b", part)
+            part for part in where if not re.match(r"(literal|function|constrained|list|mapping|bool|str|int)\b", part)
         )
         if item["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key.{_nearest(key)}")

@@ -13,6 +13,13 @@ GIB = 2**30
 STORAGE_FOR_THE_REST = 32 * 2**20  # logs, metrics, report, tokenizer files
 # Ray's accelerator labels of GPUs without bfloat16 matrix units (compute capability below 8.0).
 GPUS_WITHOUT_BFLOAT16 = {"K80", "P4", "P100", "P40", "V100", "T4", "RTX-2080"}
+# Model types whose attention stays within each sample of a packed row when position_ids restart there: logits and
+# gradients are those of the samples alone (tests/integration/test_packing.py). Others get padded rows.
+PACKED_MODEL_TYPES = {
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2",
+    "gpt_neox", "olmo2", "granite", "glm4", "smollm3",
+}  # fmt: skip
+FEW_STEPS = 10  # an epoch of fewer is worth a word
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ def make_plan(
         checkpoint_every_steps=config.checkpoint.every_steps or min(200, max(1, num_steps // 10)),
         num_trainable_parameters=trainable,
         four_bit_share=quantized / base.num_parameters,
-        notes=_notes(config, base, data),
+        notes=_notes(config, base, data, steps_per_epoch),
         memory_forecast_gib=_memory_forecast(config, base, data, zero_stage, compute_dtype, recompute, trainable),
         deepspeed=_deepspeed_dict(config, zero_stage, accumulation, compute_dtype),
     )
@@ -106,6 +113,11 @@ def storage_bytes(config: Config, plan: Plan) -> int:
     """
     checkpoint = plan.num_trainable_parameters * 12
     return (config.checkpoint.keep + 1) * checkpoint + 2 * plan.num_trainable_parameters * 4 + STORAGE_FOR_THE_REST
+
+
+def packs(config: Config, base: BaseFacts) -> bool:
+    """Whether rows hold several samples: where asked for, and the base's attention can keep them apart."""
+    return config.training.packing and base.model_type in PACKED_MODEL_TYPES
 
 
 def refuse_early(config: Config, deepspeed_json: dict | None) -> None:
@@ -340,7 +352,7 @@ def _merged(base: dict[str, Any], user: dict[str, Any], fixed: dict[str, Any], p
     return merged
 
 
-def _notes(config: Config, base: BaseFacts, data: DataStats) -> tuple[str, ...]:
+def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: int) -> tuple[str, ...]:
     notes = []
     if base.num_expert_parameters and config.quantization.type != "none":
         share = base.num_expert_parameters / base.num_parameters
@@ -354,8 +366,19 @@ def _notes(config: Config, base: BaseFacts, data: DataStats) -> tuple[str, ...]:
         notes.append(
             f"training.max_length={config.training.max_length} exceeds the base's context of {base.context_length}."
         )
+    if config.training.packing and not packs(config, base):
+        notes.append(
+            f"Rows are padded, not packed: that {base.model_type} models keep the samples of a row apart is not shown."
+        )
+    if data.packed and steps_per_epoch < FEW_STEPS <= data.num_samples:
+        each = data.num_samples / data.num_rows
+        notes.append(
+            f"Packed rows hold {each:.0f} samples each, so an epoch is only {steps_per_epoch} steps. "
+            "For more and smaller ones lower training.max_length or batch_size, or set training.packing=false."
+        )
     if data.num_truncated:
-        notes.append(f"{data.num_truncated} of {data.num_rows} rows were cut to training.max_length.")
+        limit = config.training.max_length
+        notes.append(f"{data.num_truncated} of {data.num_records} records were cut to training.max_length={limit}.")
     if data.num_rejected:
         notes.append(f"{data.num_rejected} of {data.num_records} records were rejected.")
     return tuple(notes)

@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from qlora_ray.config import Config
-from qlora_ray.data.cache import DataStats
+from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import BaseFacts
 from qlora_ray.plan import Plan
 
@@ -31,8 +31,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run)
         f"{plan.four_bit_share:.0%} in {config.quantization.type})",
         "adapter": f"{config.model.lora_variant}, r={config.model.lora_r}, alpha={config.model.lora_alpha:g}, "
         f"{plan.num_trainable_parameters / 1e6:,.2f} M parameters",
-        "data": f"{data.num_rows:,} rows, {data.num_tokens:,} tokens ({data.num_label_tokens / data.num_tokens:.0%} "
-        f"trained on), {data.num_validation_rows:,} rows held out",
+        "data": _show_data(data),
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
         "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "
         f"{plan.gradient_accumulation_steps} accumulated x {plan.num_workers} workers",
@@ -60,6 +59,15 @@ def chatter_goes_to(path: str) -> Iterator[None]:
                 yield
         finally:
             console.file = None  # type: ignore[assignment]  # rich: sys.stdout again, whatever that is then
+
+
+def _show_data(data: DataStats) -> str:
+    formats = " + ".join(data.formats)
+    in_rows = f" packed into {data.num_rows:,} rows ({data.packing_efficiency:.0%} full)" if data.packed else ""
+    return (
+        f"{data.num_samples:,} samples ({formats}){in_rows}, {data.num_tokens:,} tokens "
+        f"({data.num_label_tokens / data.num_tokens:.0%} trained on), {data.num_validation_samples:,} held out"
+    )
 
 
 class Progress:

@@ -5,8 +5,10 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs
 
@@ -33,6 +35,14 @@ class Folder:
     def name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
 
+    @property
+    def parent(self) -> "Folder":
+        return Folder(self.filesystem, self.path.rsplit("/", 1)[0])
+
+    def size(self) -> int | None:
+        """Bytes of this file; None where there is none."""
+        return self.filesystem.get_file_info(self.path).size
+
     def exists(self) -> bool:
         return self.filesystem.get_file_info(self.path).type != pyarrow.fs.FileType.NotFound
 
@@ -40,6 +50,12 @@ class Folder:
         """Names in the folder, sorted; empty where there is no folder."""
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file in the folder by name; empty where there is no folder."""
+        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        return {info.base_name: info.size for info in infos if info.type == pyarrow.fs.FileType.File}
 
     def make(self) -> "Folder":
         self.filesystem.create_dir(self.path, recursive=True)
@@ -51,16 +67,22 @@ class Folder:
 
     def write_bytes(self, content: bytes) -> None:
         """Write this file whole: on a local disk to a temporary name, fsynced, renamed; objects appear whole anyway."""
+        with self.open_to_write() as file:
+            file.write(content)
+
+    @contextlib.contextmanager
+    def open_to_write(self) -> Iterator[Any]:
+        """A stream to write this file with, which appears whole when the block ends, and not at all if it fails."""
         if not self.is_local:
-            with self.filesystem.open_output_stream(self.path) as file:
-                file.write(content)
+            with self.filesystem.open_output_stream(self.path) as stream:
+                yield stream
             return
         folder, name = os.path.split(self.path)
         os.makedirs(folder, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o600 if name.startswith(".") else 0o644)

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import yaml
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(config: Config, config_name: str, resume: bool, debug: bool, began: float) -> int:
     from qlora_ray import cluster, storage
-    from qlora_ray.data.prepare import check_records
+    from qlora_ray.data.check import check_records
     from qlora_ray.plan import Hardware, check_workers_fit, refuse_early
 
     deepspeed_json = read_deepspeed_json(config)
@@ -75,7 +75,7 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
     folder = storage.open_folder(config.ray.storage_path)
     storage.check_writable(folder)
     run = find_run(config, config_name, folder, resume)
-    check_records(config, folder)
+    check_records(config)
     cluster.set_environment(config, debug)
     try:
         return _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began)
@@ -87,15 +87,31 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
 def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) -> int:
     from qlora_ray import cluster, screen, storage
     from qlora_ray.data.prepare import prepare
+    from qlora_ray.data.spread import run_on_ray
     from qlora_ray.driver import Driver
     from qlora_ray.model.facts import read_facts
-    from qlora_ray.plan import make_plan, storage_bytes
+    from qlora_ray.plan import Hardware, make_plan, packs, storage_bytes
+
+    started: Future[Hardware] = Future()
+
+    def runner():
+        started.result()
+        return run_on_ray
+
+    def prepare_data():
+        facts = read_facts(local_base(config))
+        return facts, prepare(config, folder, packs(config, facts), runner, screen.console.out)
 
     # The data is prepared while Ray starts. Ray must start on this thread: its processes die with their maker.
     with ThreadPoolExecutor(1) as thread:
-        prepared = thread.submit(lambda: (read_facts(local_base(config)), prepare(config, folder)))
+        prepared = thread.submit(prepare_data)
         thread.submit(importlib.import_module, "ray.train.torch")  # takes 2 s, and fit needs it
-        hardware = cluster.start_ray(config, debug)
+        try:
+            started.set_result(cluster.start_ray(config, debug))
+        except BaseException as error:
+            started.set_exception(error)  # the thread may be waiting for it
+            raise
+        hardware = started.result()
         facts, data = prepared.result()
     plan = make_plan(config, data.stats, facts, hardware, deepspeed_json)
     identity = run_identity(config, data.stats.fingerprint, facts)
@@ -103,6 +119,7 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) 
     storage.check_space(folder, storage_bytes(config, plan))
     screen.show_plan(plan, config, data.stats, facts, run)
     write_run_files(run, config, plan, data.stats, identity)
+    write_rejected(run, data)
     summary = Driver(config, plan, run, data, debug, began).fit()
     screen.show_result(summary, run)
     return {"done": 0, "interrupted": 130, "refused": 2}.get(summary["status"], 1)
@@ -110,14 +127,11 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) 
 
 def check_files(config: Config) -> None:
     """What names and headers can tell, in milliseconds: data files and the base's folder. Raises ConfigError."""
+    from qlora_ray.data.sources import find_sources
     from qlora_ray.model.facts import check_folder, read_facts
 
-    for key, name in (("train_file", config.data.train_file), ("validation_file", config.data.validation_file)):
-        if name is not None and not find_file(name).is_file():
-            what = "is a folder; name a .json or .jsonl file" if find_file(name).is_dir() else "no such file"
-            raise ConfigError(f"data.{key}={name}: {what}.")
-        if name is not None and find_file(name).stat().st_size == 0:
-            raise ConfigError(f"data.{key}={name}: the file is empty.")
+    for key in ("train_file", "validation_file"):
+        find_sources(config, key, download=False)
     base = base_model_path(config.model.base_model)
     if os.path.isdir(base):
         check_folder(base)
@@ -233,6 +247,13 @@ def write_run_files(run, config: Config, plan, stats, identity: dict[str, Any]) 
         "base_revision": config.model.revision,
     }
     (run / "manifest.json").write_bytes(json.dumps(manifest, indent=1).encode())
+
+
+def write_rejected(run, data) -> None:
+    """rejected.jsonl: a line for each record that was left out, with file, place and reason."""
+    lines = b"".join(samples.rejected_lines() for samples in (*data.train, *data.validation))
+    if lines:
+        (run / "rejected.jsonl").write_bytes(lines)
 
 
 def versions() -> dict[str, str]:

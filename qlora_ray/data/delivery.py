@@ -1,5 +1,8 @@
 """Ray Data carries the rows that `order` names to one worker, in order, ahead of need. It decides nothing."""
 
+import contextlib
+import queue
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -7,12 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qlora_ray.data.cache import open_rows
-from qlora_ray.data.order import NO_ROW, Order, micro_batches_of
-from qlora_ray.data.tokenize import IGNORE_INDEX
+from qlora_ray.data.order import Order, micro_batches_of
+from qlora_ray.data.rows import open_rows
+from qlora_ray.data.spread import quiet_ray_data
 from qlora_ray.storage import Folder
 
 MICRO_BATCHES_PER_TASK = 64
+MICRO_BATCHES_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -38,42 +42,86 @@ class Stream:
 
 
 def deliver(stream: Stream) -> Iterator[pa.Table]:
-    """Yield one table of B rows (columns step, micro_batch, input_ids, labels) per micro-batch of the stream."""
+    """Yield one table of B rows (step, micro_batch, and the columns of Rows.gather) per micro-batch of the stream.
+
+    Ray Data needs seconds to its first block: until it has caught up, the same function is called here instead. The
+    first MICRO_BATCHES_PER_TASK are never asked of it, so that a short stream does not start it at all.
+    """
+    carried = _Carried(stream)
+    try:
+        for position in range(stream.num_micro_batches):
+            table = carried.take(position)
+            yield rows_at({"id": np.array([position])}, stream) if table is None else table
+    finally:
+        carried.stop()
+
+
+def rows_at(batch: dict[str, np.ndarray], stream: Stream) -> pa.Table:
+    """Rows of the micro-batches at the given stream positions, B after B."""
+    places = [stream.place(int(position)) for position in batch["id"]]
+    rows = np.concatenate([stream.order.rows_of_micro_batch(step, micro) for step, micro in places])
+    table = open_rows(stream.entry, "train").gather(rows)
+    for name, column in (("micro_batch", 1), ("step", 0)):
+        values = np.repeat([place[column] for place in places], stream.order.micro_batch_size)
+        table = table.add_column(0, name, pa.array(values))
+    return table
+
+
+class _Carried:
+    """The micro-batches that Ray Data has brought, fetched ahead by a thread."""
+
+    def __init__(self, stream: Stream):
+        self._stream = stream
+        self._ready: queue.Queue[tuple[int, pa.Table]] = queue.Queue(MICRO_BATCHES_AHEAD)
+        self._wanted, self._is_stopped = 0, False
+        self._error: BaseException | None = None
+        if stream.num_micro_batches > MICRO_BATCHES_PER_TASK:
+            threading.Thread(target=self._fetch, daemon=True, name="ray-data").start()
+
+    def take(self, position: int) -> pa.Table | None:
+        """The table of a position, later at each call; None if it is not here yet."""
+        if self._error:
+            raise self._error
+        self._wanted = position
+        while not self._ready.empty():  # nobody else takes from it
+            if self._ready.queue[0][0] > position:
+                return None
+            brought, table = self._ready.get()
+            if brought == position:
+                return table
+        return None
+
+    def stop(self) -> None:
+        self._is_stopped = True
+
+    def _fetch(self) -> None:
+        from ray.exceptions import RayError
+
+        try:
+            for position, table in enumerate(_stream_of_ray(self._stream), MICRO_BATCHES_PER_TASK):
+                while position >= self._wanted and not self._is_stopped:
+                    with contextlib.suppress(queue.Full):
+                        self._ready.put((position, table), timeout=1)
+                        break
+                if self._is_stopped:
+                    return
+        except RayError as error:
+            self._error = error
+
+
+def _stream_of_ray(stream: Stream) -> Iterator[pa.Table]:
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    count = stream.num_micro_batches
-    if count == 0:
-        return
-    num_tasks = max(1, count // MICRO_BATCHES_PER_TASK)
-    positions = ray.data.range(count, override_num_blocks=num_tasks)
-    task: Any = rows_at
+    quiet_ray_data()
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    count = stream.num_micro_batches - MICRO_BATCHES_PER_TASK
+    positions = ray.data.range(count, override_num_blocks=-(-count // MICRO_BATCHES_PER_TASK))
+    task: Any = _rows_after_the_first
     rows = positions.map_batches(task, fn_args=(stream,), batch_size=None, batch_format="numpy", num_cpus=0.5)
     yield from rows.iter_batches(
         batch_size=stream.order.micro_batch_size, batch_format="pyarrow", prefetch_batches=2, drop_last=False
     )
 
 
-def rows_at(batch: dict[str, np.ndarray], stream: Stream) -> pa.Table:
-    """Rows of the micro-batches at the given stream positions, B after B."""
-    table = open_rows(stream.entry, "train")
-    places = [stream.place(int(position)) for position in batch["id"]]
-    numbers = [stream.order.rows_of_micro_batch(step, micro) for step, micro in places]
-    taken = np.concatenate(numbers)
-    columns = table.take(pa.array(np.where(taken == NO_ROW, 0, taken)))
-    labels = columns["labels"].combine_chunks()
-    if (taken == NO_ROW).any():  # a filler row is read but never trained on
-        lengths = np.diff(labels.offsets.to_numpy())
-        values = np.where(np.repeat(taken == NO_ROW, lengths), IGNORE_INDEX, labels.values.to_numpy())
-        labels = pa.ListArray.from_arrays(labels.offsets, pa.array(values.astype(np.int32)))
-    size = stream.order.micro_batch_size
-    return pa.table(
-        {
-            "step": np.repeat([step for step, _ in places], size),
-            "micro_batch": np.repeat([micro for _, micro in places], size),
-            "input_ids": columns["input_ids"].combine_chunks(),
-            "labels": labels,
-        }
-    )
+def _rows_after_the_first(batch: dict[str, np.ndarray], stream: Stream) -> pa.Table:
+    return rows_at({"id": batch["id"] + MICRO_BATCHES_PER_TASK}, stream)

@@ -1,156 +1,139 @@
-"""Records to cached rows, on the driver, before any worker or process group exists."""
+"""From what a config names to cached rows, before any worker or process group exists."""
 
-import collections
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from qlora_ray.config import Config, ConfigError, base_model_path, find_file
-from qlora_ray.data import cache
-from qlora_ray.data.formats import BadRecord, Messages, to_messages
-from qlora_ray.data.order import held_out
-from qlora_ray.data.read import read_records
+import numpy as np
+
+from qlora_ray.config import Config, base_model_path
+from qlora_ray.data.check import refuse_too_many
+from qlora_ray.data.deal import Share, deal
+from qlora_ray.data.pack import pack
+from qlora_ray.data.rows import find, write_rows, write_stats
+from qlora_ray.data.samples import INLINE_BYTES, Runner, Samples, Tell, fingerprint, run_inline, samples_of
+from qlora_ray.data.sources import Source, find_sources
 from qlora_ray.data.stats import DataStats
-from qlora_ray.data.tokenize import Row, load_tokenizer, prompt_ids, tokenize, tokenizer_files
+from qlora_ray.data.template import find_template
+from qlora_ray.data.tokenize import prompt_of
+from qlora_ray.data.work import Recipe, encoder_of
 from qlora_ray.storage import Folder
+
+MOST_PROMPTS = 1000
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Where the rows are, and what is known of them."""
+    """Where the rows are, what is known of them, and the samples that they are made of."""
 
     entry: Folder
     stats: DataStats
+    train: tuple[Samples, ...]
+    validation: tuple[Samples, ...]  # empty where split off
 
 
-@dataclass(frozen=True)
-class _Tokenized:
-    rows: list[Row]
-    messages: list[Messages]  # of the rows, in the same order
-    rejected: list[tuple[int, str]]  # record number from 1, reason
+def prepare(
+    config: Config,
+    storage: Folder,
+    packing: bool,
+    runner: Callable[[], Runner] | None = None,
+    tell: Tell = lambda line: None,
+) -> Prepared:
+    """Tokenize, mask, pack and cache the rows of a run, or find them cached. Raises ConfigError for unusable data.
 
-
-def prepare(config: Config, storage: Folder) -> Prepared:
-    """Tokenize, mask and cache the rows of a run, or find them cached. Raises ConfigError for unusable data."""
-    folder = storage / "cache"
-    key = _fingerprint(config)
-    stats = cache.find(folder, key)
-    if stats is None:
-        stats = _tokenize_and_write(config, folder, key)
-    return Prepared(folder / key, stats)
-
-
-def check_records(config: Config, storage: Folder) -> None:
-    """Refuse files and records that no tokenizer could make good, in the time it takes to parse them.
-
-    Costs a second parse, little beside tokenizing, and only where nothing is cached. Raises ConfigError.
+    `runner` is asked for only where there is much to tokenize; without it all is done in this process. `tell` gets a
+    line now and then where that takes long.
     """
-    if cache.find(storage / "cache", _fingerprint(config)) is not None:
-        return
-    _read(config, config.data.train_file, "data.train_file")
-    if config.data.validation_file:
-        _read(config, config.data.validation_file, "data.validation_file")
+    cache, recipe = storage / "cache", make_recipe(config)
+    sources = {key: find_sources(config, key) for key in ("train_file", "validation_file")}
+    done = {
+        key: tuple(samples_of(source, recipe, cache, _runner_for(source, runner), tell) for source in of_key)
+        for key, of_key in sources.items()
+    }
+    for key in sources:
+        for source, samples in zip(sources[key], done[key], strict=True):
+            refuse_too_many(source, samples.num_records, samples.rejected, config.data.max_bad_fraction)
+    entry = cache / _rows_fingerprint(config, sources, done, packing)
+    stats = find(entry)
+    if stats is None:
+        stats = _make_rows(config, recipe, entry, sources, done, packing)
+    return Prepared(entry, stats, done["train_file"], done["validation_file"])
 
 
-def _tokenize_and_write(config: Config, folder: Folder, key: str) -> DataStats:
+def make_recipe(config: Config) -> Recipe:
+    """How the config asks for records to be turned into tokens. Raises ConfigError."""
     model, data = config.model, config.data
-    tokenizer = load_tokenizer(base_model_path(model.base_model), model.revision, model.trust_remote_code)
-    train = _tokenize_file(tokenizer, config, data.train_file, "data.train_file")
-    num_records = len(train.rows) + len(train.rejected)
-    if data.validation_file:
-        validation = _tokenize_file(tokenizer, config, data.validation_file, "data.validation_file")
-        rows, kept = validation.rows, train.rows
-        held = validation.messages
-    else:
-        out = set(held_out(len(train.rows), data.validation_split, config.training.seed).tolist())
-        if len(out) >= len(train.rows):
-            raise ConfigError(
-                f"data.validation_split={data.validation_split}: holds out all {len(train.rows)} usable records of "
-                f"{data.train_file}. Set it to 0 or bring more records."
-            )
-        rows = [train.rows[i] for i in sorted(out)]
-        kept = [row for i, row in enumerate(train.rows) if i not in out]
-        held = [train.messages[i] for i in sorted(out)]
+    return Recipe(
+        base=base_model_path(model.base_model), revision=model.revision, trust_remote_code=model.trust_remote_code,
+        chat_template=find_template(data.chat_template), format=data.format, train_on=data.train_on,
+        max_length=config.training.max_length,
+    )  # fmt: skip
+
+
+def _runner_for(source: Source, runner: Callable[[], Runner] | None) -> Runner:
+    return run_inline if runner is None or source.num_bytes <= INLINE_BYTES else lambda *task: runner()(*task)
+
+
+def _rows_fingerprint(config: Config, sources: dict, done: dict, packing: bool) -> str:
+    made_of = {
+        key: [
+            (samples.entry.name, source.entry.weight) for source, samples in zip(sources[key], done[key], strict=True)
+        ]
+        for key in sources
+    }
+    split = None if done["validation_file"] else config.data.validation_split
+    return fingerprint([repr((made_of, split, config.training.seed, packing, config.training.max_length))])
+
+
+def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, done: dict, packing: bool) -> DataStats:
+    """Write an entry of rows: which samples each holds, and the held-out prompts."""
+    max_length, seed = config.training.max_length, config.training.seed
+    train, held = deal(config, sources, done)
+    lengths_of_rows = {}
+    for split, share in (("train", train), ("validation", held)):
+        lengths = share.index.num_tokens[share.samples]
+        if packing:
+            offsets, places = pack(lengths, max_length, seed)
+        else:
+            offsets, places = np.arange(len(lengths) + 1), np.arange(len(lengths))
+        lengths_of_rows[split] = write_rows(entry, split, offsets, share.samples[places], share.index)
     stats = DataStats(
-        fingerprint=key,
-        num_records=num_records,
-        num_rejected=len(train.rejected),
-        num_truncated=sum(row.truncated for row in kept),
-        num_rows=len(kept),
-        num_validation_rows=len(rows),
-        num_tokens=sum(len(row.input_ids) for row in kept),
-        num_label_tokens=sum(label >= 0 for row in kept for label in row.labels[1:]),
-        longest_row=max(len(row.input_ids) for row in kept),
+        fingerprint=entry.name,
+        num_records=sum(samples.num_records for samples in done["train_file"]),
+        num_rejected=sum(samples.num_rejected for samples in done["train_file"]),
+        num_truncated=sum(samples.num_truncated for samples in done["train_file"]),
+        num_rows=len(lengths_of_rows["train"]),
+        num_validation_rows=len(lengths_of_rows["validation"]),
+        num_tokens=int(lengths_of_rows["train"].sum()),
+        num_label_tokens=int(train.index.num_label_tokens[train.samples].sum()),
+        longest_row=int(lengths_of_rows["train"].max()),
+        num_samples=len(train.samples),
+        num_validation_samples=len(held.samples),
+        packed=packing,
+        max_length=max_length,
+        formats=dict(sum((Counter(samples.formats) for samples in done["train_file"]), Counter())),
     )
-    cache.write(folder, stats, {"train": kept, "validation": rows}, [_prompt(tokenizer, turns) for turns in held])
+    held_key = "validation_file" if done["validation_file"] else "train_file"
+    prompts = _prompts(recipe, done[held_key], held)
+    (entry / "prompts.json").write_bytes(json.dumps(prompts, ensure_ascii=False).encode())
+    names = {"train": done["train_file"], "validation": done[held_key]}
+    entries = {split: [samples.entry.name for samples in made] for split, made in names.items()}
+    write_stats(entry, stats, entries, recipe.chat_template)
     return stats
 
 
-def _read(config: Config, name: str, key: str) -> tuple[dict[int, Messages], list[tuple[int, str]]]:
-    """Messages by record number from 1, and the rejected records."""
-    usable, rejected = {}, []
-    for number, record in enumerate(read_records(find_file(name), key), 1):
-        try:
-            usable[number] = to_messages(record, config.data.format)
-        except BadRecord as reason:
-            rejected.append((number, str(reason)))
-    _refuse_too_many(config, name, key, len(usable), rejected)
-    return usable, rejected
-
-
-def _tokenize_file(tokenizer, config: Config, name: str, key: str) -> _Tokenized:
-    usable, rejected = _read(config, name, key)
-    rows, kept = [], []
-    for number, messages in usable.items():
-        try:
-            rows.append(tokenize(tokenizer, messages, config.training.max_length))
-            kept.append(messages)
-        except BadRecord as reason:
-            rejected.append((number, str(reason)))
-    _refuse_too_many(config, name, key, len(rows), rejected)
-    return _Tokenized(rows, kept, sorted(rejected))
-
-
-def _refuse_too_many(config: Config, name: str, key: str, num_usable: int, rejected: list[tuple[int, str]]) -> None:
-    num_records, limit = num_usable + len(rejected), config.data.max_bad_fraction
-    if len(rejected) > limit * num_records or not num_usable:
-        raise ConfigError(_too_many_rejected(key, name, num_records, rejected, limit))
-
-
-def _too_many_rejected(key: str, name: str, num_records: int, rejected: list[tuple[int, str]], limit: float) -> str:
-    if not rejected:
-        return f"{key}={name}: holds no record."
-    common = collections.Counter(reason for _, reason in rejected).most_common(3)
-    reasons = "; ".join(
-        f"{reason} ({count}x, first: record {next(n for n, r in rejected if r == reason)})" for reason, count in common
+def _prompts(recipe: Recipe, samples: tuple[Samples, ...], held: Share) -> list[dict]:
+    """The first held-out questions and their expected answers."""
+    wanted = set(held.records.tolist())
+    if not wanted:
+        return []
+    tokenizer = encoder_of(recipe).tokenizer
+    made = (
+        prompt_of(tokenizer, messages)
+        for one, before in zip(samples, held.index.records_before.tolist(), strict=False)
+        for record, messages in one.messages()
+        if before + record in wanted
     )
-    left = " No record is left." if len(rejected) == num_records else ""
-    return (
-        f"{key}={name}: {len(rejected)} of {num_records} records cannot be used, data.max_bad_fraction allows "
-        f"{limit:.0%}: {reasons}.{left}"
-    )
-
-
-def _prompt(tokenizer, messages: Messages) -> dict:
-    """The held-out question and its expected answer: the last assistant turn."""
-    return {
-        "prompt": messages[-2]["content"],
-        "expected": messages[-1]["content"],
-        "input_ids": prompt_ids(tokenizer, messages[:-1]),
-    }
-
-
-def _fingerprint(config: Config) -> str:
-    base, data = base_model_path(config.model.base_model), config.data
-    parts: list[bytes | str] = [path.read_bytes() for path in tokenizer_files(base)] or [
-        base,
-        str(config.model.revision),
-    ]
-    for key, name in (("train_file", data.train_file), ("validation_file", data.validation_file)):
-        if name is None:
-            continue
-        path = find_file(name)
-        if not path.is_file():
-            raise ConfigError(f"data.{key}={name}: {'is a folder; name a file' if path.is_dir() else 'no such file'}.")
-        parts.append(path.read_bytes())
-    parts.append(repr((data.format, data.validation_split, data.max_bad_fraction, config.training.max_length,
-                       config.training.seed if data.validation_file is None else None)))  # fmt: skip
-    return cache.fingerprint(parts)
+    return list(itertools.islice((prompt for prompt in made if prompt), MOST_PROMPTS))

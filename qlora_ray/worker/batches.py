@@ -1,8 +1,7 @@
 """Rows to tensors: what one forward pass reads."""
 
 # B rows in a micro-batch, T tokens per row
-from collections.abc import Iterator
-
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -12,16 +11,29 @@ PAD_TO_MULTIPLE_OF = 8  # keeps matrix units busy, and the number of different s
 
 
 def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Pad rows on the right to a common length: input_ids, attention_mask, labels, each (B, T) int64."""
-    ids, labels = rows["input_ids"].to_pylist(), rows["labels"].to_pylist()
-    longest = max(map(len, ids))
-    width = -(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+    """The model's inputs and the labels of a micro-batch, padded on the right: each (B, T) int64.
+
+    input_ids and labels; for packed rows position_ids, which start at 0 with each sample and with the padding: without
+    a mask, transformers keeps attention within each such run (transformers/masking_utils.py,
+    find_packed_sequence_indices). For others attention_mask.
+    """
+    offsets = rows["input_ids"].combine_chunks().offsets.to_numpy()
+    lengths = np.diff(offsets)
+    width = -(-int(lengths.max()) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+    is_token = np.arange(width) < lengths[:, None]  # (B, T)
     batch = {
-        "input_ids": [row + [pad_token_id] * (width - len(row)) for row in ids],
-        "attention_mask": [[1] * len(row) + [0] * (width - len(row)) for row in ids],
-        "labels": [row + [IGNORE_INDEX] * (width - len(row)) for row in labels],
+        name: np.full(is_token.shape, fill, np.int64)
+        for name, fill in (("input_ids", pad_token_id), ("labels", IGNORE_INDEX))
     }
-    return {name: torch.tensor(values).to(device, non_blocking=True) for name, values in batch.items()}
+    if "position_ids" in rows.column_names:
+        batch["position_ids"] = np.arange(width) - lengths[:, None]  # of the padding; the rest follows
+    else:
+        batch["attention_mask"] = is_token.astype(np.int64)
+    for name in rows.column_names:
+        if name in batch:
+            values = rows[name].combine_chunks()
+            batch[name][is_token] = values.values.to_numpy()[values.offsets[0].as_py() : values.offsets[-1].as_py()]
+    return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
 
 
 def left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -30,9 +42,3 @@ def left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.devic
     ids = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
-
-
-def slices(table: pa.Table, size: int) -> Iterator[pa.Table]:
-    """Consecutive tables of `size` rows; the last may be shorter."""
-    for start in range(0, table.num_rows, size):
-        yield table.slice(start, size)

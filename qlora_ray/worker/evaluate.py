@@ -4,12 +4,13 @@ import json
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 
 from qlora_ray.config import Config
-from qlora_ray.data.cache import open_rows
+from qlora_ray.data.rows import open_rows
 from qlora_ray.storage import Folder
-from qlora_ray.worker.batches import left_padded, slices, to_tensors
+from qlora_ray.worker.batches import left_padded, to_tensors
 from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.team import Team
@@ -21,8 +22,10 @@ def validation_loss(
     engine: Engine, rows: Folder, batch_size: int, pad_token_id: int, device: torch.device, team: Team
 ) -> dict[str, float]:
     """eval_loss (nats per unmasked token) and eval_perplexity over all validation rows. Every worker must call this."""
-    table = open_rows(rows, "validation")
-    batches = list(slices(table, batch_size))
+    held_out = open_rows(rows, "validation")
+    batches = [
+        np.arange(first, min(first + batch_size, len(held_out))) for first in range(0, len(held_out), batch_size)
+    ]
     rounds = -(-len(batches) // team.size)
     nats = tokens = 0.0
     engine.train(False)
@@ -30,7 +33,7 @@ def validation_loss(
         for i in range(rounds):
             mine = i * team.size + team.rank
             # A worker without a batch left computes one all the same: ZeRO-3's forward is a collective.
-            batch = to_tensors(batches[min(mine, len(batches) - 1)], pad_token_id, device)
+            batch = to_tensors(held_out.gather(batches[min(mine, len(batches) - 1)]), pad_token_id, device)
             value = sum_of_nats(engine.module, batch)
             if mine < len(batches):
                 nats += float(value)

@@ -12,7 +12,6 @@ import torch
 from qlora_ray.config import Config, ConfigError
 from qlora_ray.data.delivery import Stream, deliver
 from qlora_ray.data.order import Order
-from qlora_ray.data.tokenize import load_tokenizer
 from qlora_ray.plan import Plan, learning_rate_at
 from qlora_ray.storage import Folder
 from qlora_ray.worker import checkpoint, evaluate, export, setup
@@ -79,7 +78,7 @@ def _train(
         order = Order(setup.num_rows(rows), config.training.seed, plan.micro_batch_size, plan.micro_batches_per_step)
         batches = _Batches(Stream(rows, order, team.rank, team.size, state.step, plan.num_steps))
         device = ray.train.torch.get_device()
-        tokenizer = load_tokenizer(setup.base_path(config), config.model.revision, config.model.trust_remote_code)
+        tokenizer = setup.tokenizer_of(config, rows)
         engine = setup.build_engine(
             config, plan, rows, device, tokenizer.pad_token_id, resumed and resumed[0], team, debug
         )

@@ -12,10 +12,9 @@ from qlora_ray.data.tokenize import IGNORE_INDEX
 
 def sum_of_nats(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy of a micro-batch summed over its unmasked tokens: a float32 scalar, in nats."""
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits  # (B, T, V)
-    labels = batch["labels"][:, 1:]  # (B, T-1) int64, IGNORE_INDEX on the prompt
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits  # (B, T, V)
+    labels = batch["labels"][:, 1:]  # (B, T-1) int64, IGNORE_INDEX on the prompt and on a sample's first token
     return F.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )

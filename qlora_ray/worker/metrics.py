@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_ray.data.cache import label_tokens_per_row, open_rows
-from qlora_ray.data.order import NO_ROW, Order
+from qlora_ray.data.order import Order
+from qlora_ray.data.rows import open_rows, sample_digest
 from qlora_ray.storage import DISK_IS_FULL, Folder
 from qlora_ray.worker.team import Team
 
@@ -61,26 +61,30 @@ class MetricsFile:
 
 
 class RowCounts:
-    """Tokens and rows of each step, from the cached rows: no worker has to ask another."""
+    """Tokens and samples of each step, from the cached rows: no worker has to ask another."""
 
     def __init__(self, rows: Folder, order: Order):
-        self._order = order
-        table = open_rows(rows, "train")
+        self._order, self._rows = order, open_rows(rows, "train")
         # One more entry, for NO_ROW = -1, which counts nothing.
-        self._lengths = np.append(np.diff(table["input_ids"].combine_chunks().offsets.to_numpy()), 0)
-        self._labels = np.append(label_tokens_per_row(rows, "train"), 0)
+        self._tokens = np.append(self._rows.num_tokens, 0)
+        self._labels = np.append(self._rows.num_label_tokens, 0)
+        self._samples = np.append(self._rows.num_samples, 0)
 
     def tokens(self, step: int) -> int:
         """Tokens that optimizer step `step` (from 0) reads, padding not counted."""
-        return int(self._lengths[self._order.rows_of_step(step)].sum())
+        return int(self._tokens[self._order.rows_of_step(step)].sum())
 
     def label_tokens(self, step: int) -> int:
         """Tokens that optimizer step `step` (from 0) is trained on, over all workers."""
         return int(self._labels[self._order.rows_of_step(step)].sum())
 
     def samples(self, step: int) -> int:
-        """Rows of optimizer step `step` (from 0)."""
-        return int((self._order.rows_of_step(step) != NO_ROW).sum())
+        """Samples of optimizer step `step` (from 0); a packed row holds several."""
+        return int(self._samples[self._order.rows_of_step(step)].sum())
+
+    def digest(self, step: int) -> str:
+        """Digest of the samples of optimizer step `step` (from 0), in the order of the epoch."""
+        return sample_digest(self._rows, self._order, step)
 
 
 class Meter:
@@ -121,6 +125,7 @@ class Meter:
             "peak_memory_gib": memory,
             "num_tokens": tokens,
             "num_label_tokens": sum(map(self._counts.label_tokens, self._steps)),
+            "sample_digests": [self._counts.digest(step) for step in self._steps],  # of the steps up to this one
         }
         if self._writer:
             self._writer.write(**entry)

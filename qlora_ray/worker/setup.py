@@ -4,10 +4,12 @@ import logging
 import os
 import sys
 
+import numpy as np
 import torch
 
 from qlora_ray.config import Config, ConfigError, base_model_path
-from qlora_ray.data.cache import open_rows
+from qlora_ray.data.rows import chat_template_of, open_rows
+from qlora_ray.data.tokenize import load_tokenizer
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.plan import Plan
@@ -76,12 +78,15 @@ def out_of_memory_message(config: Config, plan: Plan, rank: int, error: Exceptio
     return f"worker {rank} is out of memory ({str(error).splitlines()[0]}). What helps, in order: {'; '.join(levers)}."
 
 
-def base_path(config: Config) -> str:
-    return base_model_path(config.model.base_model)
+def tokenizer_of(config: Config, rows: Folder):
+    """The tokenizer that made the rows, with the chat template that it used."""
+    model = config.model
+    base = base_model_path(model.base_model)
+    return load_tokenizer(base, model.revision, model.trust_remote_code, chat_template_of(rows))
 
 
 def num_rows(rows: Folder) -> int:
-    return open_rows(rows, "train").num_rows
+    return len(open_rows(rows, "train"))
 
 
 def seed_everything(seed: int, step: int, micro_batch: int) -> None:
@@ -110,7 +115,7 @@ def build_engine(
         model.enable_input_require_grads()
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
-    sample = to_tensors(open_rows(rows, "train").slice(0, 1), pad_token_id, device)
+    sample = to_tensors(open_rows(rows, "train").gather(np.array([0])), pad_token_id, device)
     sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items()}
     if debug and team.rank == 0:
         logging.getLogger(__name__).info("parameters:\n%s", parameter_table(model, plan))

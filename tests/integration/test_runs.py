@@ -7,17 +7,19 @@ import signal
 import pytest
 
 from qlora_ray.config import base_model_path, find_file
-from qlora_ray.data.order import held_out, permutation
+from qlora_ray.data.order import Order, held_out
+from qlora_ray.data.rows import Rows, sample_digest
+from qlora_ray.storage import open_folder
 from tests.integration import door, plain_loop
 
-STEPS, ROWS_PER_STEP, LEARNING_RATE, SEED = 20, 8, 1e-3, 3
+STEPS, BATCH_SIZE, LEARNING_RATE, SEED = 20, 2, 1e-3, 3
 
 
 def settings(storage, name, num_workers, accumulation, *more):
     return [
         "-c", "configs/quickstart.yaml", f"ray.storage_path={storage}", f"ray.run_name={name}",
         f"ray.num_workers={num_workers}", f"training.gradient_accumulation_steps={accumulation}",
-        "training.batch_size=4", f"training.max_steps={STEPS}", f"training.learning_rate={LEARNING_RATE}",
+        f"training.batch_size={BATCH_SIZE}", f"training.max_steps={STEPS}", f"training.learning_rate={LEARNING_RATE}",
         f"training.seed={SEED}", "model.lora_dropout=0", "logging.every_steps=1", "checkpoint.every_steps=5",
         "checkpoint.keep=9", "training.eval_every_steps=10", "evaluation.num_prompts=4", *more,
     ]  # fmt: skip
@@ -51,7 +53,7 @@ def test_metrics_have_one_line_a_step_and_the_documented_names(two_workers):
     lines = [line for line in door.metrics(run) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert {"epoch", "loss", "learning_rate", "grad_norm", "step_seconds", "tokens_per_second", "samples_per_second",
-            "peak_memory_gib", "num_tokens", "num_label_tokens"} <= lines[0].keys()  # fmt: skip
+            "peak_memory_gib", "num_tokens", "num_label_tokens", "sample_digests"} <= lines[0].keys()  # fmt: skip
     validations = [line for line in door.metrics(run) if "eval_loss" in line]
     assert [line["step"] for line in validations] == [10, 20]
     assert all(math.isclose(v["eval_perplexity"], math.exp(v["eval_loss"])) for v in validations)
@@ -72,19 +74,35 @@ def test_one_worker_gives_the_losses_of_two(two_workers, storage):
     assert door.losses(storage / "one") == pytest.approx(door.losses(run), rel=1e-5)
 
 
-def test_plain_loop_gives_the_losses_of_two_workers(two_workers):
+def packed_rows(run) -> tuple[Rows, Order]:
+    """The rows that a run of two workers read, and their order."""
+    fingerprint = json.loads((run / "manifest.json").read_text())["identity"]["data"]
+    rows = Rows(open_folder(str(run.parent / "cache" / fingerprint)), "train")
+    return rows, Order(len(rows), SEED, BATCH_SIZE, 2)
+
+
+def test_digests_in_the_metrics_are_those_of_the_samples_that_each_step_should_read(two_workers):
     run, _ = two_workers
-    path = str(find_file("data/sample_data.json"))
-    records = plain_loop.read(path)
-    out = set(held_out(len(records), 0.1, SEED).tolist())
-    train = [record for i, record in enumerate(records) if i not in out]
-    order = permutation(len(train), SEED, 0)
-    batches = [order[k * ROWS_PER_STEP : (k + 1) * ROWS_PER_STEP].tolist() for k in range(STEPS)]
+    rows, order = packed_rows(run)
+    logged = [digest for line in door.metrics(run) for digest in line.get("sample_digests", [])]
+    assert logged == [sample_digest(rows, order, step) for step in range(STEPS)]
+
+
+def test_plain_loop_over_single_samples_gives_the_losses_of_two_workers_with_packed_rows(two_workers):
+    run, _ = two_workers
+    records = plain_loop.read(str(find_file("data/sample_data.json")))
+    rows, order = packed_rows(run)
+    # Every record is usable, so that a sample's number is its record's.
+    batches = [rows.samples_of(order.rows_of_step(k).T.ravel()).tolist() for k in range(STEPS)]
+    read = [number for batch in batches for number in batch]
+    assert len(read) > 1.5 * STEPS * 2 * BATCH_SIZE and len(set(read)) == len(read)
+    assert not set(read) & set(held_out(len(records), 0.1, SEED).tolist())
     # Warmup over 3% of 20 steps is one step at the peak; then a cosine over the other 19 down to 0.
     rates = [LEARNING_RATE] + [LEARNING_RATE * (1 + math.cos(math.pi * k / 19)) / 2 for k in range(19)]
     lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
-    expected = plain_loop.train(base_model_path("embedded"), train, batches, rates, lora, SEED, max_norm=1.0)
-    assert list(door.losses(run).values()) == pytest.approx(expected, rel=1e-5)
+    expected = plain_loop.train(base_model_path("embedded"), records, batches, rates, lora, SEED, max_norm=1.0)
+    # float32 cross-entropy is good to about 1e-7 nats a token, however small the loss has become.
+    assert list(door.losses(run).values()) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_interrupted_and_resumed_run_equals_uninterrupted_run(two_workers, storage):
@@ -146,7 +164,9 @@ def test_more_workers_than_the_machine_holds_are_refused(storage):
 
 def test_early_stopping_ends_a_run_that_no_longer_improves_and_debug_shows_every_parameter(storage):
     still = ["training.learning_rate=1e-30", "training.early_stopping_patience=1", "training.eval_every_steps=2"]
-    ended = door.run(*settings(storage, "early", 1, 1, *still, "evaluation.num_prompts=0"), "--debug")
+    ended = door.run(
+        *settings(storage, "early", 1, 1, *still, "evaluation.num_prompts=0", "training.packing=false"), "--debug"
+    )
     assert ended.returncode == 0, ended.stderr
     summary = door.summary(storage / "early")
     assert (summary["status"], summary["early"], summary["steps"]) == ("done", True, 4)

@@ -59,7 +59,7 @@ def test_missing_config_file(said, tmp_path):
     [
         (None, "no such file"),
         (b"", "the file is empty"),
-        (b'[{"instruction": "\xff"}]', "not UTF-8 at line 1, column 19"),
+        (b'[{"instruction": "\xff"}]', "not UTF-8 (1x, first: record 1)"),
         (b'[{"instruction": "x"},\n{]', "not JSON at line 2, column 2"),
         (json.dumps([GOOD, {"instruction": "x"}]).encode(), "no `output` (1x, first: record 2)"),
         (json.dumps([{"instruction": "x"}]).encode(), "No record is left"),

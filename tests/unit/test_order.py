@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 
-from qlora_ray.data import cache
-from qlora_ray.data.delivery import Stream, rows_at
+from qlora_ray.data.delivery import Stream, deliver, rows_at
 from qlora_ray.data.order import NO_ROW, Order, held_out, micro_batches_of
-from qlora_ray.data.stats import DataStats
-from qlora_ray.data.tokenize import IGNORE_INDEX, Row
-from qlora_ray.storage import open_folder
+from qlora_ray.data.rows import Rows, sample_digest
+from qlora_ray.data.tokenize import IGNORE_INDEX, Sample
+from tests.made_rows import make_entry
 
 CASES = 60
 
@@ -82,11 +81,10 @@ def test_held_out_rows_are_distinct_in_range_and_as_many_as_asked():
 
 @pytest.fixture(scope="module")
 def entry(tmp_path_factory):
-    """A cache entry of 23 rows, row i holding i + 1 times the token i."""
-    rows = [Row([i] * (i + 1), [IGNORE_INDEX] * (i // 2) + [i] * (i + 1 - i // 2), False) for i in range(23)]
-    folder = open_folder(str(tmp_path_factory.mktemp("cache")))
-    cache.write(folder, DataStats("rows", 23, 0, 0, 23, 0, 276, 200, 23), {"train": rows, "validation": []}, [])
-    return folder / "rows", rows
+    """A cache entry of 23 rows, row i holding sample i: i + 1 times the token i."""
+    samples = [Sample([i] * (i + 1), [(max(1, i // 2), i + 1)] if i else [], False) for i in range(23)]
+    folder = tmp_path_factory.mktemp("cache")
+    return make_entry(folder, samples, [[i] for i in range(23)], packed=False), samples
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 6])
@@ -117,3 +115,53 @@ def test_stream_resumed_in_the_middle_goes_on_with_the_same_rows(entry):
     all_rows = rows_at({"id": np.arange(whole.num_micro_batches)}, whole)
     skipped = 6 * 2 * 3  # steps x micro-batches of this worker x rows
     assert rows_at({"id": np.arange(rest.num_micro_batches)}, rest).equals(all_rows.slice(skipped))
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_any_worlds_and_kill_points_give_the_same_global_batches(entry, case):
+    """A run that is killed at random steps and goes on with other worker numbers reads what an unbroken one reads."""
+    folder, _ = entry
+    random = np.random.default_rng(case)
+    micro_batches = int(random.choice([1, 2, 4, 6, 12, 16, 48, 720]))
+    worlds = [n for n in range(1, 17) if micro_batches % n == 0]
+    order = Order(int(random.integers(1, 24)), int(random.integers(2**32)), int(random.integers(1, 4)), micro_batches)
+    last = 3 * order.steps_per_epoch
+    step, seen = 0, []
+    while step < last:
+        stop, workers = int(random.integers(step + 1, last + 1)), int(random.choice(worlds))
+        streams = [Stream(folder, order, rank, workers, step, last) for rank in range(workers)]
+        for position in range((stop - step) * (micro_batches // workers)):
+            for stream in streams:
+                place = stream.place(position)
+                assert step <= place[0] < stop
+                seen.append((place, order.rows_of_micro_batch(*place)))
+        step = stop
+    places = [place for place, _ in seen]
+    assert sorted(places) == [(step, micro) for step in range(last) for micro in range(micro_batches)]
+    for epoch in range(3):
+        rows = np.concatenate([rows for (step, _), rows in seen if order.epoch_of(step) == epoch])
+        assert sorted(rows[rows != NO_ROW]) == list(range(order.num_rows))
+
+
+def test_stream_starts_in_the_middle_of_an_epoch_without_going_through_what_came_before(entry):
+    folder, _ = entry
+    order = Order(num_rows=23, seed=5, micro_batch_size=1, micro_batches_per_step=2)
+    far = 10**12 * order.steps_per_epoch + 7
+    table = next(deliver(Stream(folder, order, 0, 2, far, far + 5)))
+    assert table["step"].to_pylist() == [far]
+    assert len(table["input_ids"][0]) == order.rows_of_step(far)[0, 0] + 1
+
+
+def test_sample_digest_is_the_hash_that_the_documentation_describes(entry):
+    import hashlib
+
+    folder, _ = entry
+    rows = Rows(folder, "train")
+    order = Order(num_rows=23, seed=5, micro_batch_size=3, micro_batches_per_step=4)
+    for step in range(4):
+        numbers = order.rows_of_step(step).T.ravel()  # row i holds sample i
+        numbers = numbers[numbers != NO_ROW]
+        by_hand = hashlib.sha256(b"".join(int(n).to_bytes(8, "little") for n in numbers)).hexdigest()[:16]
+        assert sample_digest(rows, order, step) == by_hand
+        shapes = [Order(23, 5, size, 12 // size) for size in (1, 2, 6, 12)]
+        assert {sample_digest(rows, shape, step) for shape in shapes} == {by_hand}

@@ -1,5 +1,6 @@
 """What is derived from config, data, base and hardware, against formulas and libraries of others."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,15 @@ import pytest
 from qlora_ray.config import Config, ConfigError, base_model_path
 from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import read_facts
-from qlora_ray.plan import Hardware, check_workers_fit, learning_rate_at, make_plan, num_lora_parameters, refuse_early
+from qlora_ray.plan import (
+    Hardware,
+    check_workers_fit,
+    learning_rate_at,
+    make_plan,
+    num_lora_parameters,
+    packs,
+    refuse_early,
+)
 
 TINY = base_model_path("embedded")
 FACTS = read_facts(TINY)
@@ -215,3 +224,22 @@ def test_workers_that_no_single_node_can_hold_are_refused():
     with pytest.raises(ConfigError, match="2 nodes hold 2 such workers"):
         check_workers_fit(config, {"CPU": 2.0}, Hardware(6, 0, nodes=nodes))
     check_workers_fit(config, {"CPU": 1.0}, Hardware(6, 0, nodes=nodes))
+
+
+def test_families_that_cannot_keep_samples_apart_get_padded_rows_and_a_note():
+    opt = dataclasses.replace(FACTS, model_type="opt")
+    asked = config()
+    assert packs(asked, FACTS) and not packs(asked, opt)
+    assert not packs(config(training={"packing": False}), FACTS)
+    (note,) = [n for n in make_plan(asked, DATA, opt, CPUS, None).notes if "padded" in n]
+    assert "opt" in note
+    assert not [n for n in plan().notes + plan(training={"packing": False}).notes if "padded" in n]
+
+
+def test_packing_that_leaves_few_steps_an_epoch_is_told():
+    packed = dataclasses.replace(DATA, packed=True, num_samples=900)
+    few = make_plan(config(training={"batch_size": 30}), packed, FACTS, CPUS, None)
+    assert few.steps_per_epoch == 3
+    (note,) = [n for n in few.notes if "steps" in n]
+    assert "hold 10 samples each, so an epoch is only 3 steps" in note
+    assert not [n for n in make_plan(config(), packed, FACTS, CPUS, None).notes if "an epoch is only" in n]

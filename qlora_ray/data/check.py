@@ -1,0 +1,85 @@
+"""Looks at records before anything is tokenized: what is unusable is told in the time that parsing takes."""
+
+import itertools
+from collections.abc import Iterator
+
+from qlora_ray.config import Config, ConfigError
+from qlora_ray.data.formats import FORMATS, BadRecord, Messages, convert, load_function
+from qlora_ray.data.read import BLANK, DamagedFile, cut, place_unit, read
+from qlora_ray.data.samples import INLINE_BYTES
+from qlora_ray.data.sources import Source, find_sources
+from qlora_ray.data.template import find_template
+
+PEEKED_RECORDS = 1000
+
+
+def check_records(config: Config) -> None:
+    """Refuse what a look at names and first records can tell, before Ray starts. Raises ConfigError.
+
+    Small sources are parsed whole: little beside tokenizing. Of others, the first records must not all be bad.
+    """
+    if config.data.format not in FORMATS and config.data.format != "auto":
+        load_function(config.data.format)
+    find_template(config.data.chat_template)
+    for key in ("train_file", "validation_file"):
+        for source in find_sources(config, key, download=False):
+            is_small = source.num_bytes <= INLINE_BYTES
+            rejected = Rejected()
+            records = itertools.islice(messages_of(source, config.data.format), None if is_small else PEEKED_RECORDS)
+            for where, made in records:
+                rejected.count(where, made)
+            limit = config.data.max_bad_fraction if is_small else 1.0
+            refuse_too_many(source, rejected.num_records, rejected.by_reason, limit)
+
+
+def messages_of(source: Source, format: str) -> Iterator[tuple[str, Messages | BadRecord]]:
+    """(place, messages or why there are none) of each record of a source. Raises ConfigError for a damaged file."""
+    for file in source.files:
+        unit, of_file = place_unit(file), f" of {file.name}" if len(source.files) > 1 else ""
+        try:
+            for place, record in itertools.chain.from_iterable(map(read, cut(file))):
+                if record is not BLANK:
+                    yield f"{unit} {place}{of_file}", _messages(record, format)
+        except DamagedFile as error:
+            raise source.damaged(file, str(error)) from error
+
+
+class Rejected:
+    """Counts records, and the bad ones by reason."""
+
+    def __init__(self) -> None:
+        self.num_records = 0
+        self.by_reason: dict[str, tuple[int, str]] = {}  # how many, and where the first is
+
+    def count(self, where: str, made: object) -> None:
+        self.num_records += 1
+        if isinstance(made, BadRecord):
+            detail = f", {made.detail}" if made.detail else ""
+            number, first = self.by_reason.get(str(made), (0, where + detail))
+            self.by_reason[str(made)] = (number + 1, first)
+
+
+def refuse_too_many(source: Source, num_records: int, rejected: dict[str, tuple[int, str]], limit: float) -> None:
+    """Raise ConfigError where more than `limit` of the records, or all, cannot be used."""
+    num_rejected = sum(count for count, _ in rejected.values())
+    where = f"{source.key}={source.entry.path}"
+    if not num_records:
+        raise ConfigError(f"{where}: holds no record.")
+    if num_rejected <= limit * num_records and num_rejected < num_records:
+        return
+    common = sorted(rejected.items(), key=lambda item: -item[1][0])[:3]
+    reasons = "; ".join(f"{reason} ({count}x, first: {first})" for reason, (count, first) in common)
+    left = " No record is left." if num_rejected == num_records else ""
+    raise ConfigError(
+        f"{where}: {num_rejected} of {num_records} records cannot be used, data.max_bad_fraction allows {limit:.0%}: "
+        f"{reasons}.{left}"
+    )
+
+
+def _messages(record: object, format: str) -> Messages | BadRecord:
+    if isinstance(record, BadRecord):
+        return record
+    try:
+        return convert(record, format)[0]
+    except BadRecord as reason:
+        return reason

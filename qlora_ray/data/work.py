@@ -1,0 +1,183 @@
+"""One chunk of a file becomes one part of the cache: the unit of work, on the driver or as a Ray Data task."""
+
+import collections
+import itertools
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from qlora_ray.data.formats import BadRecord, Messages, convert
+from qlora_ray.data.read import BLANK, Chunk, DamagedFile, read
+from qlora_ray.data.tokenize import Encoder, Sample, load_tokenizer
+from qlora_ray.storage import Folder
+
+# spans: start, end, start, end, ... in tokens, of what is trained on; never token 0, which nothing predicts.
+PART_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "spans": pa.list_(pa.int32())})
+RECORDS_AT_ONCE = 512
+# Of the first chunks' first records the messages are kept, too: held-out questions are taken from them.
+CHUNKS_WITH_MESSAGES, RECORDS_WITH_MESSAGES = 4, 10_000
+TOKENS_PER_BATCH = 1 << 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides how a record becomes tokens."""
+
+    base: str
+    revision: str | None
+    trust_remote_code: bool
+    chat_template: str | None  # its text
+    format: str
+    train_on: str
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the driver learns of a chunk: counts and lengths, no tokens."""
+
+    num_tokens: np.ndarray  # of each sample, int32
+    num_label_tokens: np.ndarray
+    record: np.ndarray  # usable record of the chunk that the sample is of, from 0
+    num_records: int  # usable or not
+    num_places: int  # lines or records that the chunk holds: what places in later chunks are shifted by
+    num_truncated: int
+    formats: dict[str, int]
+    rejected: dict[str, tuple[int, int]]  # by reason: how many, and the place of the first
+    damage: str | None  # why the rest of the file cannot be read
+
+
+def tokenize_chunk(chunk: Chunk, recipe: Recipe, entry: Folder, number: int) -> Done:
+    """Write a chunk's files to a cache entry: see samples.py."""
+    tally = _Tally(chunk, recipe, RECORDS_WITH_MESSAGES if number < CHUNKS_WITH_MESSAGES else 0)
+    damage = None
+    with (entry / part_name(number)).open_to_write() as file, pa.ipc.new_file(file, PART_SCHEMA) as writer:
+        try:
+            for record_batch in _record_batches(tally.samples()):
+                writer.write_batch(record_batch)
+        except DamagedFile as error:
+            damage = str(error)
+    if tally.rejected:
+        lines = [json.dumps(line) for line in sorted(tally.rejected, key=lambda line: line["place"])]
+        (entry / rejected_name(number)).write_bytes("\n".join(lines).encode())
+    if number < CHUNKS_WITH_MESSAGES:
+        (entry / messages_name(number)).write_bytes("\n".join(tally.kept_messages).encode())
+    return tally.done(damage)
+
+
+class _Tally:
+    """Encodes a chunk's records, and counts what becomes of them."""
+
+    def __init__(self, chunk: Chunk, recipe: Recipe, num_messages_kept: int):
+        self._chunk, self._format, self._encoder = chunk, recipe.format, encoder_of(recipe)
+        self._num_messages_kept = num_messages_kept
+        self._of_samples = array("i")  # num_tokens, num_label_tokens, record; and so on
+        self._num_records = self._num_places = self._num_usable = self._num_truncated = 0
+        self._formats: collections.Counter[str] = collections.Counter()
+        self.rejected: list[dict[str, Any]] = []
+        self.kept_messages: list[str] = []
+
+    def samples(self) -> Iterator[Sample]:
+        """Every sample of the chunk, in the order of its records. Raises DamagedFile."""
+        records = self._records()
+        while batch := list(itertools.islice(records, RECORDS_AT_ONCE)):
+            encoded = self._encoder.encode([messages for _, messages in batch])
+            for (place, messages), made in zip(batch, encoded, strict=True):
+                if isinstance(made, BadRecord):
+                    self._reject(place, made)
+                    continue
+                for sample in made:
+                    self._of_samples.extend((len(sample.input_ids), sample.num_labels, self._num_usable))
+                self._num_truncated += any(sample.truncated for sample in made)
+                if self._num_usable < self._num_messages_kept:
+                    self.kept_messages.append(json.dumps(messages))
+                self._num_usable += 1
+                yield from made
+
+    def done(self, damage: str | None) -> Done:
+        columns = np.array(self._of_samples, np.int32).reshape(-1, 3)
+        reasons: dict[str, tuple[int, int]] = {}
+        for line in self.rejected:
+            count, first = reasons.get(line["reason"], (0, line["place"]))
+            reasons[line["reason"]] = (count + 1, min(first, line["place"]))
+        return Done(
+            num_tokens=columns[:, 0].copy(),
+            num_label_tokens=columns[:, 1].copy(),
+            record=columns[:, 2].copy(),
+            num_records=self._num_records,
+            num_places=self._num_places,
+            num_truncated=self._num_truncated,
+            formats=dict(self._formats),
+            rejected=reasons,
+            damage=damage,
+        )
+
+    def _records(self) -> Iterator[tuple[int, Messages]]:
+        for place, record in read(self._chunk):
+            self._num_places = place
+            if record is BLANK:
+                continue
+            self._num_records += 1
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                messages, name = convert(record, self._format)
+            except BadRecord as reason:
+                self._reject(place, reason)
+                continue
+            self._formats[name] += 1
+            yield place, messages
+
+    def _reject(self, place: int, reason: BadRecord) -> None:
+        self.rejected.append({"place": place, "reason": str(reason), "detail": reason.detail})
+
+
+def part_name(number: int) -> str:
+    return f"part_{number:06d}.arrow"
+
+
+def rejected_name(number: int) -> str:
+    return f"rejected_{number:06d}.jsonl"
+
+
+def messages_name(number: int) -> str:
+    return f"messages_{number:06d}.jsonl"
+
+
+def _record_batches(samples: Iterator[Sample]) -> Iterator[pa.RecordBatch]:
+    held: list[Sample] = []
+    tokens = 0
+    for sample in samples:
+        held.append(sample)
+        tokens += len(sample.input_ids)
+        if tokens >= TOKENS_PER_BATCH:
+            yield to_record_batch(held)
+            held, tokens = [], 0
+    if held:
+        yield to_record_batch(held)
+
+
+def to_record_batch(samples: list[Sample]) -> pa.RecordBatch:
+    """Samples as rows of PART_SCHEMA."""
+    ids = [sample.input_ids for sample in samples]
+    spans = [[edge for span in sample.spans for edge in span] for sample in samples]
+    return pa.record_batch([_lists(ids), _lists(spans)], schema=PART_SCHEMA)
+
+
+def _lists(values: list[list[int]]) -> pa.Array:
+    sizes = np.fromiter(map(len, values), np.int32, len(values))
+    flat = np.fromiter(itertools.chain.from_iterable(values), np.int32, int(sizes.sum()))
+    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32), flat)
+
+
+@lru_cache(maxsize=2)
+def encoder_of(recipe: Recipe) -> Encoder:
+    """The encoder that a recipe describes; loaded once in a process. Raises ConfigError."""
+    tokenizer: Any = load_tokenizer(recipe.base, recipe.revision, recipe.trust_remote_code, recipe.chat_template)
+    return Encoder(tokenizer, recipe.max_length, recipe.train_on)

@@ -1,0 +1,275 @@
+"""What is trained on: masks from the template itself, against transformers' own and against renderings of prefixes."""
+
+import random
+
+import pytest
+
+from qlora_ray.config import ConfigError, base_model_path
+from qlora_ray.data.formats import BadRecord
+from qlora_ray.data.template import CHATML_TEMPLATE, PLAIN_TEMPLATE, find_template
+from qlora_ray.data.tokenize import IGNORE_INDEX, Encoder, load_tokenizer, prompt_ids
+from tests.unit.test_formats import TURNS
+
+EMBEDDED = base_model_path("embedded")
+# Templates as models have them: with an own start, trimmed contents, system texts in the first question, thoughts.
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n\n' + (m.content | trim) + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0].role == 'system' %}{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (system if loop.index0 == 0 else '')"
+    " + m.content | trim + ' [/INST]' }}{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+QWEN3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}"
+    "{% set answer = m.content.split('</think>')[-1].lstrip('\n') %}{% if loop.last %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content"
+    " else '' %}{{ '<think>\n' + thought + '\n</think>\n\n' + answer }}{% else %}{{ answer }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+NO_CLOSING = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+TEMPLATES = {"plain": PLAIN_TEMPLATE, "chatml": CHATML_TEMPLATE, "llama3": LLAMA3, "llama2": LLAMA2, "qwen3": QWEN3}
+
+
+def tokenizer_with(template: str | None = None):
+    return load_tokenizer(EMBEDDED, None, chat_template=template)
+
+
+def encode(tokenizer, turns, max_length=512, train_on="all_assistant_turns"):
+    (made,) = Encoder(tokenizer, max_length, train_on).encode([turns])
+    if isinstance(made, BadRecord):
+        raise made
+    (sample,) = made
+    return sample
+
+
+def trained_text(tokenizer, sample) -> list[str]:
+    """The text of each trained span."""
+    return [tokenizer.decode(sample.input_ids[start:end]) for start, end in sample.spans]
+
+
+def random_conversations(count: int) -> list[list[dict]]:
+    """Conversations that are out to deceive: contents repeat, hold role names, border spaces and other scripts."""
+    pick = random.Random(5)
+    words = ["assistant", "user", "3", "3", " ", "\n", "京都", "é", "naïve", "the", "<b>", "### Assistant:", "🙂", ":"]
+    text = lambda: pick.choice(["", " ", "\n"]) + "x" + "".join(pick.choices(words, k=pick.randint(1, 9)))  # noqa: E731
+    made = []
+    for _ in range(count):
+        turns = [{"role": role, "content": text()} for role in ["user", "assistant"] * pick.randint(1, 3)]
+        made.append([{"role": "system", "content": text()}] * pick.randint(0, 1) + turns)
+    return made
+
+
+def test_labels_of_the_embedded_base_are_those_of_transformers_own_mask():
+    tokenizer = tokenizer_with()
+    for turns in [TURNS, *random_conversations(60)]:
+        theirs = tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
+        sample = encode(tokenizer, turns)
+        assert sample.input_ids == theirs["input_ids"]
+        masked = [
+            token if mask else IGNORE_INDEX
+            for token, mask in zip(sample.input_ids, theirs["assistant_masks"], strict=True)
+        ]
+        assert sample.labels == masked
+    assert trained_text(tokenizer, encode(tokenizer, TURNS)) == ["Kyoto, 京都.<|end|>", "Lima<|end|>"]
+
+
+def labels_by_prefixes(tokenizer, turns) -> list[int]:
+    """Labels by a slower way: each answer lies between the renderings of the turns before it and of it, too."""
+
+    def rendered(some, **more):
+        return tokenizer.apply_chat_template(some, tokenize=False, **more)
+
+    whole = rendered(turns)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [IGNORE_INDEX] * len(encoded["input_ids"])
+    for i, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            before, through = rendered(turns[:i], add_generation_prompt=True), rendered(turns[: i + 1]).rstrip("\n")
+            assert whole.startswith(through) and through.startswith(before)
+            for k, (start, end) in enumerate(encoded["offset_mapping"]):
+                if start < len(through) and len(before) < end:
+                    labels[k] = encoded["input_ids"][k]
+    return [IGNORE_INDEX, *labels[1:]]
+
+
+@pytest.mark.parametrize("name", ["plain", "chatml", "llama3", "llama2"])
+def test_labels_are_what_lies_between_the_renderings_of_prefixes(name):
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    for turns in [TURNS, *random_conversations(60)]:
+        sample = encode(tokenizer, turns, max_length=2000)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert sample.input_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+        assert sample.labels == labels_by_prefixes(tokenizer, turns)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("plain", ["Kyoto, 京都.<|end|>", "Lima<|end|>"]),
+        ("chatml", ["Kyoto, 京都.<|im_end|><|end|>", "Lima<|im_end|><|end|>"]),
+        ("llama3", ["Kyoto, 京都.<|end|>", "Lima<|end|>"]),
+        ("llama2", [" Kyoto, 京都. <|end|>", " Lima <|end|>"]),
+        ("qwen3", ["Kyoto, 京都.<|end|>", "<think>\n\n</think>\n\nLima<|end|>"]),
+    ],
+)
+def test_answers_and_their_closing_token_are_trained_on_and_nothing_else(name, trained):
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    assert trained_text(tokenizer, encode(tokenizer, TURNS)) == trained
+
+
+def test_thoughts_that_the_template_drops_or_keeps_do_not_mislead_the_mask():
+    tokenizer = tokenizer_with(QWEN3)
+    thinking = [{**turn} for turn in TURNS]
+    thinking[2]["content"] = "<think>\nEast or west?\n</think>\n\nKyoto."
+    thinking[4]["content"] = "<think>\nSouth!\n</think>\n\nLima"
+    sample = encode(tokenizer, thinking)
+    assert trained_text(tokenizer, sample) == ["Kyoto.<|end|>", "<think>\nSouth!\n</think>\n\nLima<|end|>"]
+
+
+def test_spans_of_generation_tags_are_taken_and_the_closing_token_added():
+    tagged = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}{{ 'Says: ' }}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+    )
+    tokenizer = tokenizer_with(tagged)
+    assert trained_text(tokenizer, encode(tokenizer, TURNS)) == ["Kyoto, 京都.<|end|>", "Lima<|end|>"]
+
+
+def test_a_template_without_a_closing_token_gets_one():
+    tokenizer = tokenizer_with(NO_CLOSING)
+    sample = encode(tokenizer, TURNS[1:3])
+    assert sample.input_ids[-1] == tokenizer.eos_token_id and sample.labels[-1] == tokenizer.eos_token_id
+    # This template has no generation prompt, so the model has to say its role, too.
+    assert trained_text(tokenizer, sample)[0] == "assistant: Kyoto, 京都."
+
+
+def test_last_turn_and_everything_can_be_trained_on_instead():
+    tokenizer = tokenizer_with(PLAIN_TEMPLATE)
+    assert trained_text(tokenizer, encode(tokenizer, TURNS, train_on="last_turn")) == ["Lima<|end|>"]
+    everything = encode(tokenizer, TURNS, train_on="everything")
+    assert everything.spans == [(1, len(everything.input_ids))]
+
+
+def test_an_answer_of_weight_0_is_read_but_not_trained_on():
+    tokenizer = tokenizer_with()
+    turns = [*TURNS[:2], {**TURNS[2], "weight": 0}, *TURNS[3:]]
+    assert trained_text(tokenizer, encode(tokenizer, turns)) == ["Lima<|end|>"]
+    assert encode(tokenizer, turns).input_ids == encode(tokenizer, TURNS).input_ids
+
+
+def test_raw_prompt_is_not_trained_on_and_the_completion_is_closed():
+    tokenizer = tokenizer_with()
+    sample = encode(tokenizer, [{"role": "prompt", "content": "2 + 2 ="}, {"role": "completion", "content": " 4"}])
+    assert tokenizer.decode(sample.input_ids) == "2 + 2 = 4<|end|>"
+    assert "".join(trained_text(tokenizer, sample)) == " 4<|end|>"
+    assert sample.input_ids[: len(sample.input_ids) - sample.num_labels] == prompt_ids(
+        tokenizer, [{"role": "prompt", "content": "2 + 2 ="}]
+    )
+
+
+def test_long_text_becomes_windows_that_lose_nothing():
+    tokenizer = tokenizer_with()
+    text = "One two three four five. " * 40
+    for max_length in (16, 17, 50, 10_000):
+        (windows,) = Encoder(tokenizer, max_length).encode([[{"role": "text", "content": text}]])
+        together = [token for window in windows for token in window.input_ids]
+        assert together == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        assert all(2 <= len(window.input_ids) <= max_length for window in windows)
+        assert all(window.spans == [(1, len(window.input_ids))] for window in windows)
+
+
+def test_raw_text_begins_as_the_tokenizer_begins_texts():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizer_with()
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    sample = encode(tokenizer, [{"role": "prompt", "content": "a"}, {"role": "completion", "content": " b"}])
+    assert tokenizer.decode(sample.input_ids) == f"{bos}a b<|end|>"
+    assert "".join(trained_text(tokenizer, sample)) == " b<|end|>"
+
+
+def test_truncation_never_leaves_a_sample_without_a_label():
+    tokenizer = tokenizer_with()
+    whole = encode(tokenizer, TURNS)
+    refused = 0
+    for max_length in range(1, len(whole.input_ids) + 2):
+        try:
+            sample = encode(tokenizer, TURNS, max_length)
+        except BadRecord as reason:
+            refused += 1
+            assert f"training.max_length={max_length}" in str(reason)
+            assert set(whole.labels[1:max_length]) <= {IGNORE_INDEX}
+            continue
+        assert any(label != IGNORE_INDEX for label in sample.labels[1:])
+        assert (sample.input_ids, sample.labels) == (whole.input_ids[:max_length], whole.labels[:max_length])
+        assert sample.truncated == (max_length < len(whole.input_ids))
+    assert 0 < refused < len(whole.input_ids)
+
+
+def test_first_token_is_never_trained_on_since_nothing_predicts_it():
+    answers = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
+    sample = encode(tokenizer_with(answers), TURNS[1:3])
+    assert sample.labels[0] == IGNORE_INDEX and sample.labels[1:] == sample.input_ids[1:]
+    with pytest.raises(BadRecord):
+        encode(tokenizer_with(answers), TURNS[1:3], max_length=1)
+
+
+def test_one_refused_conversation_does_not_spoil_its_batch():
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    refusing = no_system + PLAIN_TEMPLATE
+    bad, good = Encoder(tokenizer_with(refusing), 512).encode([TURNS, TURNS[1:]])
+    assert isinstance(bad, BadRecord) and bad.detail == "no system here"
+    assert good == Encoder(tokenizer_with(PLAIN_TEMPLATE), 512).encode([TURNS[1:]])[0]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "words"])
+def test_spans_found_by_bisection_are_the_tokens_that_overlap(kind):
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    conversations = random_conversations(40)
+    texts = [turn["content"] for turns in conversations for turn in turns]
+    if kind == "words":
+        tokenizer, trainer = Tokenizer(models.WordPiece(unk_token="[UNK]")), trainers.WordPieceTrainer
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # drops spaces: characters that no token covers
+        tokenizer.normalizer = normalizers.NFD()  # changes the number of characters
+    elif kind == "metaspace":
+        tokenizer, trainer = Tokenizer(models.BPE(byte_fallback=True, unk_token="[UNK]")), trainers.BpeTrainer
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        tokenizer.decoder = decoders.Metaspace()
+    else:
+        tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["[UNK]", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    tokenizer.train_from_iterator(texts, trainer(vocab_size=320, special_tokens=special, show_progress=False))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|bos|>", pad_token="<|end|>", unk_token="[UNK]"
+    )
+    fast.chat_template = LLAMA3
+    for turns in conversations:
+        assert encode(fast, turns, max_length=3000).labels == labels_by_prefixes(fast, turns)
+
+
+def test_tokenizer_without_template_gets_the_plain_one(tmp_path):
+    from transformers import AutoTokenizer
+
+    bare = AutoTokenizer.from_pretrained(EMBEDDED)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), None).chat_template == PLAIN_TEMPLATE
+    assert load_tokenizer(str(tmp_path), None, chat_template=LLAMA3).chat_template == LLAMA3
+
+
+def test_template_is_found_by_name_or_file(tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(LLAMA3)
+    assert (find_template(None), find_template("chatml"), find_template(str(path))) == (None, CHATML_TEMPLATE, LLAMA3)
+    with pytest.raises(ConfigError, match="data.chat_template=no.jinja: no such file"):
+        find_template("no.jinja")
