@@ -52,6 +52,7 @@ def train_with_qlora_ray(steps: int) -> dict[str, float]:
             [sys.executable, "-m", "qlora_ray.train", f"ray.storage_path={storage}", "ray.run_name=bench",
              f"training.max_steps={steps}", "data.validation_split=0", "evaluation.num_prompts=0",
              "logging.every_steps=10",
+             "training.packing=false", "training.batch_size=8",
              f"checkpoint.every_steps={steps}"],
             check=True, capture_output=True,
         )  # fmt: skip
@@ -74,25 +75,26 @@ def train_with_trainer(steps: int) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-    from qlora_ray.config import base_model_path, find_file
-    from qlora_ray.data.formats import to_messages
-    from qlora_ray.data.read import read_records
-    from qlora_ray.data.tokenize import IGNORE_INDEX, load_tokenizer, tokenize
+    from qlora_ray.config import base_model_path
+    from qlora_ray.data.examples import read_examples
+    from qlora_ray.data.tokenize import IGNORE_INDEX, Encoder, load_tokenizer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     base = base_model_path("embedded")
     tokenizer = load_tokenizer(base, None)
-    rows = [tokenize(tokenizer, to_messages(r, "auto"), 128) for r in read_records(find_file("data/sample_data.json"))]
+    rows = read_examples("data/sample_data.json", "data", Encoder(tokenizer, max_length=128))[0].to_pylist()
 
     def collate(some):
-        width = -(-max(len(row.input_ids) for row in some) // 8) * 8
-        pad = [width - len(row.input_ids) for row in some]
+        width = -(-max(len(row["input_ids"]) for row in some) // 8) * 8
+        pad = [width - len(row["input_ids"]) for row in some]
         return {
             "input_ids": torch.tensor(
-                [r.input_ids + [tokenizer.pad_token_id] * n for r, n in zip(some, pad, strict=True)]
+                [r["input_ids"] + [tokenizer.pad_token_id] * n for r, n in zip(some, pad, strict=True)]
             ),
-            "attention_mask": torch.tensor([[1] * len(r.input_ids) + [0] * n for r, n in zip(some, pad, strict=True)]),
-            "labels": torch.tensor([r.labels + [IGNORE_INDEX] * n for r, n in zip(some, pad, strict=True)]),
+            "attention_mask": torch.tensor(
+                [[1] * len(r["input_ids"]) + [0] * n for r, n in zip(some, pad, strict=True)]
+            ),
+            "labels": torch.tensor([r["labels"] + [IGNORE_INDEX] * n for r, n in zip(some, pad, strict=True)]),
         }
 
     quantization = BitsAndBytesConfig(
