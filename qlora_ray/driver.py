@@ -53,6 +53,7 @@ class Driver:
         summary = self._summary(fit)
         if self._done.get("samples"):
             (self._run / "samples.json").write_bytes(json.dumps(self._done["samples"], ensure_ascii=False).encode())
+        self._finish_cards(summary)
         (self._run / "summary.json").write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
         if self._run.is_local and (self._run / "metrics.jsonl").exists():
             report.write_report(Path(self._run.path))
@@ -120,6 +121,7 @@ class Driver:
                 self._last_step = message["step"]
                 progress.show(message)
             elif kind == "evaluated":
+                self._keep_samples(message["step"], message.pop("samples"))
                 progress.say_evaluation(message)
             elif kind == "refused":
                 self._refusal = message["message"]
@@ -139,6 +141,13 @@ class Driver:
                 "seconds_to_recover": round(time.perf_counter() - failure["at"], 2),
             }
 
+    def _keep_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Add answers given in the middle of training to samples_by_step.jsonl; of a step done again, the last count."""
+        if samples:
+            path = self._run / "samples_by_step.jsonl"
+            lines = "".join(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+            path.write_bytes((path.read_bytes() if path.exists() else b"") + lines.encode())
+
     def _stop(self, channel, fit: "_Fit", progress) -> None:
         import ray
 
@@ -148,6 +157,19 @@ class Driver:
             while fit.is_running() and time.monotonic() < deadline:
                 self._listen(ray.get(channel.take.remote(), timeout=60), progress)
                 time.sleep(POLL_SECONDS)
+
+    def _finish_cards(self, summary: dict[str, Any]) -> None:
+        """Add what is known only at the end, the exact match, to record and card of the final adapter."""
+        from qlora_ray.model import card
+        from qlora_ray.model.record import FILE
+
+        known = {name: summary[name] for name in ("exact_match_base", "exact_match_adapter") if name in summary}
+        if known:
+            folder = self._run / "adapter"
+            record = json.loads((folder / FILE).read_bytes())
+            record["metrics"] |= known
+            (folder / FILE).write_bytes(json.dumps(record, indent=1).encode())
+            (folder / "README.md").write_bytes(card.render(record).encode())
 
     def _summary(self, fit: "_Fit") -> dict[str, Any]:
         done = {name: value for name, value in self._done.items() if name not in ("samples",)}

@@ -118,7 +118,8 @@ def _train(
             writer.flush()
         weights = engine.weights()
         if team.rank == 0:
-            export.write_adapter(run_folder / "adapter", engine.module, weights, tokenizer, plan.compute_dtype)
+            about = export.about(config, plan, run_folder, vars(state))
+            export.write_adapter(run_folder / "adapter", engine.module, weights, tokenizer, plan.compute_dtype, about)
     with watchdog.phase("evaluate"):
         answers = {} if stopping else evaluate.compare_answers(config, engine, rows, tokenizer, device, team)
     team.tell(kind="done", status="interrupted" if stopping else "done", early=early, **vars(state), **answers)
@@ -183,10 +184,12 @@ def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, 
     if improved:
         weights = engine.weights()
         if team.rank == 0:
-            export.write_adapter(run_folder / "adapter_best", engine.module, weights, tokenizer, plan.compute_dtype)
+            about = export.about(config, plan, run_folder, {**vars(state), **metrics})
+            export.write_adapter(run_folder / "adapter_best", engine.module, weights, tokenizer, plan.compute_dtype, about)
     if writer:
         writer.write(step=state.step, **metrics)
-    team.tell(kind="evaluated", step=state.step, **metrics)
+    samples = evaluate.sample_answers(config, engine, rows, tokenizer, device, team)
+    team.tell(kind="evaluated", step=state.step, samples=samples, **metrics)
     ray.train.report({"step": state.step, "loss": state.last_loss, **metrics})
     return replace(
         state,
