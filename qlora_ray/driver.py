@@ -13,6 +13,7 @@ from qlora_ray.config import Config
 from qlora_ray.data.prepare import Prepared
 from qlora_ray.plan import Plan
 from qlora_ray.storage import Folder
+from qlora_ray.trackers import Trackers
 
 STOP_TIMEOUT_SECONDS = 300
 POLL_SECONDS = 0.2
@@ -30,6 +31,9 @@ class Driver:
         self._failures: list[dict[str, Any]] = []  # survived, or the last one
         self._fatal: str | None = None
         self._last_step = 0
+        self._trackers = Trackers(
+            config.logging.trackers, run.path if run.is_local else f"{run.name}-trackers", config.model_dump(mode="json")
+        )
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, to Ctrl-C or to failure; write summary.json and report.html; return the summary."""
@@ -50,6 +54,8 @@ class Driver:
                 self._stop(channel, fit, progress)
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                 self._listen(ray.get(channel.take.remote(), timeout=10), progress)
+            self._trackers.close()
+            self._say_what_failed(progress)
         summary = self._summary(fit)
         if self._done.get("samples"):
             (self._run / "samples.json").write_bytes(json.dumps(self._done["samples"], ensure_ascii=False).encode())
@@ -120,9 +126,11 @@ class Driver:
             elif kind == "logged":
                 self._last_step = message["step"]
                 progress.show(message)
+                self._track(message, progress)
             elif kind == "evaluated":
                 self._keep_samples(message["step"], message.pop("samples"))
                 progress.say_evaluation(message)
+                self._track(message, progress)
             elif kind == "refused":
                 self._refusal = message["message"]
             elif kind == "done":
@@ -140,6 +148,14 @@ class Driver:
                 "steps_redone": failure["step"] - step,
                 "seconds_to_recover": round(time.perf_counter() - failure["at"], 2),
             }
+
+    def _track(self, entry: dict[str, Any], progress) -> None:
+        self._trackers.log(entry)
+        self._say_what_failed(progress)
+
+    def _say_what_failed(self, progress) -> None:
+        for failure in self._trackers.take_failures():
+            progress.say(failure)
 
     def _keep_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Add answers given in the middle of training to samples_by_step.jsonl; of a step done again, the last count."""

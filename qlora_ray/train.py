@@ -65,7 +65,9 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
     from qlora_ray import cluster, storage
     from qlora_ray.data.prepare import check_records
     from qlora_ray.plan import Hardware, check_workers_fit, refuse_early
+    from qlora_ray.trackers import check_installed
 
+    check_installed(config.logging.trackers)
     deepspeed_json = read_deepspeed_json(config)
     refuse_early(config, deepspeed_json)
     if not cluster.address(config):  # Ray takes seconds to say what is known here

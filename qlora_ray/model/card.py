@@ -72,6 +72,25 @@ def render(record: dict[str, Any]) -> str:
     )
 
 
+def render_merged(record: dict[str, Any], dtype: str, into: str) -> str:
+    """The card of a model that an adapter was merged into."""
+    base, quantization = record["base"], record["quantization"]
+    weights = f"the {quantization['type']} weights of training, unpacked" if into == "training" else "the original weights"
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            f"# {record['run_name']}, merged",
+            "",
+            f"{base['base_model']} ({base['model_type']}, {base['num_parameters']:,} parameters) with the LoRA of the run "
+            f"{record['run_name']}, step {record['step']:,}, added to {weights}; stored in {dtype} by qlora_ray.",
+            "",
+        ]
+    )
+
+
 def _table(left: str, right: str, rows: dict[str, str]) -> list[str]:
     return [f"| {left} | {right} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 

@@ -59,16 +59,16 @@ class Adapter:
         return digest.hexdigest()
 
 
-def describe_base(model: ModelConfig) -> dict[str, Any]:
+def describe_base(base_model: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """The record's `base`: what it is called, and what it is."""
-    folder = local_folder(model.base_model, model.revision)
+    folder = local_folder(base_model, revision)
     facts = read_facts(folder)
-    is_local = model.base_model != EMBEDDED_BASE and Path(base_model_path(model.base_model)).is_dir()
+    is_local = base_model != EMBEDDED_BASE and Path(base_model_path(base_model)).is_dir()
     return {
-        "base_model": str(Path(folder).resolve()) if is_local else model.base_model,
-        "revision": model.revision,
+        "base_model": str(Path(folder).resolve()) if is_local else base_model,
+        "revision": revision,
         "commit": Path(folder).name if Path(folder).parent.name == "snapshots" else None,  # the hub cache's layout
-        "trust_remote_code": model.trust_remote_code,
+        "trust_remote_code": trust_remote_code,
         "model_type": facts.model_type,
         "num_parameters": facts.num_parameters,
         "sha256": facts.fingerprint,

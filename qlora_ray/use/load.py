@@ -38,12 +38,6 @@ def load(adapter: Adapter, device: torch.device) -> Loaded:
 
     tokenizer = open_tokenizer(adapter)
     base = load_base(adapter.model, adapter.quantization, adapter.compute_dtype, device)
-    rows = base.get_input_embeddings().weight.shape[0]
-    if max(tokenizer.get_vocab().values()) >= rows:
-        raise ConfigError(
-            f"--adapter {adapter.folder}: its tokenizer has {len(tokenizer):,} tokens, the base knows {rows:,}. "
-            "The tokenizer is another model's."
-        )
     try:
         # As training does: LoRA weights in the compute dtype, not in float32.
         model = PeftModel.from_pretrained(base, str(adapter.folder), autocast_adapter_dtype=False)

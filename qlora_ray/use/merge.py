@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from qlora_ray.config import ConfigError, QuantizationConfig
+from qlora_ray.model import card
 from qlora_ray.model.base import four_bit_modules
 from qlora_ray.model.record import Adapter
 from qlora_ray.model.tensors import BYTES, DTYPES, TensorFiles, write_tensors
@@ -99,7 +100,7 @@ def merge(adapter: Adapter, target: Path, into: Into, dtype: str, device: torch.
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": needed}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
-    _write_config(adapter, target, dtype)
+    _write_config(adapter, target, dtype, merger.into)
 
 
 def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -> Merger:
@@ -166,7 +167,7 @@ def _merged_tensors(merger: Merger, names: list[str]) -> Iterator[torch.Tensor]:
         yield merger.merged(name)
 
 
-def _write_config(adapter: Adapter, target: Path, dtype: str) -> None:
+def _write_config(adapter: Adapter, target: Path, dtype: str, into: Into) -> None:
     config = json.loads((Path(adapter.base) / "config.json").read_text("utf-8"))
     for section in (config, config.get("text_config") or {}):
         section.pop("torch_dtype", None)
@@ -178,8 +179,9 @@ def _write_config(adapter: Adapter, target: Path, dtype: str) -> None:
     for pattern in kept:
         for file in Path(adapter.base).glob(pattern):
             shutil.copyfile(file, target / file.name)
-    ours = {"adapter_config.json", "adapter_model.safetensors", "qlora_ray.json"}
-    for file in adapter.folder.iterdir():  # the tokenizer that the adapter was trained with, and the card
+    ours = {"adapter_config.json", "adapter_model.safetensors", "qlora_ray.json", "README.md"}
+    (target / "README.md").write_text(card.render_merged(adapter.record, dtype, into), "utf-8")
+    for file in adapter.folder.iterdir():  # the tokenizer that the adapter was trained with
         if file.is_file() and file.name not in ours:
             shutil.copyfile(file, target / file.name)
 

@@ -15,7 +15,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from qlora_ray.config import Config, ModelConfig
+from qlora_ray.config import Config
 from qlora_ray.model import card
 from qlora_ray.model.adapter import ADAPTER_NAME
 from qlora_ray.model.record import FILE, LAYOUT, describe_base, tokenizer_sha256
@@ -65,7 +65,7 @@ def about(config: Config, plan: Plan, run: Folder, state: dict[str, Any]) -> dic
         "layout": LAYOUT,
         "run_name": run.name,
         "step": state["step"],
-        "base": _describe_base_once(config.model),
+        "base": _describe_base(config.model.base_model, config.model.revision, config.model.trust_remote_code),
         "quantization": {**config.quantization.model_dump(), "compute_dtype": plan.compute_dtype},
         "data": manifest["data"],
         "metrics": {name: state[name] for name in RECORDED_METRICS if state.get(name) is not None},
@@ -76,6 +76,6 @@ def about(config: Config, plan: Plan, run: Folder, state: dict[str, Any]) -> dic
     }
 
 
-@functools.lru_cache(maxsize=1)
-def _describe_base_once(model: ModelConfig) -> dict[str, Any]:
-    return describe_base(model)
+@functools.lru_cache(maxsize=1)  # reads a little of every tensor; an adapter is written at each better validation
+def _describe_base(base_model: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    return describe_base(base_model, revision, trust_remote_code)
