@@ -169,7 +169,7 @@ class LoggingConfig(Section):
     every_steps: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl; each waits once for the GPU."""
     trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(default_factory=list)
-    """Where the lines of metrics.jsonl go too, under the same names; each is an extra: pip install "qlora_ray[wandb]"."""
+    """Where the lines of metrics.jsonl go too, under the same names; each is an extra, e.g. "qlora_ray[wandb]"."""
 
 
 class EvaluationConfig(Section):

@@ -32,7 +32,9 @@ class Driver:
         self._fatal: str | None = None
         self._last_step = 0
         self._trackers = Trackers(
-            config.logging.trackers, run.path if run.is_local else f"{run.name}-trackers", config.model_dump(mode="json")
+            config.logging.trackers,
+            run.path if run.is_local else f"{run.name}-trackers",
+            config.model_dump(mode="json"),
         )
 
     def fit(self) -> dict[str, Any]:
@@ -158,7 +160,7 @@ class Driver:
             progress.say(failure)
 
     def _keep_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Add answers given in the middle of training to samples_by_step.jsonl; of a step done again, the last count."""
+        """Add answers from the middle of training to samples_by_step.jsonl; of a step done again, the last count."""
         if samples:
             path = self._run / "samples_by_step.jsonl"
             lines = "".join(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)

@@ -108,8 +108,8 @@ def _too_far(drift: dict, arguments: argparse.Namespace) -> str | None:
     if not drift["mean_kl"] <= arguments.max_kl:
         return f"the merged model's mean KL is {drift['mean_kl']:.2e} nats a token, --max-kl allows {arguments.max_kl}."
     if not drift["changed_greedy_tokens"] <= arguments.max_changed:
-        share = drift["changed_greedy_tokens"]
-        return f"the merged model changes {share:.2%} of the greedy tokens, --max-changed allows {arguments.max_changed:.2%}."
+        share, limit = drift["changed_greedy_tokens"], arguments.max_changed
+        return f"the merged model changes {share:.2%} of the greedy tokens, --max-changed allows {limit:.2%}."
     return None
 
 

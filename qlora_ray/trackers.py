@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ CLOSE_TIMEOUT_SECONDS = 30
 PROJECT = "qlora_ray"
 
 
-def check_installed(names: list[str]) -> None:
+def check_installed(names: Sequence[str]) -> None:
     """Raise ConfigError for a tracker whose package is not there."""
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
@@ -31,7 +32,7 @@ def check_installed(names: list[str]) -> None:
 class Trackers:
     """The trackers of a run. `log` never waits and never raises; what failed is in `failures`, once each."""
 
-    def __init__(self, names: list[str], run_dir: str, config: dict[str, Any]):
+    def __init__(self, names: Sequence[str], run_dir: str, config: dict[str, Any]):
         logs = Path(run_dir) / "logs"
         if names:
             logs.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,9 @@ def render(record: dict[str, Any]) -> str:
 def render_merged(record: dict[str, Any], dtype: str, into: str) -> str:
     """The card of a model that an adapter was merged into."""
     base, quantization = record["base"], record["quantization"]
-    weights = f"the {quantization['type']} weights of training, unpacked" if into == "training" else "the original weights"
+    weights = (
+        f"the {quantization['type']} weights of training, unpacked" if into == "training" else "the original weights"
+    )
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     return "\n".join(
         [
@@ -84,8 +86,8 @@ def render_merged(record: dict[str, Any], dtype: str, into: str) -> str:
             "---",
             f"# {record['run_name']}, merged",
             "",
-            f"{base['base_model']} ({base['model_type']}, {base['num_parameters']:,} parameters) with the LoRA of the run "
-            f"{record['run_name']}, step {record['step']:,}, added to {weights}; stored in {dtype} by qlora_ray.",
+            f"{base['base_model']} ({base['model_type']}, {base['num_parameters']:,} parameters) with the LoRA of the "
+            f"run {record['run_name']}, step {record['step']:,}, added to {weights}; stored in {dtype} by qlora_ray.",
             "",
         ]
     )

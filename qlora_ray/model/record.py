@@ -96,7 +96,9 @@ def find_adapter(name: str) -> Path:
         raise ConfigError(
             f"--adapter {name}: this run has no adapter yet. Finish it: the command that began it, with --resume."
         )
-    raise ConfigError(f"--adapter {name}: holds no adapter (adapter_config.json, or a run's adapter_best/ or adapter/).")
+    raise ConfigError(
+        f"--adapter {name}: holds no adapter (adapter_config.json, or a run's adapter_best/ or adapter/)."
+    )
 
 
 def open_adapter(name: str, base: str | None = None) -> Adapter:
@@ -114,8 +116,8 @@ def open_adapter(name: str, base: str | None = None) -> Adapter:
     if sample != wanted["sample_sha256"]:
         raise ConfigError(
             f"{key}: was trained on another base than {found}: {wanted['model_type']} of "
-            f"{wanted['num_parameters']:,} parameters, weights {wanted['sample_sha256']}; this is {facts.model_type} of "
-            f"{facts.num_parameters:,} parameters, weights {sample}. Name the right one with --base."
+            f"{wanted['num_parameters']:,} parameters, weights {wanted['sample_sha256']}; this is {facts.model_type} "
+            f"of {facts.num_parameters:,} parameters, weights {sample}. Name the right one with --base."
         )
     return Adapter(folder, found, peft, record)
 

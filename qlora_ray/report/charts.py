@@ -111,8 +111,8 @@ def memory_chart(found: dict[str, Any]) -> "Figure":
     for colour, (part, value) in zip(PALETTE, found["parts"].items(), strict=False):
         figure.add_bar(y=["forecast"], x=[value], name=html.escape(part.replace("_", " ")), marker={"color": colour},
                        **style)  # fmt: skip
-    figure.add_bar(y=["measured peak"], x=[found["measured"]], name="measured", marker={"color": GREY}, showlegend=False,
-                   **style)  # fmt: skip
+    measured = {"name": "measured", "marker": {"color": GREY}, "showlegend": False}
+    figure.add_bar(y=["measured peak"], x=[found["measured"]], **measured, **style)
     figure.update_yaxes(autorange="reversed", showgrid=False, ticklabelstandoff=8)
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"}
     figure.update_layout(barmode="stack", showlegend=True, legend=legend)

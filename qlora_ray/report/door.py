@@ -14,7 +14,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m qlora_ray.report", description="Write report.html of a run, or compare several runs."
     )
     parser.add_argument(
-        "run_dir", type=Path, nargs="+", metavar="RUN_DIR", help="a directory that holds metrics.jsonl; several: compared"
+        "run_dir",
+        type=Path,
+        nargs="+",
+        metavar="RUN_DIR",
+        help="a directory that holds metrics.jsonl; several: compared",
     )
     parser.add_argument("--output", type=Path, help="of a comparison (default: comparison.html beside the first run)")
     arguments = parser.parse_args(argv)

@@ -64,7 +64,9 @@ def time_split(run: RunRecord) -> dict[str, float]:
     num_steps = dict(zip(steps, _differences(steps), strict=True))
     marked = 0.0
     for phase in PHASES:
-        spent = sum(value * num_steps[step] for step, value in zip(*series(run.metrics, f"{phase}_seconds"), strict=True))
+        spent = sum(
+            value * num_steps[step] for step, value in zip(*series(run.metrics, f"{phase}_seconds"), strict=True)
+        )
         split[phase], marked = spent, marked + spent
     if not marked:
         split["training"] = sum(value * num_steps[step] for step, value in zip(steps, step_seconds, strict=True))

@@ -132,9 +132,7 @@ def _held_out(adapter: Adapter) -> Examples:
         raise ConfigError(f"{entry.path}: the run's tokenized rows are gone. Name a file of records with --file.")
     rows = open_rows(entry, "validation")
     if rows.num_rows == 0:
-        raise ConfigError(
-            f"--adapter {adapter.folder}: its run held nothing out. Name a file of records with --file."
-        )
+        raise ConfigError(f"--adapter {adapter.folder}: its run held nothing out. Name a file of records with --file.")
     return Examples(rows, json.loads((entry / "prompts.json").read_bytes()))
 
 

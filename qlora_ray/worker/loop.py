@@ -191,7 +191,9 @@ def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, 
         weights = engine.weights()
         if team.rank == 0:
             about = export.about(config, plan, run_folder, {**vars(state), **metrics})
-            export.write_adapter(run_folder / "adapter_best", engine.module, weights, tokenizer, plan.compute_dtype, about)
+            export.write_adapter(
+                run_folder / "adapter_best", engine.module, weights, tokenizer, plan.compute_dtype, about
+            )
     if writer:
         writer.write(step=state.step, **metrics)
     samples = evaluate.sample_answers(config, engine, rows, tokenizer, device, team)

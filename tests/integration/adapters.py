@@ -50,5 +50,7 @@ def examples() -> Examples:
     """The rows that `trained` learns, and their beginnings as prompts."""
     batch = tiny_models.batch()
     rows = pa.table({name: batch[name].tolist() for name in ("input_ids", "labels")}, SCHEMA)
-    prompts = [{"prompt": "", "expected": "", "input_ids": row[:NUM_PROMPT_TOKENS]} for row in rows["input_ids"].to_pylist()]
+    prompts = [
+        {"prompt": "", "expected": "", "input_ids": row[:NUM_PROMPT_TOKENS]} for row in rows["input_ids"].to_pylist()
+    ]
     return Examples(rows, prompts)

@@ -1,6 +1,7 @@
 """What a merged model promises: it answers as the adapter on its 4-bit base does, and plain transformers loads it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -69,7 +70,7 @@ def test_tied_embeddings_stay_tied_and_shards_stay_shards(tmp_path):
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(EMBEDDED).save_pretrained(base, max_shard_size="3MB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (base / name).write_bytes(open(f"{EMBEDDED}/{name}", "rb").read())
+        shutil.copy(f"{EMBEDDED}/{name}", base)
     adapter = adapters.trained(tmp_path / "run", str(base), steps=6)
     drift = drift_of(adapter, tmp_path / "merged", "bfloat16")
     assert drift.max_logit_drift < 4 * BF16_EPSILON * drift.max_logit
@@ -115,7 +116,7 @@ def test_merging_needs_less_memory_than_two_layers(tmp_path):
     model.save_pretrained(tmp_path / "base", max_shard_size="500MB")
     del model
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "base" / name).write_bytes(open(f"{EMBEDDED}/{name}", "rb").read())
+        shutil.copy(f"{EMBEDDED}/{name}", tmp_path / "base")
     adapter = adapters.trained(tmp_path / "run", str(tmp_path / "base"), dtype="bfloat16", steps=1)
     code = f"""
 import resource, torch

@@ -87,7 +87,10 @@ def test_only_the_engine_imports_deepspeed():
     assert users == {"worker/engine.py"}
 
 
-@pytest.mark.parametrize("module", ["config", "plan", "cli", "train", "data.stats", "model.facts", "model.record", "generate", "evaluate", "export"])
+@pytest.mark.parametrize(
+    "module",
+    ["config", "plan", "cli", "train", "data.stats", "model.facts", "model.record", "generate", "evaluate", "export"],
+)
 def test_what_must_answer_at_once_loads_nothing_heavy(module):
     code = f"import sys, qlora_ray.{module}; print([name for name in {HEAVY!r} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
