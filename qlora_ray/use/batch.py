@@ -167,7 +167,7 @@ def _answers(
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    from qlora_ray.train import quiet_environment, start_ray
+    from qlora_ray.cluster import quiet_environment, start_ray
 
     quiet_environment(debug=False)
     config = Config.model_validate({"ray": {"num_workers": workers or 1, "address": address}})
