@@ -1,5 +1,6 @@
 """What generate and evaluate promise, in this process, on adapters made here; and that bad input is refused clearly."""
 
+import importlib.util
 import json
 import shutil
 
@@ -355,3 +356,25 @@ def test_card_names_base_data_metrics_and_a_config_that_loads(trained, tmp_path)
     text = card.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "config.yaml").write_text(text)
     assert load_config(tmp_path / "config.yaml").model.lora_r == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_lm_eval_tasks_run_for_base_and_adapter(trained, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Copy: red", "expected": "red"}\n')
+    (tmp_path / "copying.yaml").write_text(
+        f"task: copying\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{prompt}}'\ndoc_to_target: '{{expected}}'\n"
+        "generation_kwargs: {until: [], max_gen_toks: 8}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps(RECORDS))
+    results = tmp_path / "results.json"
+    arguments = ["--adapter", str(trained), "--file", str(records), "--num-prompts", "0", "--output", str(results)]
+    assert evaluate.main([*arguments, "--tasks", "copying", "--include-path", str(tmp_path)]) == 0
+    expected = {
+        who: float(plain_answer(trained, "Copy: red", 8, who == "base") == "red") for who in ("base", "with_adapter")
+    }
+    assert json.loads(results.read_text())["tasks"]["copying"]["exact_match"] == expected
+    assert evaluate.main([*arguments, "--tasks", "no_such_task"]) == 2
