@@ -22,7 +22,9 @@ def seconds_to_first_word(adapter: str) -> float:
 def main() -> None:
     adapter, repetitions = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 5
     seconds = [seconds_to_first_word(adapter) for _ in range(repetitions + 1)][1:]  # the first fills the page cache
-    print(f"first word after {statistics.median(seconds):.2f} s (median; all: {', '.join(f'{s:.2f}' for s in seconds)})")
+    print(
+        f"first word after {statistics.median(seconds):.2f} s (median; all: {', '.join(f'{s:.2f}' for s in seconds)})"
+    )
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ class EvaluationConfig(Section):
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer generated, in tokens."""
     num_samples: int = Field(2, ge=0)
-    """Held-out prompts answered at each validation too, kept for the report; 0 turns it off."""
+    """So many of them are answered at each validation too, for the report; 0 turns it off."""
 
 
 class Config(Section):

@@ -50,7 +50,9 @@ def quiet(debug: bool) -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Threads that spin while they wait make a busy machine's small products five times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not debug:
+    if debug:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+    else:
         import logging
 
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces optional kernels

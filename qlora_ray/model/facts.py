@@ -4,11 +4,11 @@ import hashlib
 import json
 import math
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_ray.config import ConfigError
+from qlora_ray.model.tensors import read_header
 
 # Names of 2-D weights that transformers does not build as nn.Linear or Conv1D, or that bitsandbytes leaves alone.
 NOT_QUANTIZED = re.compile(
@@ -100,22 +100,5 @@ def weight_files(path: Path, key: str) -> list[Path]:
 
 
 def _read_shapes(path: Path, key: str) -> dict[str, tuple[int, ...]]:
-    # Layout of a safetensors file: 8 bytes little-endian header length, then that much JSON.
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(path, key):
-        try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > file.stat().st_size:
-                    raise ValueError("header longer than the file")
-                header = json.loads(stream.read(length))
-            end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-            if end > file.stat().st_size:
-                raise ValueError("tensors cut off")
-            found = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        except FileNotFoundError:
-            raise ConfigError(f"{key}: {file.name} is missing from the folder. Download or copy it again.") from None
-        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-            raise ConfigError(f"{key}: {file.name} is damaged ({error}). Download or copy it again.") from None
-        shapes |= found
-    return shapes
+    entries = {name: entry for file in weight_files(path, key) for name, entry in read_header(file, key).items()}
+    return {name: entry.shape for name, entry in entries.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_ray.config import EMBEDDED_BASE, ConfigError, ModelConfig, QuantizationConfig, base_model_path
-from qlora_ray.model.facts import check_folder, read_facts
+from qlora_ray.model.facts import check_folder, read_facts, weight_files
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.tensors import TensorFiles
 
@@ -59,6 +59,11 @@ class Adapter:
         return digest.hexdigest()
 
 
+def base_tensors(folder: str, key: str) -> TensorFiles:
+    """The tensors that transformers would load from a model's folder. Raises ConfigError."""
+    return TensorFiles(weight_files(Path(folder), key), key)
+
+
 def describe_base(base_model: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """The record's `base`: what it is called, and what it is."""
     folder = local_folder(base_model, revision)
@@ -72,7 +77,7 @@ def describe_base(base_model: str, revision: str | None, trust_remote_code: bool
         "model_type": facts.model_type,
         "num_parameters": facts.num_parameters,
         "sha256": facts.fingerprint,
-        "sample_sha256": TensorFiles.of_model(folder, f"model.base_model={folder}").sample_sha256(),
+        "sample_sha256": base_tensors(folder, f"model.base_model={folder}").sample_sha256(),
     }
 
 
@@ -112,7 +117,7 @@ def open_adapter(name: str, base: str | None = None) -> Adapter:
     found = local_folder(base or wanted["base_model"], wanted["commit"] or wanted["revision"], asked)
     check_folder(found)
     facts = read_facts(found)
-    sample = TensorFiles.of_model(found, asked).sample_sha256()
+    sample = base_tensors(found, asked).sample_sha256()
     if sample != wanted["sample_sha256"]:
         raise ConfigError(
             f"{key}: was trained on another base than {found}: {wanted['model_type']} of "

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from qlora_ray.config import ConfigError
-from qlora_ray.model.facts import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +38,6 @@ class TensorFiles:
         self.entries: dict[str, Entry] = {}
         for file in files:
             self.entries |= read_header(file, key)
-
-    @classmethod
-    def of_model(cls, folder: str, key: str) -> "TensorFiles":
-        """The files that transformers would load from a model's folder."""
-        return cls(weight_files(Path(folder), key), key)
 
     def read(self, name: str) -> "torch.Tensor":
         """One tensor, read from the disk into memory of its own."""
@@ -93,7 +87,7 @@ def read_header(file: Path, key: str) -> dict[str, Entry]:
             shape = tuple(value["shape"])
             if 8 + length + end > total:
                 raise ValueError("tensors cut off")
-            if value["dtype"] not in BYTES or end - begin != math.prod(shape) * BYTES[value["dtype"]]:
+            if value["dtype"] in BYTES and end - begin != math.prod(shape) * BYTES[value["dtype"]]:
                 raise ValueError(f"tensor {name} is not a dense {value['dtype']} of shape {shape}")
             entries[name] = Entry(file, value["dtype"], shape, 8 + length + begin, end - begin)
     except FileNotFoundError:

@@ -105,12 +105,8 @@ class Answerer:
     """What a Ray Data worker holds: the loaded adapter."""
 
     def __init__(self, job: Job):
-        import transformers
-
         from qlora_ray.use.load import load, pick_device
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         self._job, self._loaded = job, load(job.adapter, pick_device())
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list]:

@@ -50,6 +50,7 @@ def load(adapter: Adapter, device: torch.device) -> Loaded:
 
 def open_tokenizer(adapter: Adapter) -> Any:
     """The tokenizer that the adapter was trained with. Raises ConfigError where it is another one now."""
+    _hush()
     tokenizer = load_tokenizer(str(adapter.folder), None, adapter.record["base"]["trust_remote_code"])
     found, wanted = tokenizer_sha256(tokenizer), adapter.record["tokenizer_sha256"]
     if found != wanted:
@@ -58,6 +59,15 @@ def open_tokenizer(adapter: Adapter) -> Any:
             f"template {found}, then {wanted}). Copy tokenizer files and chat_template.jinja of the run again."
         )
     return tokenizer
+
+
+def _hush() -> None:
+    """Keep transformers' warnings and progress bars out of the answers, unless more than the usual was asked for."""
+    from transformers.utils import logging
+
+    if logging.get_verbosity() >= logging.WARNING:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def fit_prompt(loaded: Loaded, messages: Messages, options: dict[str, Any]) -> list[int]:

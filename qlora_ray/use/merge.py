@@ -15,7 +15,7 @@ import torch
 from qlora_ray.config import ConfigError, QuantizationConfig
 from qlora_ray.model import card
 from qlora_ray.model.base import four_bit_modules
-from qlora_ray.model.record import Adapter
+from qlora_ray.model.record import Adapter, base_tensors
 from qlora_ray.model.tensors import BYTES, DTYPES, TensorFiles, write_tensors
 
 Into = Literal["training", "original"]
@@ -106,7 +106,10 @@ def merge(adapter: Adapter, target: Path, into: Into, dtype: str, device: torch.
 def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -> Merger:
     """Find each layer's weight in the base's files and each update's layer. Raises ConfigError."""
     key = f"--adapter {adapter.folder}"
-    base = TensorFiles.of_model(adapter.base, key)
+    base = base_tensors(adapter.base, key)
+    unknown = {entry.dtype for entry in base.entries.values()} - DTYPES.keys()
+    if unknown:
+        raise ConfigError(f"{key}: its base is stored as {', '.join(sorted(unknown))}; there are no weights to add to.")
     updates = TensorFiles([adapter.folder / "adapter_model.safetensors"], key)
     if "quantization_config" in json.loads((Path(adapter.base) / "config.json").read_text("utf-8")):
         raise ConfigError(f"{key}: its base is stored quantized; there are no dense weights to merge into.")

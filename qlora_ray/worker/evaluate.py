@@ -67,7 +67,8 @@ def compare_answers(config: Config, engine: Engine, rows: Folder, tokenizer, dev
 
 def sample_answers(config: Config, engine: Engine, rows: Folder, tokenizer, device: torch.device, team: Team) -> list:
     """Greedy answers to the same few held-out prompts at each validation. Every worker must call this."""
-    prompts = json.loads((rows / "prompts.json").read_bytes())[: config.evaluation.num_samples]
+    count = min(config.evaluation.num_samples, config.evaluation.num_prompts)
+    prompts = json.loads((rows / "prompts.json").read_bytes())[:count]
     if not prompts:
         return []
     engine.train(False)
