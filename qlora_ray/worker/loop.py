@@ -144,6 +144,7 @@ def optimizer_step(
     Returns this worker's sum of nats, a scalar on the device.
     """
     total = torch.zeros((), device=device)
+    stopwatch.start()
     for _ in range(plan.gradient_accumulation_steps):
         micro_batch, rows = batches.next(step)
         batch = to_tensors(rows, pad_token_id, device)

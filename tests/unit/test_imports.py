@@ -26,17 +26,15 @@ MAY_IMPORT = {
     "report": {"config", "storage"},
     "worker": {"config", "storage", "checkpoints", "data", "model", "plan"},
     "failures": {"worker"},
-    "driver": {
-        "config", "cluster", "storage", "checkpoints", "data", "model", "plan", "screen", "report", "worker", "failures",
-        "trackers",
-    },
+    "driver": {"config", "cluster", "storage", "checkpoints", "data", "model", "plan", "screen", "report", "worker",
+               "failures", "trackers"},
     "train": {"config", "storage", "checkpoints", "data", "model", "plan", "cluster", "screen", "driver", "trackers"},
     "use": {"config", "storage", "data", "model", "worker", "cluster"},
     "generate": {"config", "model", "use"},
     "evaluate": {"config", "model", "use", "generate"},
     "export": {"config", "model", "use", "generate"},
     "cli": {"config"},  # the doors it opens by name
-}
+}  # fmt: skip
 
 
 def part_of(path: Path) -> str:
