@@ -14,13 +14,12 @@ def local_folder(base_model: str, revision: str | None, key: str = "model.base_m
         return base
     if os.path.isabs(base) or base.startswith("."):
         raise ConfigError(f"{key}={base}: no such folder.")
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         return snapshot_download(base, revision=revision, allow_patterns=PATTERNS)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:  # its own errors derive from these
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{key}={base}: no such folder, and the model hub did not give it: {reason} "

@@ -14,7 +14,7 @@ from qlora_ray.config import ConfigError, base_model_path
 from qlora_ray.data.tokenize import PLAIN_TEMPLATE, load_tokenizer
 from qlora_ray.model.answer import exact_match, left_padded, stop_token_ids, token_f1
 from qlora_ray.model.base import load_base
-from qlora_ray.model.record import FILE, find_adapter, open_adapter
+from qlora_ray.model.record import FILE, describe_base, find_adapter, open_adapter
 from qlora_ray.use.load import load
 from tests.integration import adapters, tiny_models
 
@@ -87,6 +87,27 @@ def test_embedded_base_is_found_wherever_the_package_is(copied):
     record["base"]["base_model"] = "embedded"
     (copied / FILE).write_text(json.dumps(record))
     assert load(open_adapter(str(copied)), CPU).context_length == 1024
+
+
+def test_hub_base_is_recorded_and_opened_at_its_commit(copied, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    cache, commit = tmp_path / "hub", "a" * 40
+    snapshot = cache / "models--owner--name" / "snapshots" / commit
+    shutil.copytree(EMBEDDED, snapshot)
+    refs = cache / "models--owner--name" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    described = describe_base("owner/name", None, False)
+    assert (described["base_model"], described["commit"]) == ("owner/name", commit)
+    record = json.loads((copied / FILE).read_text())
+    (copied / FILE).write_text(json.dumps({**record, "base": described}))
+    (refs / "main").write_text("b" * 40)  # the branch has moved on
+    assert open_adapter(str(copied)).base == str(snapshot)
+    shutil.rmtree(snapshot)
+    with pytest.raises(ConfigError, match="the model hub did not give it"):
+        open_adapter(str(copied))
 
 
 def test_chat_remembers_until_reset(trained, capsys, monkeypatch):
