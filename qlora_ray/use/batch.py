@@ -43,8 +43,14 @@ class Job:
         }
 
 
+class WorkersFailed(RuntimeError):
+    """Ray Data gave up; the message is the last line of why."""
+
+
 def answer_file(job: Job, source: str, target: str, workers: int | None, address: str | None) -> int:
     """Answer every line of `source` into `target`; returns the exit code. Raises ConfigError."""
+    from qlora_ray.use.load import open_tokenizer
+
     lines = _read_lines(source)
     output = Path(target)
     partial, identity_file = Path(f"{target}.partial"), Path(f"{target}.partial.json")
@@ -52,16 +58,22 @@ def answer_file(job: Job, source: str, target: str, workers: int | None, address
         raise ConfigError(f"--output {target}: is there already. Delete it, or name another file.")
     if not output.parent.is_dir():
         raise ConfigError(f"--output {target}: no folder {output.parent}.")
+    open_tokenizer(job.adapter)  # what does not fit is said here, not by a worker
     identity = {"input": hashlib.sha256("\n".join(lines).encode()).hexdigest(), **job.identity()}
     num_done = _resume(partial, identity_file, identity, job.batch_size)
     if num_done:
         print(f"{num_done:,} of {len(lines):,} rows are answered already.", file=sys.stderr)
     batches = [lines[start : start + job.batch_size] for start in range(num_done, len(lines), job.batch_size)]
-    with partial.open("a", encoding="utf-8") as file:
-        for texts in _answers(job, batches, num_done // job.batch_size, workers, address):
-            file.write("".join(text + "\n" for text in texts))
-            file.flush()
-            os.fsync(file.fileno())
+    try:
+        with partial.open("a", encoding="utf-8") as file:
+            for texts in _answers(job, batches, num_done // job.batch_size, workers, address):
+                file.write("".join(text + "\n" for text in texts))
+                file.flush()
+                os.fsync(file.fileno())
+    except WorkersFailed as error:
+        print(f"error: the workers failed: {error} What is answered stays in {partial}; the same command goes on.",
+              file=sys.stderr)  # fmt: skip
+        return 1
     bad = _count_bad(partial)
     partial.replace(output)
     identity_file.unlink()
@@ -161,13 +173,14 @@ def _answers(
     # "has constructor arguments in the object store": Ray Data's own way of starting its workers.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray.data
+    import ray.exceptions
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    from qlora_ray.cluster import quiet_environment, start_ray
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs each error that it also raises
+    from qlora_ray.cluster import set_environment, start_ray
 
-    quiet_environment(debug=False)
     config = Config.model_validate({"ray": {"num_workers": workers or 1, "address": address}})
-    hardware = start_ray(config, False)
+    set_environment(config, debug=False)
+    hardware = start_ray(config, debug=False)
     try:
         num_gpus = int(hardware.num_gpus)
         workers = workers or max(1, num_gpus)
@@ -186,6 +199,10 @@ def _answers(
             assert row["number"] == number, "Ray Data gave the batches in another order"
             number += 1
             yield json.loads(row["texts"])
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None) or error
+        reason = str(cause).strip().splitlines()[-1]
+        raise WorkersFailed(reason.removeprefix("qlora_ray.config.ConfigError: ")) from error
     finally:
         ray.shutdown()
 
