@@ -117,13 +117,15 @@ def open_adapter(name: str, base: str | None = None) -> Adapter:
     found = local_folder(base or wanted["base_model"], wanted["commit"] or wanted["revision"], asked)
     check_folder(found)
     facts = read_facts(found)
-    sample = base_tensors(found, asked).sample_sha256()
+    tensors = base_tensors(found, asked)
+    sample = tensors.sample_sha256()
     if sample != wanted["sample_sha256"]:
         raise ConfigError(
             f"{key}: was trained on another base than {found}: {wanted['model_type']} of "
             f"{wanted['num_parameters']:,} parameters, weights {wanted['sample_sha256']}; this is {facts.model_type} "
             f"of {facts.num_parameters:,} parameters, weights {sample}. Name the right one with --base."
         )
+    _check_fit(folder, tensors, key)
     return Adapter(folder, found, peft, record)
 
 
@@ -146,6 +148,23 @@ def _check_weights(folder: Path, peft: dict[str, Any], key: str) -> None:
         raise ConfigError(f"{key}: peft_type is {peft.get('peft_type')}; only LORA is known here.")
     if not any(".lora_A." in name for name in entries):
         raise ConfigError(f"{key}: adapter_model.safetensors holds no LoRA matrices.")
+
+
+def _check_fit(folder: Path, base: TensorFiles, key: str) -> None:
+    """Compare the shapes of each LoRA with its layer's, where the base's files have that layer by name."""
+    entries = TensorFiles([folder / "adapter_model.safetensors"], key).entries
+    for name, entry in entries.items():
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        other = entries.get(name.replace(".lora_A.", ".lora_B."))
+        names = f"{module}.weight", f"{module.partition('.')[2]}.weight"  # with and without the model's prefix
+        stored = next((base.entries[name] for name in names if name in base.entries), None)
+        if not name.endswith(".lora_A.weight") or other is None or stored is None:
+            continue
+        if sorted(stored.shape) != sorted((entry.shape[1], other.shape[0])):  # Conv1D stores (in, out)
+            raise ConfigError(
+                f"{key}: does not fit its base: {module} is {' x '.join(map(str, stored.shape))} there, its LoRA is for "
+                f"{other.shape[0]} x {entry.shape[1]}. Copy the adapter again."
+            )
 
 
 def _read_json(path: Path, key: str) -> dict[str, Any]:
