@@ -162,8 +162,8 @@ def _check_fit(folder: Path, base: TensorFiles, key: str) -> None:
             continue
         if sorted(stored.shape) != sorted((entry.shape[1], other.shape[0])):  # Conv1D stores (in, out)
             raise ConfigError(
-                f"{key}: does not fit its base: {module} is {' x '.join(map(str, stored.shape))} there, its LoRA is for "
-                f"{other.shape[0]} x {entry.shape[1]}. Copy the adapter again."
+                f"{key}: does not fit its base: {module} is {' x '.join(map(str, stored.shape))} there, its LoRA is "
+                f"for {other.shape[0]} x {entry.shape[1]}. Copy the adapter again."
             )
 
 
