@@ -11,18 +11,11 @@ from pathlib import Path
 import pytest
 
 from qlora_ray import generate
-from qlora_ray.config import base_model_path
 from qlora_ray.data.formats import BadRecord
 from qlora_ray.model.record import open_adapter
 from qlora_ray.use.batch import Answerer, Job, to_prompt
-from tests.integration import adapters
 
 BATCH_SIZE, NUM_ROWS, NEW_TOKENS = 4, 62, 12
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return adapters.trained(tmp_path_factory.mktemp("batch") / "run", base_model_path("embedded"), steps=6)
 
 
 def lines():
