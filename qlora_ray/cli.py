@@ -7,7 +7,10 @@ import sys
 DOORS = {
     "train": "fine-tune a 4-bit LoRA",
     "data": "show what the model will see: counts, lengths, rows with their mask",
-    "report": "make report.html of a run directory",
+    "generate": "ask a trained adapter: a prompt, a chat, or a file over many workers",
+    "evaluate": "loss, exact match, F1 and lm-eval tasks, base against adapter",
+    "export": "merge an adapter into its base, with proof; or hand it over as GGUF",
+    "report": "make report.html of a run, or compare runs",
     "schema": "print the JSON schema of the config, for editors",
 }
 

@@ -232,6 +232,8 @@ class WatchdogConfig(Section):
 class LoggingConfig(Section):
     every_steps: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl; each waits once for the GPU."""
+    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(default_factory=list)
+    """Where the lines of metrics.jsonl go too, under the same names; each is an extra, e.g. "qlora_ray[wandb]"."""
 
 
 class EvaluationConfig(Section):
@@ -239,6 +241,8 @@ class EvaluationConfig(Section):
     """Held-out prompts answered at the end by base and adapter, compared exactly; 0 turns it off."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer generated, in tokens."""
+    num_samples: int = Field(2, ge=0)
+    """So many of them are answered at each validation too, for the report; 0 turns it off."""
 
 
 class Config(Section):

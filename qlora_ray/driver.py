@@ -13,6 +13,7 @@ from qlora_ray.config import Config
 from qlora_ray.data.prepare import Prepared
 from qlora_ray.plan import Plan
 from qlora_ray.storage import Folder
+from qlora_ray.trackers import Trackers
 
 STOP_TIMEOUT_SECONDS = 300
 POLL_SECONDS = 0.2
@@ -30,6 +31,11 @@ class Driver:
         self._failures: list[dict[str, Any]] = []  # survived, or the last one
         self._fatal: str | None = None
         self._last_step = 0
+        self._trackers = Trackers(
+            config.logging.trackers,
+            run.path if run.is_local else f"{run.name}-trackers",
+            config.model_dump(mode="json"),
+        )
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, to Ctrl-C or to failure; write summary.json and report.html; return the summary."""
@@ -50,9 +56,12 @@ class Driver:
                 self._stop(channel, fit, progress)
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                 self._listen(ray.get(channel.take.remote(), timeout=10), progress)
+            self._trackers.close()
+            self._say_what_failed(progress)
         summary = self._summary(fit)
         if self._done.get("samples"):
             (self._run / "samples.json").write_bytes(json.dumps(self._done["samples"], ensure_ascii=False).encode())
+        self._finish_cards(summary)
         (self._run / "summary.json").write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
         if self._run.is_local and (self._run / "metrics.jsonl").exists():
             report.write_report(Path(self._run.path))
@@ -119,8 +128,11 @@ class Driver:
             elif kind == "logged":
                 self._last_step = message["step"]
                 progress.show(message)
+                self._track(message, progress)
             elif kind == "evaluated":
+                self._keep_samples(message["step"], message.pop("samples"))
                 progress.say_evaluation(message)
+                self._track(message, progress)
             elif kind == "refused":
                 self._refusal = message["message"]
             elif kind == "done":
@@ -139,6 +151,21 @@ class Driver:
                 "seconds_to_recover": round(time.perf_counter() - failure["at"], 2),
             }
 
+    def _track(self, entry: dict[str, Any], progress) -> None:
+        self._trackers.log(entry)
+        self._say_what_failed(progress)
+
+    def _say_what_failed(self, progress) -> None:
+        for failure in self._trackers.take_failures():
+            progress.say(failure)
+
+    def _keep_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Add answers from the middle of training to samples_by_step.jsonl; of a step done again, the last count."""
+        if samples:
+            path = self._run / "samples_by_step.jsonl"
+            lines = "".join(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+            path.write_bytes((path.read_bytes() if path.exists() else b"") + lines.encode())
+
     def _stop(self, channel, fit: "_Fit", progress) -> None:
         import ray
 
@@ -148,6 +175,19 @@ class Driver:
             while fit.is_running() and time.monotonic() < deadline:
                 self._listen(ray.get(channel.take.remote(), timeout=60), progress)
                 time.sleep(POLL_SECONDS)
+
+    def _finish_cards(self, summary: dict[str, Any]) -> None:
+        """Add what is known only at the end, the exact match, to record and card of the final adapter."""
+        from qlora_ray.model import card
+        from qlora_ray.model.record import FILE
+
+        known = {name: summary[name] for name in ("exact_match_base", "exact_match_adapter") if name in summary}
+        if known:
+            folder = self._run / "adapter"
+            record = json.loads((folder / FILE).read_bytes())
+            record["metrics"] |= known
+            (folder / FILE).write_bytes(json.dumps(record, indent=1).encode())
+            (folder / "README.md").write_bytes(card.render(record).encode())
 
     def _summary(self, fit: "_Fit") -> dict[str, Any]:
         done = {name: value for name, value in self._done.items() if name not in ("samples",)}

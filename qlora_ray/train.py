@@ -65,7 +65,9 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
     from qlora_ray import cluster, storage
     from qlora_ray.data.check import check_records
     from qlora_ray.plan import Hardware, check_workers_fit, refuse_early
+    from qlora_ray.trackers import check_installed
 
+    check_installed(config.logging.trackers)
     deepspeed_json = read_deepspeed_json(config)
     refuse_early(config, deepspeed_json)
     if not cluster.address(config):  # Ray takes seconds to say what is known here
@@ -142,23 +144,9 @@ def check_files(config: Config) -> None:
 
 def local_base(config: Config) -> str:
     """The folder of the base on this machine; a hub id is downloaded to the hub's cache. Raises ConfigError."""
-    base = base_model_path(config.model.base_model)
-    if os.path.isdir(base):
-        return base
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from qlora_ray.model.hub import local_folder
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        import httpx
-
-        return snapshot_download(base, revision=config.model.revision, allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.base_model={base}: no such folder, and the model hub did not give it: {reason} "
-            "Name a local folder saved with save_pretrained."
-        ) from error
+    return local_folder(config.model.base_model, config.model.revision)
 
 
 def read_deepspeed_json(config: Config) -> dict | None:

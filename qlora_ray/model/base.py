@@ -97,3 +97,24 @@ def _keep_weights_trainable_on_cpu(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def four_bit_modules(folder: str, trust_remote_code: bool = False) -> tuple[dict[str, bool], str]:
+    """Names of the layers that load_base packs, and whether each keeps its weight transposed (Conv1D).
+
+    Also the prefix that a weight's name in a file may lack. Builds the model without memory for weights.
+    """
+    from transformers import AutoConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+
+    _build_linear_layers_that_can_be_quantized()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    left_alone = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    four_bit = four_bit_config(QuantizationConfig(), torch.float32)
+    replace_with_bnb_linear(model, modules_to_not_convert=left_alone, quantization_config=four_bit)
+    replaced = {name: module for name, module in model.named_modules() if hasattr(module, "source_cls")}
+    return {name: module.source_cls is Conv1D for name, module in replaced.items()}, model.base_model_prefix

@@ -4,11 +4,11 @@ import hashlib
 import json
 import math
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_ray.config import ConfigError
+from qlora_ray.model.tensors import read_header
 
 # Names of 2-D weights that transformers does not build as nn.Linear or Conv1D, or that bitsandbytes leaves alone.
 NOT_QUANTIZED = re.compile(
@@ -57,7 +57,7 @@ def check_folder(folder: str) -> None:
     """Raise ConfigError if a local folder lacks what a base model needs. Reads names only: milliseconds."""
     path, key = Path(folder), f"model.base_model={folder}"
     _read_model_config(path, key)
-    if not _weight_files(path, key):
+    if not weight_files(path, key):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
         if pickled:
             raise ConfigError(
@@ -82,11 +82,11 @@ def _read_model_config(path: Path, key: str) -> dict:
 
 
 def _fingerprint(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
-    sizes = [(file.name, file.stat().st_size) for file in _weight_files(path, "")]
+    sizes = [(file.name, file.stat().st_size) for file in weight_files(path, "")]
     return hashlib.sha256(json.dumps([sizes, sorted(shapes.items())]).encode()).hexdigest()[:16]
 
 
-def _weight_files(path: Path, key: str) -> list[Path]:
+def weight_files(path: Path, key: str) -> list[Path]:
     # The files that transformers would load: the index's, else model.safetensors; others may lie beside them.
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file():
@@ -100,22 +100,5 @@ def _weight_files(path: Path, key: str) -> list[Path]:
 
 
 def _read_shapes(path: Path, key: str) -> dict[str, tuple[int, ...]]:
-    # Layout of a safetensors file: 8 bytes little-endian header length, then that much JSON.
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(path, key):
-        try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > file.stat().st_size:
-                    raise ValueError("header longer than the file")
-                header = json.loads(stream.read(length))
-            end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-            if end > file.stat().st_size:
-                raise ValueError("tensors cut off")
-            found = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        except FileNotFoundError:
-            raise ConfigError(f"{key}: {file.name} is missing from the folder. Download or copy it again.") from None
-        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-            raise ConfigError(f"{key}: {file.name} is damaged ({error}). Download or copy it again.") from None
-        shapes |= found
-    return shapes
+    entries = {name: entry for file in weight_files(path, key) for name, entry in read_header(file, key).items()}
+    return {name: entry.shape for name, entry in entries.items()}

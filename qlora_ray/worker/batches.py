@@ -34,11 +34,3 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
             values = rows[name].combine_chunks()
             batch[name][is_token] = values.values.to_numpy()[values.offsets[0].as_py() : values.offsets[-1].as_py()]
     return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
-
-
-def left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Pad prompts on the left for generation: input_ids and attention_mask, each (B, T) int64."""
-    width = max(map(len, prompts))
-    ids = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}

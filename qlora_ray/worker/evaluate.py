@@ -9,8 +9,9 @@ import torch
 
 from qlora_ray.config import Config
 from qlora_ray.data.rows import open_rows
+from qlora_ray.model.answer import answer_texts, exact_match
 from qlora_ray.storage import Folder
-from qlora_ray.worker.batches import left_padded, to_tensors
+from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.team import Team
@@ -62,8 +63,24 @@ def compare_answers(config: Config, engine: Engine, rows: Folder, tokenizer, dev
         {"prompt": prompt["prompt"], "expected": prompt["expected"], "base": base, "adapter": adapter}
         for prompt, base, adapter in zip(prompts, answers["base"], answers["adapter"], strict=True)
     ]
-    right = {who: sum(s[who].strip() == s["expected"].strip() for s in samples) / len(samples) for who in answers}
-    return {"exact_match_base": right["base"], "exact_match_adapter": right["adapter"], "samples": samples}
+    expected = [prompt["expected"] for prompt in prompts]
+    right = {f"exact_match_{who}": exact_match(texts, expected) for who, texts in answers.items()}
+    return {**right, "samples": samples}
+
+
+def sample_answers(config: Config, engine: Engine, rows: Folder, tokenizer, device: torch.device, team: Team) -> list:
+    """Greedy answers to the same few held-out prompts at each validation. Every worker must call this."""
+    count = min(config.evaluation.num_samples, config.evaluation.num_prompts)
+    prompts = json.loads((rows / "prompts.json").read_bytes())[:count]
+    if not prompts:
+        return []
+    engine.train(False)
+    answers = _answers(config, engine, prompts, tokenizer, device, team, adapter_on=True)
+    engine.train()
+    return [
+        {"prompt": prompt["prompt"], "expected": prompt["expected"], "adapter": answer}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def _answers(config, engine, prompts, tokenizer, device, team: Team, adapter_on: bool) -> list[str]:
@@ -72,19 +89,15 @@ def _answers(config, engine, prompts, tokenizer, device, team: Team, adapter_on:
     mine = prompts[team.rank * share : (team.rank + 1) * share]
     filler = prompts[:1] * (share - len(mine))
     texts = []
-    with torch.no_grad(), nullcontext() if adapter_on else model.disable_adapter():
+    with nullcontext() if adapter_on else model.disable_adapter():
         for start in range(0, share, PROMPTS_PER_BATCH):
             some = (mine + filler)[start : start + PROMPTS_PER_BATCH]
-            inputs = left_padded([prompt["input_ids"] for prompt in some], tokenizer.pad_token_id, device)
-            output = model.generate(
-                **inputs,
+            texts += answer_texts(
+                model,
+                [prompt["input_ids"] for prompt in some],
+                tokenizer,
+                device,
                 max_new_tokens=config.evaluation.max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
                 synced_gpus=team.size > 1,
             )
-            new = output[:, inputs["input_ids"].shape[1] :]
-            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text for part in team.gather(texts[: len(mine)]) for text in part]

@@ -1,17 +1,37 @@
-"""Writes the adapter as plain PEFT reads it: adapter_config.json, adapter_model.safetensors, the tokenizer."""
+"""Writes the adapter as plain PEFT reads it, with a record and a model card of its own.
 
+<adapter>/
+    adapter_config.json, adapter_model.safetensors, tokenizer files     what PEFT and transformers read
+    qlora_ray.json                                                      base, quantization, run: model/record.py
+    README.md                                                           the same for people: model/card.py
+"""
+
+import functools
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 
+from qlora_ray.config import Config
+from qlora_ray.model import card
 from qlora_ray.model.adapter import ADAPTER_NAME
+from qlora_ray.model.record import FILE, LAYOUT, describe_base, tokenizer_sha256
+from qlora_ray.plan import Plan
 from qlora_ray.storage import Folder
+
+RECORDED_METRICS = ("first_loss", "last_loss", "eval_loss", "best_eval_loss", "num_tokens", "num_label_tokens")
 
 
 def write_adapter(
-    folder: Folder, model: torch.nn.Module, weights: dict[str, torch.Tensor], tokenizer, dtype: str
+    folder: Folder,
+    model: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    tokenizer,
+    dtype: str,
+    about: dict[str, Any] | None = None,
 ) -> None:
     """Write the adapter in the compute dtype: exactly what the live model multiplies with."""
     from peft import get_peft_model_state_dict
@@ -29,3 +49,33 @@ def write_adapter(
             (folder.make() / file.name).write_bytes(file.read_bytes())
     config.inference_mode = was_in_training
     (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(exported, {"format": "pt"}))
+    if about is not None:
+        record = {**about, "tokenizer_sha256": tokenizer_sha256(tokenizer)}
+        (folder / FILE).write_bytes(json.dumps(record, indent=1).encode())
+        (folder / "README.md").write_bytes(card.render(record).encode())
+
+
+def about(config: Config, plan: Plan, run: Folder, state: dict[str, Any]) -> dict[str, Any]:
+    """The record of an adapter of this run at this state; the run's manifest.json tells the rest."""
+    manifest = json.loads((run / "manifest.json").read_bytes())
+    reproducible = config.model_dump(
+        mode="json", exclude={"ray": {"address", "storage_path", "run_name"}, "logging": True}, exclude_defaults=True
+    )
+    return {
+        "layout": LAYOUT,
+        "run_name": run.name,
+        "step": state["step"],
+        "base": _describe_base(config.model.base_model, config.model.revision, config.model.trust_remote_code),
+        "quantization": {**config.quantization.model_dump(), "compute_dtype": plan.compute_dtype},
+        "data": manifest["data"],
+        "metrics": {name: state[name] for name in RECORDED_METRICS if state.get(name) is not None},
+        "versions": manifest["versions"],
+        "git_commit": manifest["git_commit"],
+        "num_workers": plan.num_workers,
+        "config": reproducible,
+    }
+
+
+@functools.lru_cache(maxsize=1)  # reads a little of every tensor; an adapter is written at each better validation
+def _describe_base(base_model: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    return describe_base(base_model, revision, trust_remote_code)

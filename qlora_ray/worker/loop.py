@@ -19,6 +19,7 @@ from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import sum_of_nats
 from qlora_ray.worker.metrics import Meter, MetricsFile, RowCounts
+from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.team import Team
 from qlora_ray.worker.watchdog import Watchdog
 
@@ -94,7 +95,7 @@ def _train(
             learning_rate = learning_rate_at(state.step, plan, config)
             nats = optimizer_step(
                 engine, batches, counts.label_tokens(state.step), state.step, learning_rate, config, plan, device,
-                tokenizer.pad_token_id,
+                tokenizer.pad_token_id, meter.stopwatch,
             )  # fmt: skip
             state = replace(state, step=state.step + 1)
             meter.add(state.step, nats)
@@ -106,18 +107,19 @@ def _train(
             with watchdog.phase("evaluate"):
                 state = _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, team)
             early = _is_patience_over(state, config)
-            meter.skip_time()
+            meter.skip_time("evaluation")
         if state.step % plan.checkpoint_every_steps == 0 or last or early:
             with watchdog.phase("save"):
                 saver.save(state)
-            meter.skip_time()
+            meter.skip_time("checkpoint")
     with watchdog.phase("save"):
         saver.finish()
         if writer:
             writer.flush()
         weights = engine.weights()
         if team.rank == 0:
-            export.write_adapter(run_folder / "adapter", engine.module, weights, tokenizer, plan.compute_dtype)
+            about = export.about(config, plan, run_folder, vars(state))
+            export.write_adapter(run_folder / "adapter", engine.module, weights, tokenizer, plan.compute_dtype, about)
     with watchdog.phase("evaluate"):
         answers = {} if stopping else evaluate.compare_answers(config, engine, rows, tokenizer, device, team)
     team.tell(kind="done", status="interrupted" if stopping else "done", early=early, **vars(state), **answers)
@@ -134,19 +136,25 @@ def optimizer_step(
     plan: Plan,
     device: torch.device,
     pad_token_id: int,
+    stopwatch: Stopwatch,
 ) -> torch.Tensor:
     """One update from the gradient of: nats over all unmasked tokens of the global batch / their number.
 
     Returns this worker's sum of nats, a scalar on the device.
     """
     total = torch.zeros((), device=device)
+    stopwatch.start()
     for _ in range(plan.gradient_accumulation_steps):
         micro_batch, rows = batches.next(step)
         batch = to_tensors(rows, pad_token_id, device)
         setup.seed_everything(config.training.seed, step, micro_batch)
+        stopwatch.mark("data")
         nats = sum_of_nats(engine, batch)
+        stopwatch.mark("forward")
         engine.backward(nats / num_label_tokens)
+        stopwatch.mark("backward")
         engine.step(learning_rate)
+        stopwatch.mark("optimizer")
         total += nats.detach()
     return total
 
@@ -182,10 +190,14 @@ def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, 
     if improved:
         weights = engine.weights()
         if team.rank == 0:
-            export.write_adapter(run_folder / "adapter_best", engine.module, weights, tokenizer, plan.compute_dtype)
+            about = export.about(config, plan, run_folder, {**vars(state), **metrics})
+            export.write_adapter(
+                run_folder / "adapter_best", engine.module, weights, tokenizer, plan.compute_dtype, about
+            )
     if writer:
         writer.write(step=state.step, **metrics)
-    team.tell(kind="evaluated", step=state.step, **metrics)
+    samples = evaluate.sample_answers(config, engine, rows, tokenizer, device, team)
+    team.tell(kind="evaluated", step=state.step, samples=samples, **metrics)
     ray.train.report({"step": state.step, "loss": state.last_loss, **metrics})
     return replace(
         state,

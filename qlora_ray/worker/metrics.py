@@ -11,6 +11,7 @@ import torch
 from qlora_ray.data.order import Order
 from qlora_ray.data.rows import open_rows, sample_digest
 from qlora_ray.storage import DISK_IS_FULL, Folder
+from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.team import Team
 
 
@@ -95,17 +96,23 @@ class Meter:
         self._steps: list[int] = []
         self._nats: list[torch.Tensor] = []
         self._began = self._last = time.perf_counter()
+        self._last_step = 0
+        self.stopwatch = Stopwatch(device)
 
     def add(self, step: int, nats: torch.Tensor) -> None:
         """Note a finished step (from 1) and this worker's sum of nats."""
         self._steps.append(step - 1)
+        self._last_step = step
         self._nats.append(nats)
         self._last = time.perf_counter()
 
-    def skip_time(self) -> None:
-        """Do not count the time since the last step: it went into validation or a checkpoint."""
+    def skip_time(self, phase: str) -> None:
+        """Do not count the time since the last step: it went into this phase, "evaluation" or "checkpoint"."""
         now = time.perf_counter()
+        if self._writer:
+            self._writer.write(step=self._last_step, **{f"{phase}_seconds": round(now - self._last, 4)})
         self._began, self._last = self._began + now - self._last, now
+        self.stopwatch.start()
 
     def log(self, **values: Any) -> dict[str, Any]:
         """Write one line for the steps since the last. Every worker must call this; waits once for the device."""
@@ -120,6 +127,7 @@ class Meter:
             "loss": total_nats / sum(map(self._counts.label_tokens, self._steps)),
             **values,
             "step_seconds": seconds / len(self._steps),
+            **{f"{phase}_seconds": spent / len(self._steps) for phase, spent in self.stopwatch.take().items()},
             "tokens_per_second": tokens / seconds,
             "samples_per_second": sum(map(self._counts.samples, self._steps)) / seconds,
             "peak_memory_gib": memory,

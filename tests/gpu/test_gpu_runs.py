@@ -1,7 +1,10 @@
 """Whole runs on a GPU: NCCL, CUDA's NF4 kernels, mixed precision, offload."""
 
+import json
+
 import pytest
 
+from qlora_ray import evaluate, export
 from tests.integration import door
 
 pytestmark = pytest.mark.gpu
@@ -50,5 +53,17 @@ def test_gpu_losses_are_those_of_stage_0(tmp_path):
 
 def test_gpu_is_used_and_its_memory_is_reported(tmp_path):
     path = run(tmp_path, "memory")
-    assert 0 < door.metrics(path)[-2]["peak_memory_gib"] < 8
+    (*_, last) = (line for line in door.metrics(path) if "peak_memory_gib" in line)
+    assert 0 < last["peak_memory_gib"] < 8
+    assert {"data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"} <= last.keys()
     assert '"use_gpu": true' in (path / "plan.json").read_text()
+
+
+def test_gpu_adapter_is_reproduced_by_evaluate_and_merged_with_proof(tmp_path):
+    path = run(tmp_path, "use", "evaluation.num_prompts=32")
+    results = tmp_path / "results.json"
+    assert evaluate.main(["--adapter", str(path / "adapter"), "--output", str(results)]) == 0
+    found, summary = json.loads(results.read_text()), door.summary(path)
+    assert found["with_adapter"]["exact_match"] == pytest.approx(summary["exact_match_adapter"], abs=1 / 32)
+    arguments = ["--adapter", str(path / "adapter"), "--to", "merged", "--output", str(tmp_path / "merged")]
+    assert export.main([*arguments, "--verify"]) == 0

@@ -1,6 +1,7 @@
-"""A process group of one, for tests that need DeepSpeed but not Ray."""
+"""A process group of one, for tests that need DeepSpeed but not Ray; a small trained adapter."""
 
 import os
+import shutil
 
 import pytest
 
@@ -16,3 +17,32 @@ def process_group(tmp_path_factory):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """An adapter of the embedded base, in a run directory. Not to be changed."""
+    from qlora_ray.config import base_model_path
+    from tests.integration import adapters
+
+    return adapters.trained(tmp_path_factory.mktemp("use") / "run", base_model_path("embedded"), steps=6)
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy, to be damaged."""
+    return shutil.copytree(trained, tmp_path / "adapter")
+
+
+@pytest.fixture
+def refused(capsys):
+    """Opens a door that must refuse; returns its message."""
+
+    def open_door(door, *arguments) -> str:
+        capsys.readouterr()
+        assert door.main([str(argument) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1, err
+        return err
+
+    return open_door

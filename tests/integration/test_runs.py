@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from qlora_ray import evaluate
 from qlora_ray.config import base_model_path, find_file
 from qlora_ray.data.order import Order, held_out
 from qlora_ray.data.rows import Rows, sample_digest
@@ -65,6 +66,31 @@ def test_user_sees_plan_progress_and_result_but_no_chatter(two_workers):
         assert expected in ended.stdout
     for noise in ("Traceback", "WARNING", "(RayTrainWorker", "(TrainController", "kernels-community", "PlacementGroup"):
         assert noise not in ended.stdout + ended.stderr
+
+
+def test_evaluate_reproduces_exact_match_and_loss_of_the_run(two_workers, tmp_path, capsys):
+    run, ended = two_workers
+    results = tmp_path / "results.json"
+    assert evaluate.main(["--adapter", str(run / "adapter"), "--output", str(results)]) == 0
+    found, summary = json.loads(results.read_text()), door.summary(run)
+    assert found["with_adapter"]["exact_match"] == summary["exact_match_adapter"]
+    assert found["base"]["exact_match"] == summary["exact_match_base"]
+    assert found["with_adapter"]["loss"] == pytest.approx(door.summary(run)["eval_loss"], rel=1e-4)
+    samples = json.loads((run / "samples.json").read_text())
+    assert [answer["with_adapter"] for answer in found["answers"]] == [sample["adapter"] for sample in samples]
+    assert f"exact match on 4 held-out prompts: 0% before, {summary['exact_match_adapter']:.0%} after" in ended.stdout
+
+
+def test_adapters_carry_record_card_and_answers_through_training(two_workers):
+    run, _ = two_workers
+    for name in ("adapter", "adapter_best"):
+        record = json.loads((run / name / "qlora_ray.json").read_text())
+        assert record["base"]["base_model"] == "embedded" and record["run_name"] == "two"
+        assert record["data"]["fingerprint"] in (run / name / "README.md").read_text()
+    assert "exact match with the adapter" in (run / "adapter" / "README.md").read_text()
+    lines = [json.loads(line) for line in (run / "samples_by_step.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 10, 20, 20]
+    assert {line["prompt"] for line in lines if line["step"] == 10} == {line["prompt"] for line in lines[2:]}
 
 
 def test_one_worker_gives_the_losses_of_two(two_workers, storage):

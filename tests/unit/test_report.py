@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from qlora_ray.report import RunRecord, key_figures, main, read_run, render_report, smooth
+from qlora_ray.report.compare import common_answers, config_differences, render_comparison
+from qlora_ray.report.run import answers_by_prompt, data_statistics, memory, time_split
 
 pytest.importorskip("plotly")
 
@@ -47,7 +49,11 @@ class Page(HTMLParser):
 def hostile_run():
     sample = {"prompt": ATTACK, "expected": ATTACK, "base": ATTACK, "adapter": ATTACK}
     summary = {"status": ATTACK, "seconds": {ATTACK: 1.0}, "failures": [{"step": 1, "cause": ATTACK}]}
-    return RunRecord(ATTACK, {"key": ATTACK}, {ATTACK: {ATTACK: ATTACK}}, summary, [train_line(1, 2.0)], [sample])
+    manifest = {"data": {ATTACK: 1, "fingerprint": ATTACK}, "versions": {ATTACK: ATTACK}}
+    by_step = [{"step": 1, "prompt": ATTACK, "expected": ATTACK, "adapter": ATTACK}]
+    plan = {ATTACK: {ATTACK: ATTACK}, "memory_forecast_gib": {ATTACK: 1.0}}
+    metrics = [{**train_line(1, 2.0), "peak_memory_gib": 1.0}]
+    return RunRecord(ATTACK, {"key": ATTACK}, plan, summary, metrics, [sample], by_step, manifest)
 
 
 def test_report_makes_no_external_request(run_dir):
@@ -65,7 +71,12 @@ def test_html_from_the_run_is_escaped_everywhere():
     assert "<script>alert(" not in render_report(hostile_run())
     assert [tag for tag, _ in page.tags].count("script") == [tag for tag, _ in harmless.tags].count("script")
     assert not [tag for tag, attrs in page.tags if tag == "img" or "onerror" in attrs]
-    assert page.text.count(ATTACK) >= 8
+    assert page.text.count(ATTACK) >= 14
+    other = RunRecord(ATTACK + "2", {"key": 1}, {}, {}, [train_line(1, 2.0)], hostile_run().samples)
+    compared = Page(render_comparison([hostile_run(), other]))
+    assert [tag for tag, _ in compared.tags].count("script") == 2
+    assert not [tag for tag, attrs in compared.tags if tag == "img" or "onerror" in attrs]
+    assert compared.text.count(ATTACK) >= 8
 
 
 def test_plotly_is_embedded_once(run_dir):
@@ -131,3 +142,62 @@ def test_door_refuses_what_is_not_a_run_directory(tmp_path, capsys, name):
 def test_import_is_light():
     code = "import sys, qlora_ray.report; print({'torch', 'ray', 'plotly', 'jinja2'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_time_split_adds_up_to_the_whole_run():
+    lines = [{"step": 1, "loss": 1.0, "step_seconds": 2.0, "data_seconds": 0.5, "forward_seconds": 1.0}]
+    lines += [{"step": 4, "loss": 1.0, "step_seconds": 2.0, "data_seconds": 0.1, "forward_seconds": 1.0}]
+    lines += [{"step": 4, "evaluation_seconds": 3.0}, {"step": 4, "checkpoint_seconds": 0.5}]
+    split = time_split(RunRecord("run", {}, {}, {"seconds": {"to_first_step": 10.0, "total": 20.0}}, lines))
+    assert split == pytest.approx(
+        {"start": 10.0, "data": 0.5 + 3 * 0.1, "forward": 4.0, "evaluation": 3.0, "checkpoint": 0.5, "other": 1.7}
+    )
+    assert sum(split.values()) == pytest.approx(20.0)
+
+
+def test_memory_leaves_loading_out_of_the_sum():
+    plan = {"memory_forecast_gib": {"base": 1.0, "logits": 0.5, "while_loading": 9.0}}
+    found = memory(RunRecord("run", {}, plan, {}, [{"step": 1, "peak_memory_gib": 1.2}]))
+    assert (found["forecast"], found["measured"]) == (1.5, 1.2)
+
+
+def test_answer_of_a_step_done_again_replaces_the_first():
+    lines = [
+        {"step": step, "prompt": "p", "expected": "e", "adapter": text}
+        for step, text in ((20, "x"), (10, "y"), (20, "e"))
+    ]
+    (row,) = answers_by_prompt(RunRecord("run", {}, {}, {}, [], [], lines))
+    assert row == {"prompt": "p", "expected": "e", "answers": [(10, "y", False), (20, "e", True)]}
+
+
+def test_data_statistics_name_rows_tokens_and_fingerprint():
+    data = {"num_rows": 4, "num_tokens": 100, "num_label_tokens": 25, "fingerprint": "f"}
+    rows = dict(data_statistics(RunRecord("run", {}, {}, {}, [], manifest={"data": data})))
+    assert rows["share of tokens trained on"] == "25%" and rows["tokens a row, mean"] == "25.0"
+    assert rows["rows"] == "4" and rows["fingerprint"] == "f"
+
+
+def test_comparison_shows_only_what_differs_and_what_all_answered():
+    def run(name, rate, prompts):
+        config = {"training": {"learning_rate": rate, "seed": 0}, "ray": {"run_name": name}}
+        samples = [{"prompt": p, "expected": "e", "base": "", "adapter": "e"} for p in prompts]
+        return RunRecord(name, config, {}, {}, [train_line(1, 2.0)], samples)
+
+    runs = [run("a", 1e-3, "xy"), run("b", 1e-4, "yz")]
+    assert config_differences(runs) == [("training.learning_rate", ["0.001", "0.0001"])]
+    assert [row["prompt"] for row in common_answers(runs)] == ["y"]
+    page = Page(render_comparison(runs))
+    assert "2 runs compared" in page.text and "training.seed" not in page.text
+    assert not [
+        tag for tag, attrs in page.tags if tag in ("link", "img", "iframe", "base") or {"src", "href"} & {*attrs}
+    ]
+
+
+def test_door_compares_several_runs_beside_the_first(run_dir, capsys):
+    other = run_dir / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text(json.dumps(train_line(1, 2.0)) + "\n")
+    assert main([str(other), str(run_dir)]) == 0
+    assert capsys.readouterr().out.strip() == str(run_dir / "comparison.html")
+    assert main([str(other), str(run_dir), "--output", str(run_dir / "x.html")]) == 0 and (run_dir / "x.html").exists()
+    assert main([str(other), str(run_dir / "no")]) == 2

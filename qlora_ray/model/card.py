@@ -1,0 +1,103 @@
+"""The model card of an adapter: README.md with the front matter that the model hub reads. Imports no torch."""
+
+from typing import Any
+
+import yaml
+
+METRICS = {
+    "first_loss": "training loss, first step (nats per token)",
+    "last_loss": "training loss, last logged step (nats per token)",
+    "eval_loss": "validation loss (nats per token)",
+    "best_eval_loss": "best validation loss (nats per token)",
+    "exact_match_base": "exact match of the base on held-out prompts",
+    "exact_match_adapter": "exact match with the adapter on held-out prompts",
+    "num_tokens": "tokens read",
+    "num_label_tokens": "tokens trained on",
+}
+
+
+def render(record: dict[str, Any]) -> str:
+    """The card of an adapter whose record this is."""
+    base, quantization, data = record["base"], record["quantization"], record["data"]
+    name = base["base_model"]
+    is_hub_id = name != "embedded" and not name.startswith("/")
+    front: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "qlora"]}
+    if is_hub_id:
+        front["base_model"] = name
+    double = ", double quantization" if quantization["double_quant"] else ""
+    facts = {
+        "base": f"{name} ({base['model_type']}, {base['num_parameters']:,} parameters)",
+        "base revision": base["commit"] or base["revision"] or "none: a local folder",
+        "base weights": f"sample sha256 {base['sample_sha256']}",
+        "quantization": f"{quantization['type']}{double}, computed in {quantization['compute_dtype']}",
+        "data": f"{data['num_rows']:,} rows, {data['num_tokens']:,} tokens, {data['num_validation_rows']:,} rows held "
+        "out",
+        "data fingerprint": data["fingerprint"],
+        "step": f"{record['step']:,}",
+        "run": f"{record['run_name']}, {record['num_workers']} worker(s)",
+        "code": record["git_commit"] or f"qlora_ray {record['versions']['qlora_ray']}",
+    }
+    metrics = {METRICS[key]: _shown(key, value) for key, value in record["metrics"].items() if key in METRICS}
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            f"# {record['run_name']}",
+            "",
+            f"A LoRA on {name}, trained with qlora_ray. It belongs to this base, quantized like this, and to no other.",
+            "",
+            *_table("what", "", facts),
+            "",
+            *_table("metric", "value", metrics),
+            "",
+            "## Use",
+            "",
+            "```",
+            'python -m qlora_ray.generate --adapter . --prompt "..."',
+            "python -m qlora_ray.export --adapter . --to merged --output merged --verify",
+            "```",
+            "",
+            "## Reproduce",
+            "",
+            "Save this as `config.yaml`, then `python -m qlora_ray.train -c config.yaml`:",
+            "",
+            "```yaml",
+            yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True).strip(),
+            "```",
+            "",
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".",
+            "",
+        ]
+    )
+
+
+def render_merged(record: dict[str, Any], dtype: str, into: str) -> str:
+    """The card of a model that an adapter was merged into."""
+    base, quantization = record["base"], record["quantization"]
+    weights = (
+        f"the {quantization['type']} weights of training, unpacked" if into == "training" else "the original weights"
+    )
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            f"# {record['run_name']}, merged",
+            "",
+            f"{base['base_model']} ({base['model_type']}, {base['num_parameters']:,} parameters) with the LoRA of the "
+            f"run {record['run_name']}, step {record['step']:,}, added to {weights}; stored in {dtype} by qlora_ray.",
+            "",
+        ]
+    )
+
+
+def _table(left: str, right: str, rows: dict[str, str]) -> list[str]:
+    return [f"| {left} | {right} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _shown(key: str, value: float) -> str:
+    if key.startswith("exact"):
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

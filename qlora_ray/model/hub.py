@@ -1,0 +1,27 @@
+"""The local folder of a base model: a folder, the embedded base, or a snapshot in the hub's cache."""
+
+import os
+
+from qlora_ray.config import ConfigError, base_model_path
+
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def local_folder(base_model: str, revision: str | None, key: str = "model.base_model") -> str:
+    """The folder of the base on this machine; a hub id is downloaded to the hub's cache. Raises ConfigError."""
+    base = base_model_path(base_model)
+    if os.path.isdir(base):
+        return base
+    if os.path.isabs(base) or base.startswith("."):
+        raise ConfigError(f"{key}={base}: no such folder.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    try:
+        return snapshot_download(base, revision=revision, allow_patterns=PATTERNS)
+    except (OSError, HTTPError, HFValidationError) as error:  # its own errors derive from these
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{key}={base}: no such folder, and the model hub did not give it: {reason} "
+            "Name a local folder saved with save_pretrained."
+        ) from error

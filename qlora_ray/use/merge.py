@@ -1,0 +1,197 @@
+"""Adds an adapter to the weights of its base, one tensor at a time, and writes a model that plain transformers loads.
+
+The output has the base's own files, names and shards. Memory: one weight and its float32 copy, whatever the model.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qlora_ray.config import ConfigError, QuantizationConfig
+from qlora_ray.model import card
+from qlora_ray.model.base import four_bit_modules
+from qlora_ray.model.record import Adapter, base_tensors
+from qlora_ray.model.tensors import BYTES, DTYPES, TensorFiles, write_tensors
+
+Into = Literal["training", "original"]
+STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """The update of one layer: out x in."""
+
+    a: torch.Tensor  # (r, in)
+    b: torch.Tensor  # (out, r)
+    scaling: float
+    magnitude: torch.Tensor | None  # (out,), DoRA's
+
+
+@dataclass(frozen=True)
+class Merger:
+    """What turns a tensor of the base's files into one of the merged model."""
+
+    adapter: Adapter
+    into: Into
+    dtype: str
+    device: torch.device
+    base: TensorFiles
+    updates: TensorFiles
+    modules: dict[str, tuple[str, bool]]  # weight's name in the files -> (layer's name, is transposed)
+
+    def merged(self, name: str) -> torch.Tensor:
+        """One weight of the merged model, in its dtype, on the CPU."""
+        weight = self.base.read(name)
+        if not weight.is_floating_point():
+            return weight
+        module, is_transposed = self.modules.get(name, (None, False))
+        if module is not None:
+            weight = weight.to(self.device)
+            weight = weight.T if is_transposed else weight
+            if self.into == "training":
+                weight = as_trained_on(weight, self.adapter.quantization, self.adapter.compute_dtype)
+            update = self._update_of(module)
+            if update is not None:
+                weight = add(weight.to(torch.float32), update)
+            weight = weight.T if is_transposed else weight
+        return weight.to("cpu", getattr(torch, self.dtype)).contiguous()
+
+    def layout(self, names: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Stored dtype and shape of the merged tensors of these names."""
+        entries = {name: self.base.entries[name] for name in names}
+        return {
+            name: (STORED[self.dtype] if _is_floating(entry.dtype) else entry.dtype, entry.shape)
+            for name, entry in entries.items()
+        }
+
+    def _update_of(self, module: str) -> LoRA | None:
+        stem = f"{PREFIX}{module}."
+        if f"{stem}lora_A.weight" not in self.updates.entries:
+            return None
+        a, b = (self.updates.read(f"{stem}lora_{which}.weight").to(self.device, torch.float32) for which in "AB")
+        magnitude = None
+        if f"{stem}lora_magnitude_vector" in self.updates.entries:
+            magnitude = self.updates.read(f"{stem}lora_magnitude_vector").to(self.device, torch.float32)
+        return LoRA(a, b, scaling_of(self.adapter.peft, rank=len(a)), magnitude)
+
+
+def merge(adapter: Adapter, target: Path, into: Into, dtype: str, device: torch.device) -> None:
+    """Write the merged model into the new folder `target`. Raises ConfigError for what cannot be merged."""
+    merger = plan_merge(adapter, into, dtype, device)
+    shards: dict[str, list[str]] = {}
+    for name, entry in merger.base.entries.items():
+        shards.setdefault(entry.file.name, []).append(name)
+    needed = sum(_size(merger.layout(names)) for names in shards.values())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise ConfigError(f"--output {target}: {needed / 2**30:.1f} GiB are needed there, {free / 2**30:.1f} are free.")
+    target.mkdir()
+    for file, names in shards.items():
+        with (target / file).open("wb") as stream:
+            write_tensors(stream, merger.layout(names), _merged_tensors(merger, names))
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": needed}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
+    _write_config(adapter, target, dtype, merger.into)
+
+
+def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -> Merger:
+    """Find each layer's weight in the base's files and each update's layer. Raises ConfigError."""
+    key = f"--adapter {adapter.folder}"
+    base = base_tensors(adapter.base, key)
+    unknown = {entry.dtype for entry in base.entries.values()} - DTYPES.keys()
+    if unknown:
+        raise ConfigError(f"{key}: its base is stored as {', '.join(sorted(unknown))}; there are no weights to add to.")
+    updates = TensorFiles([adapter.folder / "adapter_model.safetensors"], key)
+    if "quantization_config" in json.loads((Path(adapter.base) / "config.json").read_text("utf-8")):
+        raise ConfigError(f"{key}: its base is stored quantized; there are no dense weights to merge into.")
+    if adapter.peft.get("rank_pattern") or adapter.peft.get("alpha_pattern"):
+        raise ConfigError(f"{key}: has a rank_pattern or alpha_pattern, which merging does not know.")
+    layers, prefix = four_bit_modules(adapter.base, adapter.record["base"]["trust_remote_code"])
+    updated = set()
+    for name in updates.entries:
+        module, _, kind = name.removeprefix(PREFIX).partition(".lora_")
+        if not name.startswith(PREFIX) or kind not in ("A.weight", "B.weight", "magnitude_vector"):
+            raise ConfigError(f"{key}: {name} is no LoRA matrix; merging does not know what to do with it.")
+        updated.add(module)
+    for module in updated - layers.keys():
+        layers[module] = False  # not quantized, but adapted: an output layer named in target_modules
+    if adapter.quantization.type == "none":
+        into = "original"
+    modules = {}
+    for module, is_transposed in layers.items():
+        if into == "original" and module not in updated:
+            continue
+        names = (f"{module}.weight", f"{module.removeprefix(prefix + '.')}.weight")
+        stored = next((name for name in names if name in base.entries), None)
+        if stored is None:
+            raise ConfigError(
+                f"{key}: the base's files have no weight {names[0]}: it is tied to another, or stored under another "
+                "name. Serve the adapter unmerged."
+            )
+        modules[stored] = (module, is_transposed)
+    return Merger(adapter, into, dtype, device, base, updates, modules)
+
+
+def as_trained_on(weight: torch.Tensor, quantization: QuantizationConfig, compute_dtype: str) -> torch.Tensor:
+    """The weight as the 4-bit base multiplies with it: cast, packed and unpacked again; (out, in) like the input."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = weight.to(getattr(torch, compute_dtype)).contiguous()
+    packed, state = quantize_4bit(
+        weight, compress_statistics=quantization.double_quant, quant_type=quantization.type, quant_storage=torch.uint8
+    )
+    return dequantize_4bit(packed, state)
+
+
+def add(weight: torch.Tensor, update: LoRA) -> torch.Tensor:
+    """weight + scaling x B A, and with DoRA (arXiv:2402.09353) its rows at the learnt length. Changes `weight`."""
+    weight.addmm_(update.b, update.a, alpha=update.scaling)
+    if update.magnitude is not None:
+        weight.mul_((update.magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None])
+    return weight
+
+
+def scaling_of(peft: dict[str, Any], rank: int) -> float:
+    """PEFT's factor of B A: alpha / r, or with rslora alpha / sqrt(r)."""
+    return peft["lora_alpha"] / (rank**0.5 if peft.get("use_rslora") else rank)
+
+
+def _merged_tensors(merger: Merger, names: list[str]) -> Iterator[torch.Tensor]:
+    for name in names:
+        yield merger.merged(name)
+
+
+def _write_config(adapter: Adapter, target: Path, dtype: str, into: Into) -> None:
+    config = json.loads((Path(adapter.base) / "config.json").read_text("utf-8"))
+    for section in (config, config.get("text_config") or {}):
+        section.pop("torch_dtype", None)
+        section["dtype"] = dtype
+    if not config.get("text_config"):
+        config.pop("text_config", None)
+    (target / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    kept = ["generation_config.json"] + (["*.py"] if adapter.record["base"]["trust_remote_code"] else [])
+    for pattern in kept:
+        for file in Path(adapter.base).glob(pattern):
+            shutil.copyfile(file, target / file.name)
+    ours = {"adapter_config.json", "adapter_model.safetensors", "qlora_ray.json", "README.md"}
+    (target / "README.md").write_text(card.render_merged(adapter.record, dtype, into), "utf-8")
+    for file in adapter.folder.iterdir():  # the tokenizer that the adapter was trained with
+        if file.is_file() and file.name not in ours:
+            shutil.copyfile(file, target / file.name)
+
+
+def _size(layout: dict[str, tuple[str, tuple[int, ...]]]) -> int:
+    return sum(torch.Size(shape).numel() * BYTES[dtype] for dtype, shape in layout.values())
+
+
+def _is_floating(dtype: str) -> bool:
+    return DTYPES[dtype].startswith(("float", "bfloat"))

@@ -1,0 +1,56 @@
+"""Small trained adapters, made in this process by a plain loop and written as a worker writes them."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import torch
+from qlora_ray.data.cache import SCHEMA
+
+from qlora_ray.data.stats import DataStats
+from qlora_ray.data.tokenize import load_tokenizer
+from qlora_ray.model.adapter import add_adapter, trainable
+from qlora_ray.model.base import load_base
+from qlora_ray.storage import open_folder
+from qlora_ray.use.judge import Examples
+from qlora_ray.worker.export import about, write_adapter
+from tests.integration import tiny_models
+
+NUM_PROMPT_TOKENS = 8  # of the 24 of a row of tiny_models.batch
+
+
+def trained(folder: Path, base: str, dtype: str = "float32", steps: int = 40, **model) -> Path:
+    """Train a LoRA on two random rows until it knows them; returns the adapter's folder, inside a run directory."""
+    config = tiny_models.make_config(base, model=model)
+    compute_dtype = getattr(torch, dtype)
+    base_model = load_base(config.model, config.quantization, dtype, torch.device("cpu"))
+    adapted = add_adapter(base_model, config.model, compute_dtype, 0)
+    parameters = trainable(adapted)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    adapted.train()
+    for _ in range(steps):
+        adapted(**tiny_models.batch(), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    run = open_folder(str(folder))
+    stats = DataStats("0" * 32, 2, 0, 0, 2, 0, 48, 32, 24)
+    manifest = {"data": dataclasses.asdict(stats), "versions": {"qlora_ray": "0"}, "git_commit": None}
+    (run / "manifest.json").write_bytes(json.dumps(manifest).encode())
+    plan = SimpleNamespace(compute_dtype=dtype, num_workers=1)
+    tokenizer = load_tokenizer(base, None)
+    weights = {name: parameter.detach().float() for name, parameter in parameters.items()}
+    record = about(config, plan, run, {"step": steps, "last_loss": 0.1})
+    write_adapter(run / "adapter", adapted, weights, tokenizer, dtype, record)
+    return folder / "adapter"
+
+
+def examples() -> Examples:
+    """The rows that `trained` learns, and their beginnings as prompts."""
+    batch = tiny_models.batch()
+    rows = pa.table({name: batch[name].tolist() for name in ("input_ids", "labels")}, SCHEMA)
+    prompts = [
+        {"prompt": "", "expected": "", "input_ids": row[:NUM_PROMPT_TOKENS]} for row in rows["input_ids"].to_pylist()
+    ]
+    return Examples(rows, prompts)

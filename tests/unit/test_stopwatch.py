@@ -1,0 +1,22 @@
+"""Marks split the time of steps into phases; what lies between steps belongs to none."""
+
+import time
+
+import torch
+
+from qlora_ray.worker.stopwatch import Stopwatch
+
+
+def test_time_belongs_to_the_phase_whose_mark_ends_it():
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        time.sleep(0.02)  # between steps
+        watch.start()
+        time.sleep(0.01)
+        watch.mark("data")
+        time.sleep(0.03)
+        watch.mark("forward")
+    seconds = watch.take()
+    assert seconds.keys() == {"data", "forward"}
+    assert 0.02 <= seconds["data"] < seconds["forward"] and seconds["forward"] >= 0.06
+    assert watch.take() == {}
