@@ -4,6 +4,7 @@ The output has the base's own files, names and shards. Memory: one weight and it
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,8 +114,6 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
     updates = TensorFiles([adapter.folder / "adapter_model.safetensors"], key)
     if "quantization_config" in json.loads((Path(adapter.base) / "config.json").read_text("utf-8")):
         raise ConfigError(f"{key}: its base is stored quantized; there are no dense weights to merge into.")
-    if adapter.peft.get("rank_pattern") or adapter.peft.get("alpha_pattern"):
-        raise ConfigError(f"{key}: has a rank_pattern or alpha_pattern, which merging does not know.")
     layers, prefix = four_bit_modules(adapter.base, adapter.record["base"]["trust_remote_code"])
     updated = set()
     for name in updates.entries:
@@ -122,6 +121,10 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
         if not name.startswith(PREFIX) or kind not in ("A.weight", "B.weight", "magnitude_vector"):
             raise ConfigError(f"{key}: {name} is no LoRA matrix; merging does not know what to do with it.")
         updated.add(module)
+    patterns = [*(adapter.peft.get("rank_pattern") or {}), *(adapter.peft.get("alpha_pattern") or {})]
+    for pattern in patterns:  # PEFT writes some for experts, which have no LoRA here
+        if any(re.fullmatch(rf"(.*\.)?({pattern})", module) for module in updated):
+            raise ConfigError(f"{key}: gives {pattern} a rank or alpha of its own, which merging does not know.")
     for module in updated - layers.keys():
         layers[module] = False  # not quantized, but adapted: an output layer named in target_modules
     if adapter.quantization.type == "none":

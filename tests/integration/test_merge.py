@@ -31,7 +31,7 @@ def drift_of(adapter, target, dtype, into="training"):
     return verify.measure(loaded, merged, adapters.examples(), 2, 16)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2", "phi3"])
 def test_merged_model_equals_the_adapter_within_rounding(family, tmp_path):
     adapter = adapters.trained(tmp_path / "run", tiny_models.save(family, tmp_path / "base"))
     exact = drift_of(adapter, tmp_path / "float32", "float32")
