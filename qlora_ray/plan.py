@@ -94,7 +94,7 @@ def make_plan(
         four_bit_share=quantized / base.num_parameters,
         notes=_notes(config, base, data),
         memory_forecast_gib=_memory_forecast(config, base, data, zero_stage, compute_dtype, recompute, trainable),
-        deepspeed=_deepspeed_dict(config, zero_stage, accumulation, compute_dtype),
+        deepspeed=deepspeed_defaults(config, zero_stage, accumulation, compute_dtype),
     )
     return dataclasses.replace(plan, deepspeed=merge_deepspeed(plan, deepspeed_json)) if deepspeed_json else plan
 
@@ -113,7 +113,7 @@ def refuse_early(config: Config, deepspeed_json: dict | None) -> None:
     accumulation, stage = _accumulation(config), _zero_stage(config)
     dtype = config.quantization.compute_dtype
     if deepspeed_json:
-        ours = _deepspeed_dict(config, stage, accumulation, dtype)
+        ours = deepspeed_defaults(config, stage, accumulation, dtype)
         fixed = _fixed(ours, config.ray.num_workers)
         if dtype == "auto":  # decided by the GPU
             fixed = {key: value for key, value in fixed.items() if key.split(".")[0] not in ("bf16", "fp16")}
@@ -231,7 +231,7 @@ def _zero_stage(config: Config) -> int:
     return stage
 
 
-def _deepspeed_dict(config: Config, stage: int, accumulation: int, compute_dtype: str) -> dict[str, Any]:
+def deepspeed_defaults(config: Config, stage: int, accumulation: int, compute_dtype: str) -> dict[str, Any]:
     ds = config.deepspeed
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:

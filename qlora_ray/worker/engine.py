@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from qlora_ray.config import TrainingConfig
 from qlora_ray.model.adapter import trainable
+from qlora_ray.model.fused import leaf_modules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 
@@ -33,6 +34,8 @@ class Engine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self._parameters = trainable(model)
+        if deepspeed_config["zero_optimization"]["stage"] == 3:
+            _gather_as_one(model)
         optimizer = torch.optim.AdamW(parameter_groups(self._parameters, training), lr=training.learning_rate)
         self._lr_ratios = [group.pop("lr_ratio") for group in optimizer.param_groups]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
@@ -153,6 +156,14 @@ def parameter_groups(parameters: dict[str, torch.nn.Parameter], training: Traini
         others, b_matrices = list(parameters.values()), []
     groups = [{"params": others, "lr_ratio": 1.0}, {"params": b_matrices, "lr_ratio": training.loraplus_lr_ratio}]
     return [{**group, "weight_decay": training.weight_decay} for group in groups if group["params"]]
+
+
+def _gather_as_one(model: torch.nn.Module) -> None:
+    from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+
+    for module in leaf_modules(model):
+        set_z3_leaf_module(module, True)
+    model.enable_input_require_grads()  # else the first layer's backward is never announced to ZeRO-3
 
 
 def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
