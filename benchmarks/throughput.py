@@ -88,19 +88,25 @@ def ours(arguments, shape: dict):
     config = Config.model_validate({"model": {"lora_r": RANK, "lora_alpha": RANK}})
     model = add_adapter(build_base(shape, arguments.device), config.model, torch.bfloat16, SEED)
     print(fuse(model))
-    levels = [Keep[name.upper()] for name in arguments.keep]
+    if "weights" in arguments.keep:
+        for layer in fused_layers(model):
+            layer.hold_weights()
+    levels = [Keep[name.upper()] for name in arguments.keep if name != "weights"]
     keep_activations(model, (levels * len(fused_layers(model)))[: len(fused_layers(model))])
     model.train()
     stage = arguments.variant.removeprefix("ours").removeprefix("_stage")
     if not stage:
         optimizer = _adamw(model)
 
-        def step(batch):
+        def step(batch, lap):
             nats = sum_of_nats(model, batch)
             loss = nats / num_label_tokens(batch)
+            lap("forward")
             loss.backward()
+            lap("backward")
             optimizer.step()
             optimizer.zero_grad()
+            lap("step")
             return loss
 
         return step
@@ -114,11 +120,14 @@ def ours(arguments, shape: dict):
     engine.train()
     print(sorted(trainable(model))[:1])
 
-    def step_engine(batch):
+    def step_engine(batch, lap):
         nats = sum_of_nats(engine, batch)
         loss = nats / num_label_tokens(batch)
+        lap("forward")
         engine.backward(loss)
+        lap("backward")
         engine.step(LEARNING_RATE)
+        lap("step")
         return loss.detach()
 
     return step_engine
@@ -173,11 +182,14 @@ def unsloth(arguments, shape: dict):
 def _plain_step(model):
     optimizer = _adamw(model)
 
-    def step(batch):
+    def step(batch, lap):
         loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        lap("forward")
         loss.backward()
+        lap("backward")
         optimizer.step()
         optimizer.zero_grad()
+        lap("step")
         return loss
 
     return step
@@ -205,10 +217,11 @@ def measure(arguments) -> dict:
     generator = torch.Generator().manual_seed(SEED)
     size = (arguments.batch_size, arguments.length)
     batches = [torch.randint(3, shape["vocab_size"], size, generator=generator) for _ in range(4)]
-    losses, seconds, began = [], [], time.perf_counter()
+    losses, seconds, host, began = [], [], Host(), time.perf_counter()
     for number in range(arguments.warmup + arguments.steps):
         ids = batches[number % len(batches)].to(arguments.device)
-        losses.append(step({"input_ids": ids, "labels": ids}).detach())
+        host.start()
+        losses.append(step({"input_ids": ids, "labels": ids}, host.lap).detach())
         if number == 0:
             first_step_seconds = float(losses[0]) * 0 + time.perf_counter() - began
         if number >= arguments.warmup - 1:
@@ -219,7 +232,7 @@ def measure(arguments) -> dict:
     else:
         seconds = [b - a for a, b in zip(seconds, seconds[1:], strict=False)]
     if arguments.profile:
-        _profile(step, {"input_ids": ids, "labels": ids}, arguments.profile)
+        _profile(step, {"input_ids": ids, "labels": ids}, host, arguments.profile)
     tokens = arguments.batch_size * arguments.length
     median = statistics.median(seconds)
     return {
@@ -229,9 +242,27 @@ def measure(arguments) -> dict:
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
         "loss_first": float(losses[0]), "loss_last": float(losses[-1]), "load_seconds": load_seconds,
-        "first_step_seconds": first_step_seconds,
+        "first_step_seconds": first_step_seconds, "host_seconds": host.medians(),
         "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
     }  # fmt: skip
+
+
+class Host:
+    """Seconds the host spends in each phase of a step: what it needs to launch it, and where it waits."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, list[float]] = {}
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps.setdefault(name, []).append(now - self._began)
+        self._began = now
+
+    def medians(self) -> dict[str, float]:
+        return {name: round(statistics.median(values), 4) for name, values in self.laps.items()}
 
 
 def _mark(cuda: bool):
@@ -244,17 +275,27 @@ def _mark(cuda: bool):
     return event
 
 
-def _profile(step, batch, path: str) -> None:
+def _profile(step, batch, host: Host, path: str) -> None:
+    import cProfile
+    import io
+    import pstats
+
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        began = time.perf_counter()
-        step(batch)
-        host = time.perf_counter() - began
+        step(batch, host.lap)
         torch.cuda.synchronize()
+    calls = cProfile.Profile()
+    calls.enable()
+    for _ in range(3):
+        step(batch, host.lap)
+    calls.disable()
+    text = io.StringIO()
+    pstats.Stats(calls, stream=text).sort_stats("tottime").print_stats(60)
+    pstats.Stats(calls, stream=text).sort_stats("cumtime").print_stats(80)
     table = trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
-    Path(path).write_text(f"host seconds to launch one step: {host:.3f}\n{table}")
+    Path(path).write_text(f"{table}\n{text.getvalue()}")
 
 
 def save_checkpoint(shape: str, folder: str, device: str) -> str:
@@ -330,7 +371,8 @@ def main() -> None:
                 continue
             results.append(json.loads(found[0].removeprefix("RESULT ")))
             r = results[-1]
-            print(f"{shape} {variant}: {r['tokens_per_second']:,.0f} tokens/s, {r['peak_gib'] or 0:.2f} GiB", flush=True)
+            print(f"{shape} {variant}: {r['tokens_per_second']:,.0f} tokens/s, {r['peak_gib'] or 0:.2f} GiB, loss "
+                  f"{r['loss_last']:.4f}, host {r['host_seconds']}", flush=True)
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.out).write_text(json.dumps(results, indent=1))
     print(table(results))

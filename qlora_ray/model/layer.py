@@ -50,8 +50,9 @@ class FusedLayer:
         self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self.qkv = Group([member(attention.q_proj), member(attention.k_proj), member(attention.v_proj)])
         self.out = Single(member(attention.o_proj))
-        self.gate_up = Group([member(mlp.gate_proj), member(mlp.up_proj)])
+        self.gate_up = Group([member(mlp.gate_proj), member(mlp.up_proj)], apart=True)
         self.down = Group([member(mlp.down_proj)])
+        self.down_back = Single(member(mlp.down_proj), held_by=self.down)
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.num_heads = [rows // self.head_dim for rows in self.qkv.rows]  # of q, k, v
         self.index, self.stash, self.keep = index, stash, Keep.ALL
@@ -59,6 +60,11 @@ class FusedLayer:
     def parameters(self) -> list[torch.nn.Parameter]:
         """The LoRA matrices, in the order of `backward`'s gradients."""
         return [p for part in (self.qkv, self.out, self.gate_up, self.down) for p in part.parameters()]
+
+    def hold_weights(self) -> None:
+        """Keep the dequantized weights between steps: the same values without the work, for 2 bytes a weight."""
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.hold_weights = True
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None):
         """x (B, T, D), cos and sin (B or 1, T, E) -> (B, T, D)."""
@@ -102,7 +108,7 @@ class FusedLayer:
         ops_for(h.device).swiglu(kept.gate_up, h[:, : self.down.inputs])
         self.down.fill(h)
         y = self.down.forward(h)
-        kept.z_down = h[:, self.down.inputs :].clone()
+        kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
         return y.add_(kept.x1)
 
     def complete(self, kept: Kept, shape: torch.Size, angles, mask) -> None:
@@ -130,12 +136,10 @@ class FusedLayer:
             kept.x = self.stash.take(self.index)
         self.complete(kept, shape, angles, mask)
         ops = ops_for(dy.device)
-        dh = self.down.backward(dy)  # (M, I + R)
-        dz = dh[:, self.down.inputs :].clone()
-        dh[:, self.down.inputs :] = kept.z_down
-        ops.swiglu_backward(dh[:, : self.down.inputs], kept.gate_up)  # dh becomes h, gate_up its gradient
-        of_down = self.down.parameter_gradients(dy, dz, dh)
-        del dh
+        h, dz = self.down_back.input_gradients(dy)  # dh (M, I)
+        ops.swiglu_backward(h, dz, self.down_back.lora_a, kept.gate_up)  # dh becomes h, gate_up its gradient
+        of_down = self.down_back.parameter_gradients(dy, dz, h, kept.z_down)
+        del h, dz
         of_gate_up, dx1 = self._through_group(self.gate_up, kept.gate_up, kept.n2, 1, kept.x1, kept.inverse2, dy)
         kept.gate_up = kept.n2 = kept.x1 = None
         q, k, v, output = kept.attention

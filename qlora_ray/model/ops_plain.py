@@ -15,6 +15,13 @@ def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(dequantize_4bit(weight.data.reshape(-1, 1), weight.quant_state))  # type: ignore[attr-defined]
 
 
+def place(b: torch.Tensor | None, scale: float, column: int, out: torch.Tensor) -> None:
+    """Write scale x b (n, r) into out (n, R) from a column on, and 0 into its other columns."""
+    out.zero_()
+    if b is not None:
+        torch.mul(b, scale, out=out[:, column : column + b.shape[1]])
+
+
 def rms_norm(
     x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor
 ) -> torch.Tensor:
@@ -61,8 +68,12 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(F.silu(gate) * up)
 
 
-def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
-    """Both in place: gate_up becomes its gradient, and grad (M, I) what `swiglu` returned."""
+def swiglu_backward(
+    grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor | None, gate_up: torch.Tensor
+) -> None:
+    """Back from grad + dz a, (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
+    if dz is not None:
+        grad.addmm_(dz, a)
     gate, up = (part.float() for part in gate_up.chunk(2, -1))
     sigmoid = gate.sigmoid()
     silu = (gate * sigmoid).to(grad.dtype)

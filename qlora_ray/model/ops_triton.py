@@ -10,6 +10,7 @@ from qlora_ray.model import ops_plain
 
 WEIGHTS_PER_SCALE = 64  # bitsandbytes' block size
 SCALES_PER_SCALE = 256  # and that of double quantization
+MAX_FUSED_RANK = 128  # of a LoRA whose share of a gradient is added on the way
 
 
 def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -50,6 +51,27 @@ def _dequantize(
     place = (start // columns) * stride + start % columns
     target = out + place[:, None] + tl.arange(0, SIZE)[None, :]
     tl.store(target, values.to(out.dtype.element_ty), mask=there[:, None])
+
+
+def place(b: torch.Tensor | None, scale: float, column: int, out: torch.Tensor) -> None:
+    """Write scale x b (n, r) into out (n, R) from a column on, and 0 into its other columns."""
+    rows, columns = out.shape
+    per_program = 128
+    rank = 0 if b is None else b.shape[1]
+    _place[(triton.cdiv(rows, per_program),)](
+        out if b is None else b, out, scale, column, rank, rows, columns, out.stride(0), per_program,
+        triton.next_power_of_2(columns),
+    )  # fmt: skip
+
+
+@triton.jit
+def _place(b, out, scale, first, rank, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    its_own = (row < rows) & (column >= first) & (column < first + rank)
+    value = tl.load(b + row * rank + column - first, mask=its_own, other=0.0).to(tl.float32) * scale
+    target = out + row.to(tl.int64) * stride + column
+    tl.store(target, value.to(out.dtype.element_ty), mask=(row < rows) & (column < columns))
 
 
 def rms_norm(
@@ -209,22 +231,39 @@ def _swiglu(gate_up, out, width, stride, BLOCK: tl.constexpr):
     tl.store(out + row * stride + column, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=there)
 
 
-def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
-    """Both in place: gate_up becomes its gradient, and grad (M, I) what `swiglu` returned."""
+def swiglu_backward(
+    grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor | None, gate_up: torch.Tensor
+) -> None:
+    """Back from grad + dz a, (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
     rows, width = grad.shape
-    block = 1024
-    _swiglu_backward[(rows, triton.cdiv(width, block))](grad, gate_up, width, grad.stride(0), block)
+    if dz is not None and (dz.shape[1] > MAX_FUSED_RANK or grad.dtype == torch.float32):
+        grad.addmm_(dz, a)
+        dz = None
+    high, wide = 32, 256
+    _swiglu_backward[(triton.cdiv(width, wide), triton.cdiv(rows, high))](
+        grad, grad if dz is None else dz, grad if dz is None else a, gate_up, rows, width, grad.stride(0),
+        0 if dz is None else dz.shape[1], dz is not None, high, wide,
+        16 if dz is None else max(16, triton.next_power_of_2(dz.shape[1])), num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit
-def _swiglu_backward(grad, gate_up, width, stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
+def _swiglu_backward(
+    grad, dz, a, gate_up, rows, width, stride, rank, LORA: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(1) * HIGH + tl.arange(0, HIGH)).to(tl.int64)[:, None]
+    column = (tl.program_id(0) * WIDE + tl.arange(0, WIDE))[None, :]
+    there = (row < rows) & (column < width)
     gate_place = gate_up + row * 2 * width + column
-    stored = tl.load(gate_place, mask=there)
-    gate, up = stored.to(tl.float32), tl.load(gate_place + width, mask=there).to(tl.float32)
-    wide = tl.load(grad + row * stride + column, mask=there).to(tl.float32)
+    stored = tl.load(gate_place, mask=there, other=0.0)
+    gate, up = stored.to(tl.float32), tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
+    wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
+    if LORA:
+        r = tl.arange(0, RANK)
+        left = tl.load(dz + row * rank + r[None, :], mask=(row < rows) & (r[None, :] < rank), other=0.0)
+        right = tl.load(a + r[:, None] * width + column, mask=(r[:, None] < rank) & (column < width), other=0.0)
+        wide += tl.dot(left, right)
     sigmoid = tl.sigmoid(gate)
     silu = (gate * sigmoid).to(stored.dtype).to(tl.float32)
     tl.store(gate_place, (wide * up * sigmoid * (1 + gate * (1 - sigmoid))).to(stored.dtype), mask=there)

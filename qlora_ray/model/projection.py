@@ -6,7 +6,9 @@ forward is released after it, and backward reads what was gathered again.
 """
 
 # M tokens, K inputs, N outputs (of all members), R the members' LoRA ranks together
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from qlora_ray.model.adapter import ADAPTER_NAME
 
 
+@cache
 def ops_for(device: torch.device) -> ModuleType:
     """The element-wise steps for a device: Triton kernels where they run, else plain PyTorch."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
@@ -79,18 +82,22 @@ def member(module: torch.nn.Module) -> Member:
 
 
 class Group:
-    """Projections that read the same input, as one product.
+    """Projections that read the same input.
 
     Input and LoRA share one buffer, and so do W and B: [x, x A^T] [W, s B]^T is the whole output in one product without
-    another pass over it, and dy [W, s B] is both the gradient of x past the LoRA and that of x A^T.
+    another pass over it, and dy [W, s B] is both the gradient of x past the LoRA and that of x A^T. Small members are
+    one product together; with `apart` each has its own, which is faster for wide ones.
     """
 
-    def __init__(self, members: list[Member]):
+    def __init__(self, members: list[Member], apart: bool = False):
         self.members = members
         self.adapted = [m for m in members if m.lora]
         self.rows = [m.base.out_features for m in members]
         self.inputs = members[0].base.in_features
         self.rank = sum(m.rank for m in members)
+        self.products = [[m] for m in members] if apart else [members]
+        self.hold_weights = False  # dequantized ones, between steps: the same values for more memory
+        self.held: list[torch.Tensor] = []
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """A and B of each adapted member in turn: the order of `backward`'s gradients."""
@@ -107,12 +114,22 @@ class Group:
 
     def forward(self, buffer: torch.Tensor) -> torch.Tensor:
         """(M, N) of a filled buffer."""
-        weight, bias = self._weight(buffer), self._bias()
-        return torch.mm(buffer, weight.t()) if bias is None else torch.addmm(bias, buffer, weight.t())
+        y, row = buffer.new_empty(buffer.shape[0], sum(self.rows)), 0
+        for number, weight in enumerate(self._weights(buffer)):
+            out, bias = y[:, row : row + len(weight)], self._bias(self.products[number])
+            if bias is None:
+                torch.mm(buffer, weight.t(), out=out)
+            else:
+                torch.addmm(bias, buffer, weight.t(), out=out)
+            row += len(weight)
+        return y
 
     def backward(self, dy: torch.Tensor) -> torch.Tensor:
         """Gradients of the input (M, K) and of x A^T (M, R), side by side. Adding the LoRA's share is included."""
-        both = torch.mm(dy, self._weight(dy))
+        both, row = dy.new_empty(dy.shape[0], self.inputs + self.rank), 0
+        for weight in self._weights(dy):
+            both.addmm_(dy[:, row : row + len(weight)], weight, beta=1 if row else 0)
+            row += len(weight)
         if self.rank:
             both[:, : self.inputs].addmm_(both[:, self.inputs :], self._a())
         return both
@@ -122,48 +139,57 @@ class Group:
         if not self.rank:
             return []
         da = torch.mm(dz.t(), buffer[:, : self.inputs])  # (R, K)
-        db = torch.mm(dy.t(), buffer[:, self.inputs :])  # (N, R): the blocks on the diagonal are wanted
         gradients, row, column = [], 0, 0
         for m, n in zip(self.members, self.rows, strict=True):
             if m.lora:
-                gradients += [
-                    da[column : column + m.rank],
-                    db[row : row + n, column : column + m.rank] * m.scale,
-                ]
+                z = buffer[:, self.inputs + column : self.inputs + column + m.rank]
+                gradients += [da[column : column + m.rank], _scaled_product(m.scale, dy[:, row : row + n].t(), z)]
             row, column = row + n, column + m.rank
         return gradients
 
     def _a(self) -> torch.Tensor:
         return self.adapted[0].a.data if len(self.adapted) == 1 else torch.cat([m.a.data for m in self.adapted])
 
-    def _bias(self) -> torch.Tensor | None:
-        biases = [m.base.bias for m in self.members]
+    def _weights(self, like: torch.Tensor) -> Iterator[torch.Tensor]:
+        """[W, s B] of each product: (n, K + R), members one under the other, each member's B in its own columns."""
+        column = 0
+        for number, members in enumerate(self.products):
+            is_new = number >= len(self.held)
+            shape = (sum(m.base.out_features for m in members), self.inputs + self.rank)
+            weight, row = like.new_empty(shape) if is_new else self.held[number], 0
+            for m in members:
+                part = weight[row : row + m.base.out_features]
+                if is_new:
+                    ops_for(like.device).dequantize(m.base.weight, part[:, : self.inputs])
+                if self.rank:
+                    b = m.b.data if m.lora else None
+                    ops_for(like.device).place(b, m.scale if m.lora else 0.0, column, part[:, self.inputs :])
+                row, column = row + m.base.out_features, column + m.rank
+            if self.hold_weights and is_new:
+                self.held.append(weight)
+            yield weight
+
+    def _bias(self, members: list[Member]) -> torch.Tensor | None:
+        biases = [m.base.bias for m in members]
         if all(bias is None for bias in biases):
             return None
         like = next(bias for bias in biases if bias is not None)
-        whole = [like.new_zeros(n) if bias is None else bias for bias, n in zip(biases, self.rows, strict=True)]
-        return torch.cat(whole) if len(whole) > 1 else whole[0]
-
-    def _weight(self, like: torch.Tensor) -> torch.Tensor:
-        """[W, s B]: (N, K + R), members one under the other, each member's B in its own columns."""
-        weight = like.new_empty(sum(self.rows), self.inputs + self.rank)
-        if len(self.members) > 1:
-            weight[:, self.inputs :].zero_()
-        ops, row, column = ops_for(like.device), 0, self.inputs
-        for m, n in zip(self.members, self.rows, strict=True):
-            ops.dequantize(m.base.weight, weight[row : row + n, : self.inputs])
-            if m.lora:
-                torch.mul(m.b.data, m.scale, out=weight[row : row + n, column : column + m.rank])
-            row, column = row + n, column + m.rank
-        return weight
+        return torch.cat([like.new_zeros(m.base.out_features) if m.base.bias is None else m.base.bias for m in members])
 
 
 class Single:
     """One projection whose input comes in a buffer of its own, which is not copied."""
 
-    def __init__(self, only: Member):
+    def __init__(self, only: Member, held_by: Group | None = None):
         self.member = only
         self.shape = (only.base.out_features, only.base.in_features)
+        self.hold_weights = False
+        self._held: torch.Tensor | None = None
+        self._holder = held_by
+
+    @property
+    def lora_a(self) -> torch.Tensor | None:
+        return self.member.a.data if self.member.lora else None
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self.member.a, self.member.b] if self.member.lora else []
@@ -177,22 +203,41 @@ class Single:
         z = torch.mm(x, self.member.a.data.t())
         return y.addmm_(z, self.member.b.data.t(), alpha=self.member.scale), z
 
-    def backward(
-        self, dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, input_needs_grad: bool = True
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    def input_gradients(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """dy W (M, K) and s dy B (M, R): the gradient of x is the first plus the second times A."""
+        dz = _scaled_product(self.member.scale, dy, self.member.b.data) if self.member.lora else None
+        return torch.mm(dy, self._weight(dy)), dz
+
+    def parameter_gradients(
+        self, dy: torch.Tensor, dz: torch.Tensor | None, x: torch.Tensor, z: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Of A and B."""
+        if dz is None or z is None:
+            return []
+        return [torch.mm(dz.t(), x), _scaled_product(self.member.scale, dy.t(), z)]
+
+    def backward(self, dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None):
         """Gradients of x (M, K) and of A and B."""
-        dx = torch.mm(dy, self._weight(dy)) if input_needs_grad else None
-        if z is None:
-            return dx, []
-        dz = torch.mm(dy, self.member.b.data).mul_(self.member.scale)
-        if dx is not None:
+        dx, dz = self.input_gradients(dy)
+        if dz is not None:
             dx.addmm_(dz, self.member.a.data)
-        return dx, [torch.mm(dz.t(), x), torch.mm(dy.t(), z).mul_(self.member.scale)]
+        return dx, self.parameter_gradients(dy, dz, x, z)
 
     def _weight(self, like: torch.Tensor) -> torch.Tensor:
+        if self._holder is not None and self._holder.held:
+            return self._holder.held[0][:, : self.shape[1]]
+        if self._held is not None:
+            return self._held
         weight = like.new_empty(self.shape)
         ops_for(like.device).dequantize(self.member.base.weight, weight)
+        if self.hold_weights:
+            self._held = weight
         return weight
+
+
+def _scaled_product(scale: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """scale x left @ right without a pass of its own for the scale."""
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
 
 
 class LoraProjection(torch.autograd.Function):
@@ -209,7 +254,5 @@ class LoraProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         flat, *z = ctx.saved_tensors
-        dx, gradients = ctx.single.backward(
-            dy.reshape(-1, dy.shape[-1]), flat, z[0] if z else None, ctx.needs_input_grad[0]
-        )
-        return None if dx is None else dx.view(*dy.shape[:-1], -1), None, *gradients
+        dx, gradients = ctx.single.backward(dy.reshape(-1, dy.shape[-1]), flat, z[0] if z else None)
+        return dx.view(*dy.shape[:-1], -1), None, *gradients
