@@ -10,7 +10,7 @@ from qlora_ray.model import ops_plain
 
 WEIGHTS_PER_SCALE = 64  # bitsandbytes' block size
 SCALES_PER_SCALE = 256  # and that of double quantization
-MAX_FUSED_RANK = 128  # of a LoRA whose share of a gradient is added on the way
+MAX_FUSED_RANK = 32  # of a LoRA whose share of a gradient is added on the way
 
 
 def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -22,7 +22,7 @@ def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
     num_blocks = out.numel() // WEIGHTS_PER_SCALE
     per_program = 64
     _dequantize[(triton.cdiv(num_blocks, per_program),)](
-        weight.data, state.absmax, state.code, state.state2.code if nested else state.absmax,
+        weight.data.view(-1).view(torch.int32), state.absmax, state.code, state.state2.code if nested else state.absmax,
         state.state2.absmax if nested else state.absmax, state.offset if nested else state.absmax,
         out, num_blocks, out.shape[1], out.stride(0), nested, per_program, WEIGHTS_PER_SCALE, SCALES_PER_SCALE,
     )  # fmt: skip
@@ -42,11 +42,13 @@ def _dequantize(
         scale = libdevice.add_rn(libdevice.mul_rn(fine, coarse), tl.load(offset))
     else:
         scale = tl.load(scales + block, mask=there)
-    byte = tl.arange(0, SIZE // 2)
-    pairs = tl.load(packed + block[:, None] * (SIZE // 2) + byte[None, :], mask=there[:, None], other=0).to(tl.int32)
-    first = tl.load(code + (pairs >> 4)) * scale[:, None]
-    second = tl.load(code + (pairs & 15)) * scale[:, None]
-    values = tl.interleave(first, second)  # (BLOCKS, SIZE)
+    # Words of 8 values each: 16 bytes out of one register, so that neighbouring threads write neighbouring 16 bytes.
+    word = tl.arange(0, SIZE // 8)
+    words = tl.load(packed + block[:, None] * (SIZE // 8) + word[None, :], mask=there[:, None], other=0)
+    nibble = tl.arange(0, 8)
+    shift = nibble // 2 * 8 + (1 - nibble % 2) * 4  # the first value of a byte is its high half
+    values = tl.load(code + ((words[:, :, None] >> shift[None, None, :]) & 15)) * scale[:, None, None]
+    values = tl.reshape(values, (BLOCKS, SIZE))
     start = block.to(tl.int64) * SIZE
     place = (start // columns) * stride + start % columns
     target = out + place[:, None] + tl.arange(0, SIZE)[None, :]
@@ -236,22 +238,20 @@ def swiglu_backward(
 ) -> None:
     """Back from grad + dz a, (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
     rows, width = grad.shape
-    if dz is not None and (dz.shape[1] > MAX_FUSED_RANK or grad.dtype == torch.float32):
+    if dz is not None and dz.shape[1] > MAX_FUSED_RANK:
         grad.addmm_(dz, a)
         dz = None
-    high, wide = 32, 256
+    high, wide = 16, 256
     _swiglu_backward[(triton.cdiv(width, wide), triton.cdiv(rows, high))](
         grad, grad if dz is None else dz, grad if dz is None else a, gate_up, rows, width, grad.stride(0),
-        0 if dz is None else dz.shape[1], dz is not None, high, wide,
-        16 if dz is None else max(16, triton.next_power_of_2(dz.shape[1])), num_warps=8,
+        0 if dz is None else dz.shape[1], high, wide,
     )  # fmt: skip
 
 
 @triton.jit
 def _swiglu_backward(
-    grad, dz, a, gate_up, rows, width, stride, rank, LORA: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
-    RANK: tl.constexpr,
-):  # fmt: skip
+    grad, dz, a, gate_up, rows, width, stride, RANK: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr
+):
     row = (tl.program_id(1) * HIGH + tl.arange(0, HIGH)).to(tl.int64)[:, None]
     column = (tl.program_id(0) * WIDE + tl.arange(0, WIDE))[None, :]
     there = (row < rows) & (column < width)
@@ -259,11 +259,10 @@ def _swiglu_backward(
     stored = tl.load(gate_place, mask=there, other=0.0)
     gate, up = stored.to(tl.float32), tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
     wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    if LORA:
-        r = tl.arange(0, RANK)
-        left = tl.load(dz + row * rank + r[None, :], mask=(row < rows) & (r[None, :] < rank), other=0.0)
-        right = tl.load(a + r[:, None] * width + column, mask=(r[:, None] < rank) & (column < width), other=0.0)
-        wide += tl.dot(left, right)
+    if RANK > 0:
+        for r in tl.static_range(RANK):  # not tl.dot: turning its result into this layout costs more than the products
+            left = tl.load(dz + row * RANK + r, mask=row < rows, other=0.0).to(tl.float32)  # (HIGH, 1)
+            wide += left * tl.load(a + r * width + column, mask=column < width, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = (gate * sigmoid).to(stored.dtype).to(tl.float32)
     tl.store(gate_place, (wide * up * sigmoid * (1 + gate * (1 - sigmoid))).to(stored.dtype), mask=there)

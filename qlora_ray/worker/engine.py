@@ -36,6 +36,7 @@ class Engine:
         self._parameters = trainable(model)
         if deepspeed_config["zero_optimization"]["stage"] == 3:
             _gather_as_one(model)
+            _without_tracing()
         groups = parameter_groups(self._parameters, training)
         on_gpu = next(iter(self._parameters.values())).is_cuda
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, fused=on_gpu)
@@ -169,6 +170,27 @@ def _gather_as_one(model: torch.nn.Module) -> None:
         _remember_parameters(module)
     _remember_parameters(model)
     model.enable_input_require_grads()  # else the first layer's backward is never announced to ZeRO-3
+
+
+def _without_tracing() -> None:
+    """Switch off what DeepSpeed does for profilers and debug prints in every hook: a third of the host's step."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import partition_parameters
+    from deepspeed.utils import nvtx
+
+    nvtx.enable_nvtx = False
+    plain = partition_parameters.print_rank_0
+
+    def print_rank_0(message, debug=False, force=False):
+        if debug or force:  # asked before the rank is
+            plain(message, debug, force)
+
+    partition_parameters.print_rank_0 = print_rank_0
+    if torch.cuda.is_available():
+        # torch looks up an unnamed device at length.
+        get_accelerator().current_stream = lambda index=None: torch.cuda.current_stream(
+            torch.cuda.current_device() if index is None else index
+        )
 
 
 def _remember_parameters(module: torch.nn.Module) -> None:

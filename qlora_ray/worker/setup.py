@@ -10,6 +10,7 @@ from qlora_ray.config import Config, ConfigError, base_model_path
 from qlora_ray.data.cache import open_rows
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
+from qlora_ray.model.fused import fuse
 from qlora_ray.plan import Plan
 from qlora_ray.storage import Folder
 from qlora_ray.worker.batches import to_tensors
