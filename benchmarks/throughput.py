@@ -81,18 +81,16 @@ def ours(arguments, shape: dict):
 
     from qlora_ray.config import Config
     from qlora_ray.model.adapter import add_adapter, trainable
-    from qlora_ray.model.fused import fuse, fused_layers, keep_activations
-    from qlora_ray.model.layer import Keep
+    from qlora_ray.model.fused import fuse, keep
+    from qlora_ray.model.recompute import Choice, Keep
     from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
     config = Config.model_validate({"model": {"lora_r": RANK, "lora_alpha": RANK}})
     model = add_adapter(build_base(shape, arguments.device), config.model, torch.bfloat16, SEED)
     print(fuse(model))
-    if "weights" in arguments.keep:
-        for layer in fused_layers(model):
-            layer.hold_weights()
     levels = [Keep[name.upper()] for name in arguments.keep if name != "weights"]
-    keep_activations(model, (levels * len(fused_layers(model)))[: len(fused_layers(model))])
+    num_layers = shape["num_hidden_layers"]
+    keep(model, Choice(tuple((levels * num_layers)[:num_layers]), num_layers * ("weights" in arguments.keep)))
     model.train()
     stage = arguments.variant.removeprefix("ours").removeprefix("_stage")
     if not stage:
@@ -110,15 +108,15 @@ def ours(arguments, shape: dict):
             return loss
 
         return step
+    num_trainable = sum(parameter.numel() for parameter in trainable(model).values())
     from qlora_ray.plan import deepspeed_defaults
     from qlora_ray.worker.engine import Engine
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29531", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     torch.distributed.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
-    settings = deepspeed_defaults(config, int(stage), 1, "bfloat16")
+    settings = deepspeed_defaults(config, int(stage), 1, "bfloat16", num_trainable)
     engine = Engine(model, config.training, {**settings, "train_micro_batch_size_per_gpu": arguments.batch_size})
     engine.train()
-    print(sorted(trainable(model))[:1])
 
     def step_engine(batch, lap):
         nats = sum_of_nats(engine, batch)
@@ -371,8 +369,11 @@ def main() -> None:
                 continue
             results.append(json.loads(found[0].removeprefix("RESULT ")))
             r = results[-1]
-            print(f"{shape} {variant}: {r['tokens_per_second']:,.0f} tokens/s, {r['peak_gib'] or 0:.2f} GiB, loss "
-                  f"{r['loss_last']:.4f}, host {r['host_seconds']}", flush=True)
+            print(
+                f"{shape} {variant}: {r['tokens_per_second']:,.0f} tokens/s, {r['peak_gib'] or 0:.2f} GiB, loss "
+                f"{r['loss_last']:.4f}, host {r['host_seconds']}",
+                flush=True,
+            )
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.out).write_text(json.dumps(results, indent=1))
     print(table(results))

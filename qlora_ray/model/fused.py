@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from qlora_ray.model.head import make_head_return_nats
-from qlora_ray.model.layer import FusedLayer, Keep
+from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.projection import LoraProjection, Single, member, ops_for, why_not
+from qlora_ray.model.recompute import Choice
 from qlora_ray.model.stash import HostStash
 
 # Decoder layers whose forward is exactly what FusedLayer computes.
@@ -47,10 +48,13 @@ def leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if "fused" in module.__dict__]
 
 
-def keep_activations(model: torch.nn.Module, levels: list[Keep]) -> None:
-    """Set what each fused layer keeps for backward, first layer first."""
-    for layer, level in zip(fused_layers(model), levels, strict=True):
+def keep(model: torch.nn.Module, choice: Choice) -> None:
+    """Set what each fused layer keeps for backward, and which hold their weights dequantized."""
+    layers = fused_layers(model)
+    for layer, level in zip(layers, choice.levels, strict=True):
         layer.keep = level
+    for layer in layers[len(layers) - choice.num_holding_weights :]:
+        layer.hold_weights()
 
 
 def _is_lora(module: torch.nn.Module) -> bool:

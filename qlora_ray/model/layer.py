@@ -1,29 +1,19 @@
 """A Llama-like decoder layer on a 4-bit base with LoRA as one autograd function: forward, backward, recomputation.
 
 x1 = x + o_proj(attention(rotate(q), rotate(k), v)) with q, k, v of norm(x); y = x1 + down(silu(gate) x up) of norm(x1).
-Nothing but activations is kept between forward and backward, and of those only what `keep` says.
+Nothing but activations is kept between forward and backward, and of those only what `Keep` says.
 """
 
 # B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import torch
 
 from qlora_ray.model.attention import attend
 from qlora_ray.model.projection import Group, Single, member, ops_for
+from qlora_ray.model.recompute import Keep
 from qlora_ray.model.stash import HostStash
-
-
-class Keep(IntEnum):
-    """What a layer keeps for backward, most first; the rest is computed again. Bytes a token are in `plan`."""
-
-    ALL = 0
-    PRODUCTS = 1  # not the norms' outputs: two element-wise passes again
-    ATTENTION = 2  # not gate and up either: their product again, about half of a forward pass
-    INPUT = 3  # the layer's input alone: everything again but the last product, which no gradient needs
-    HOST = 4  # that one in host memory
 
 
 @dataclass

@@ -68,9 +68,7 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(F.silu(gate) * up)
 
 
-def swiglu_backward(
-    grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor | None, gate_up: torch.Tensor
-) -> None:
+def swiglu_backward(grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor | None, gate_up: torch.Tensor) -> None:
     """Back from grad + dz a, (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
     if dz is not None:
         grad.addmm_(dz, a)

@@ -17,7 +17,8 @@ def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
     """Write a bitsandbytes 4-bit weight into `out`, (rows, columns) in the compute dtype, any row stride."""
     state = weight.quant_state  # type: ignore[attr-defined]
     nested = state.nested and state.state2.blocksize == SCALES_PER_SCALE
-    if state.blocksize != WEIGHTS_PER_SCALE or out.shape[1] % WEIGHTS_PER_SCALE or state.nested != nested:
+    fits = state.blocksize == WEIGHTS_PER_SCALE and out.shape[1] % WEIGHTS_PER_SCALE == 0 and state.nested == nested
+    if not fits or weight.data_ptr() % 16:
         return ops_plain.dequantize(weight, out)
     num_blocks = out.numel() // WEIGHTS_PER_SCALE
     per_program = 64
@@ -233,9 +234,7 @@ def _swiglu(gate_up, out, width, stride, BLOCK: tl.constexpr):
     tl.store(out + row * stride + column, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=there)
 
 
-def swiglu_backward(
-    grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor | None, gate_up: torch.Tensor
-) -> None:
+def swiglu_backward(grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor | None, gate_up: torch.Tensor) -> None:
     """Back from grad + dz a, (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
     rows, width = grad.shape
     if dz is not None and dz.shape[1] > MAX_FUSED_RANK:

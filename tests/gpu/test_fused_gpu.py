@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qlora_ray.model.fused import fused_layers, keep_activations
-from qlora_ray.model.layer import Keep
+from qlora_ray.model.fused import keep
+from qlora_ray.model.recompute import Choice, Keep
 from tests import fused_models
 from tests.integration import tiny_models
 
@@ -129,7 +129,9 @@ def test_rounding_in_16_bit_is_no_worse_than_pefts(folders, family, dtype):
         model = fused_models.build(folders[family], dtype, "cuda", fused=fused)
         return fused_models.error(fused_models.nats_and_gradients(model, tiny_models.batch())[1], exact)
 
-    _, exact = fused_models.nats_and_gradients(fused_models.build_reference(folders[family], "cuda"), tiny_models.batch())
+    _, exact = fused_models.nats_and_gradients(
+        fused_models.build_reference(folders[family], "cuda"), tiny_models.batch()
+    )
     assert error(fused=True) < 1.25 * error(fused=False)
 
 
@@ -137,7 +139,7 @@ def test_rounding_in_16_bit_is_no_worse_than_pefts(folders, family, dtype):
 def test_what_is_kept_for_backward_changes_no_bit(folders, level):
     model = fused_models.build(folders["llama"], torch.bfloat16, "cuda")
     nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
-    keep_activations(model, [level] * len(fused_layers(model)))
+    keep(model, Choice((level,) * 2))
     for _ in range(2):
         again, others = fused_models.nats_and_gradients(model, tiny_models.batch())
         assert again == nats

@@ -5,8 +5,8 @@ import torch
 from peft import PeftModel
 
 from qlora_ray.model.adapter import trainable
-from qlora_ray.model.fused import fuse, fused_layers, keep_activations, leaf_modules
-from qlora_ray.model.layer import Keep
+from qlora_ray.model.fused import fuse, fused_layers, keep, leaf_modules
+from qlora_ray.model.recompute import Choice, Keep
 from tests import fused_models
 from tests.integration import tiny_models
 
@@ -46,7 +46,7 @@ def test_rounding_in_bfloat16_is_no_worse_than_pefts(folders, family):
 def test_what_is_kept_for_backward_changes_no_bit(folders, level):
     model = fused_models.build(folders["qwen2"], torch.bfloat16)
     nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
-    keep_activations(model, [level] * len(fused_layers(model)))
+    keep(model, Choice((level,) * 2))
     again, others = fused_models.nats_and_gradients(model, tiny_models.batch())
     assert again == nats
     assert all(torch.equal(gradients[name], others[name]) for name in gradients)
@@ -55,8 +55,7 @@ def test_what_is_kept_for_backward_changes_no_bit(folders, level):
 def test_weights_held_dequantized_change_no_bit(folders):
     model = fused_models.build(folders["llama"], torch.bfloat16)
     before = fused_models.nats_and_gradients(model, tiny_models.batch())[1]
-    for layer in fused_layers(model):
-        layer.hold_weights()
+    keep(model, Choice((Keep.ALL,) * 2, num_holding_weights=2))
     for _ in range(2):  # the first pass fills, the second reads
         after = fused_models.nats_and_gradients(model, tiny_models.batch())[1]
         assert all(torch.equal(before[name], after[name]) for name in before)
