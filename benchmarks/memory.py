@@ -21,9 +21,10 @@ CASES = [  # shape, rows, length, rank, what is kept, ZeRO stage
     ("llama-8b", 4, 2048, 16, "all", 0), ("llama-8b", 4, 2048, 16, "all", 3), ("llama-8b", 4, 2048, 16, "host", 3),
     ("llama-8b", 1, 8192, 64, "products", 3), ("llama-8b", 2, 512, 8, "attention", 0),
     ("llama-8b", 4, 2048, 16, "weights", 3), ("llama-8b", 4, 2048, 16, "half", 3),
-    ("mistral-7b", 4, 2048, 16, "all", 3), ("mistral-7b", 8, 1024, 32, "host", 3), ("mistral-7b", 1, 4096, 64, "input", 2),
-    ("qwen2.5-7b", 4, 2048, 16, "all", 3), ("qwen2.5-7b", 4, 2048, 16, "host", 0), ("qwen2.5-7b", 2, 4096, 64, "half", 3),
-    ("qwen2.5-7b", 1, 1024, 8, "products", 3),
+    ("mistral-7b", 4, 2048, 16, "all", 3),
+    ("mistral-7b", 8, 1024, 32, "host", 3), ("mistral-7b", 1, 4096, 64, "input", 2),
+    ("qwen2.5-7b", 4, 2048, 16, "all", 3), ("qwen2.5-7b", 4, 2048, 16, "host", 0),
+    ("qwen2.5-7b", 2, 4096, 64, "half", 3), ("qwen2.5-7b", 1, 1024, 8, "products", 3),
 ]  # fmt: skip
 
 
@@ -33,7 +34,8 @@ def facts_of(shape: dict) -> BaseFacts:
     keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     widths = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden),
               "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, hidden),
-              "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}  # fmt: skip
+              "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+              "mlp.down_proj": (hidden, inner)}  # fmt: skip
     linear = tuple((f"model.layers.{i}.{name}", *size) for i in range(layers) for name, size in widths.items())
     num_linear = sum(rows * columns for _, rows, columns in linear)
     return BaseFacts(
@@ -69,6 +71,7 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
     else:
         choice = forecast.all_layers(known, Keep[kept.upper()])
     predicted = forecast.peak_gib(forecast.memory_gib(known, rows * length, choice))
+    before = torch.cuda.memory_allocated()
     model = add_adapter(build_base(shape, "cuda"), config.model, torch.bfloat16, 0)
     assert sum(parameter.numel() for parameter in trainable(model).values()) == known.num_trainable
     fuse(model)
@@ -82,7 +85,7 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
         batch = {"input_ids": ids.cuda(), "labels": ids.cuda()}
         engine.backward(sum_of_nats(engine, batch) / num_label_tokens(batch))
         engine.step(1e-4)
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30  # DeepSpeed never lets go of an earlier case's model
     return {"shape": f"{name}, {LAYERS} layers", "rows": rows, "length": length, "rank": rank, "kept": str(choice),
             "stage": stage, "forecast_gib": predicted, "measured_gib": peak, "error": predicted / peak - 1}  # fmt: skip
 

@@ -41,13 +41,14 @@ def main() -> None:
         sys.executable, "-m", "qlora_ray.train", "-c", "configs/quickstart.yaml", f"model.base_model={base}",
         "model.lora_dropout=0", "ray.num_workers=1", f"training.max_length={arguments.length}",
         f"training.batch_size={arguments.rows}", f"training.max_steps={STEPS}", f"data.train_file={data}",
-        "data.validation_split=0", "data.max_bad_fraction=1", "evaluation.num_prompts=0", f"logging.every_steps={EVERY}",
+        "data.validation_split=0", "data.max_bad_fraction=1", "evaluation.num_prompts=0",
+        f"logging.every_steps={EVERY}",
         f"checkpoint.every_steps={STEPS}", f"ray.storage_path={runs}", f"ray.run_name={name}", *arguments.overrides,
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True)
     run = runs / name
     log = run / "logs" / "worker_0.log"
-    if ran.returncode:
+    if not (run / "summary.json").exists():
         print(ran.stdout[-1500:], ran.stderr[-1500:], log.read_text()[-4000:] if log.exists() else "", file=sys.stderr)
         sys.exit(ran.returncode)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -56,10 +57,12 @@ def main() -> None:
     chosen = [line for line in log.read_text().splitlines() if "layers:" in line or "fused:" in line]
     floor = floor_tokens_per_second(SHAPES[arguments.shape], arguments.length)
     print(json.dumps({
-        "shape": arguments.shape, "overrides": arguments.overrides, "tokens_per_second": rate, "floor_share": rate / floor,
+        "shape": arguments.shape, "overrides": arguments.overrides, "tokens_per_second": rate,
+        "floor_share": rate / floor,
         "peak_gib": max(entry.get("peak_memory_gib", 0) for entry in metrics), "chosen": chosen,
         "forecast_gib": json.loads((run / "plan.json").read_text())["memory_forecast_gib"],
-        "seconds": json.loads((run / "summary.json").read_text())["seconds"], "wall_seconds": time.perf_counter() - began,
+        "seconds": json.loads((run / "summary.json").read_text())["seconds"],
+        "wall_seconds": time.perf_counter() - began,
         "steps": [(entry["step"], round(entry["tokens_per_second"]), round(entry["loss"], 4)) for entry in metrics],
     }, indent=1))  # fmt: skip
 

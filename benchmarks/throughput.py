@@ -132,7 +132,7 @@ def ours(arguments, shape: dict):
 
 
 def peft(arguments, shape: dict):
-    """transformers + PEFT: `peft` as its documentation says, `peft_liger` with Liger kernels and 16-bit LoRA weights."""
+    """transformers + PEFT: `peft` as its documentation says, `peft_liger` with Liger kernels and 16-bit LoRA."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -332,8 +332,8 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-8b"], choices=SHAPES)
-    parser.add_argument("--variants", nargs="+", default=["ours:all", "ours:host", "ours_stage3:all", "peft_liger:all"],
-                        help="name:keep, e.g. ours:all, ours_stage3:host, peft:input, peft_liger:input, unsloth:all")  # fmt: skip
+    default = ["ours:all", "ours:host", "ours_stage3:all", "peft_liger:all"]
+    parser.add_argument("--variants", nargs="+", default=default, help="name:keep, e.g. ours:all, ours_stage3:host")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=10)

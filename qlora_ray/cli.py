@@ -6,6 +6,7 @@ import sys
 
 DOORS = {
     "train": "fine-tune a 4-bit LoRA",
+    "plan": "what fits on N GPUs of M GiB, and how fast",
     "report": "make report.html of a run directory",
     "schema": "print the JSON schema of the config, for editors",
 }
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(json.dumps(Config.model_json_schema(), indent=1))
         return 0
-    return importlib.import_module(f"qlora_ray.{argv[0]}").main(argv[1:])
+    module = {"plan": "fit"}.get(argv[0], argv[0])
+    return importlib.import_module(f"qlora_ray.{module}").main(argv[1:])
 
 
 if __name__ == "__main__":

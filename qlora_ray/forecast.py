@@ -98,7 +98,7 @@ def peak_gib(forecast: dict[str, float]) -> float:
 
 
 def tokens_per_second(sizes: Sizes, length: int, choice: Choice | None, gpu: str) -> float | None:
-    """Of one worker, None for GPUs without a measured rate. Products alone, at the share of their rate that we reach."""
+    """Of one worker: what its products take, at the share of their rate reached. None where the rate is unknown."""
     if gpu not in PRODUCT_FLOPS:
         return None
     base, layer = sizes.base, sizes.layer

@@ -55,6 +55,7 @@ class _Nats(torch.autograd.Function):
             nats[rows] = ops_for(x.device).cross_entropy(logits, labels[rows], IGNORE_INDEX)
             if dx is not None:
                 torch.mm(logits, weight, out=dx[rows])
+            del logits  # before the next slice's are made
         ctx.dx, ctx.shape = dx, hidden.shape
         return nats.sum()
 

@@ -55,7 +55,7 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 def rotate_backward(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """Write the gradients of q, k (before rotation) and v, each (B, H, T, E), side by side into out: (M, all heads x E)."""
+    """Write the gradients of q, k (before rotation) and v, each (B, H, T, E), side by side: (M, all heads x E)."""
     rows = [part.transpose(1, 2).reshape(out.shape[0], -1, part.shape[-1]) for part in (dq, dk, dv)]  # (M, H, E)
     rotated = torch.cat(rows[:2], 1)
     rotate(rotated, cos, -sin)
@@ -70,7 +70,7 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
 
 def swiglu_backward(grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor | None, gate_up: torch.Tensor) -> None:
     """Back from grad + dz a, (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
-    if dz is not None:
+    if dz is not None and a is not None:
         grad.addmm_(dz, a)
     gate, up = (part.float() for part in gate_up.chunk(2, -1))
     sigmoid = gate.sigmoid()

@@ -173,7 +173,7 @@ def _rotate(heads, cos, sin, angles, stride, count, half, HEADS: tl.constexpr, H
 def rotate_backward(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """Write the gradients of q, k (before rotation) and v, each (B, H, T, E), side by side into out: (M, all heads x E)."""
+    """Write the gradients of q, k (before rotation) and v, each (B, H, T, E), side by side: (M, all heads x E)."""
     _, count, length, size = dq.shape
     few = dk.shape[1]
     assert dq.stride(3) == dk.stride(3) == dv.stride(3) == 1
@@ -240,7 +240,7 @@ def swiglu_backward(grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor
     if dz is not None and dz.shape[1] > MAX_FUSED_RANK:
         grad.addmm_(dz, a)
         dz = None
-    high, wide = 16, 256
+    high, wide = 2, 1024  # few rows: what of `a` a program reads stays in registers
     _swiglu_backward[(triton.cdiv(width, wide), triton.cdiv(rows, high))](
         grad, grad if dz is None else dz, grad if dz is None else a, gate_up, rows, width, grad.stride(0),
         0 if dz is None else dz.shape[1], high, wide,

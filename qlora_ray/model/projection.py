@@ -37,11 +37,11 @@ class Member:
 
     @property
     def rank(self) -> int:
-        return self.lora.r[ADAPTER_NAME] if self.lora else 0
+        return int(self.lora.r[ADAPTER_NAME]) if self.lora else 0
 
     @property
     def scale(self) -> float:
-        return self.lora.scaling[ADAPTER_NAME]  # type: ignore[union-attr]
+        return float(self.lora.scaling[ADAPTER_NAME])
 
     @property
     def a(self) -> torch.nn.Parameter:

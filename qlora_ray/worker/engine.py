@@ -34,7 +34,8 @@ class Engine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self._parameters = trainable(model)
-        if deepspeed_config["zero_optimization"]["stage"] == 3:
+        is_sharded = deepspeed_config["zero_optimization"]["stage"] == 3
+        if is_sharded:
             _gather_as_one(model)
             _without_tracing()
         groups = parameter_groups(self._parameters, training)
@@ -42,6 +43,8 @@ class Engine:
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, fused=on_gpu)
         self._lr_ratios = [group.pop("lr_ratio") for group in optimizer.param_groups]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+        if is_sharded:
+            _take_norms_at_once(self._engine.optimizer)
         for state in self._torch_optimizer().state.values():  # some wrappers begin with an empty step: not counted
             state["step"].zero_()
 
@@ -191,6 +194,18 @@ def _without_tracing() -> None:
         get_accelerator().current_stream = lambda index=None: torch.cuda.current_stream(
             torch.cuda.current_device() if index is None else index
         )
+
+
+def _take_norms_at_once(optimizer: Any) -> None:
+    """ZeRO-3 launches one kernel after another for the norm of each gradient; here all come from one call."""
+    plain = optimizer.get_grad_norm_direct
+
+    def get_grad_norm_direct(gradients, params, norm_type=2):
+        # The norm of the norms is the norm of all; DeepSpeed reduces it over workers and checks it.
+        dtype = torch.float32 if gradients[0].is_cuda else torch.float64
+        return plain([torch.stack(torch._foreach_norm(gradients, norm_type, dtype))], params[:1], norm_type)
+
+    optimizer.get_grad_norm_direct = get_grad_norm_direct
 
 
 def _remember_parameters(module: torch.nn.Module) -> None:

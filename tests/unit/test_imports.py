@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "forecast": {"config", "model"},
     "plan": {"config", "data", "model", "forecast"},
     "cluster": {"config", "plan"},
+    "fit": {"config", "model", "forecast", "plan"},
     "screen": {"config", "data", "model", "plan"},
     "report": {"config", "storage"},
     "worker": {"config", "storage", "checkpoints", "data", "model", "plan"},
@@ -80,7 +81,7 @@ def test_only_the_engine_imports_deepspeed():
     assert users == {"worker/engine.py"}
 
 
-@pytest.mark.parametrize("module", ["config", "plan", "cli", "train", "data.stats", "model.facts"])
+@pytest.mark.parametrize("module", ["config", "plan", "fit", "cli", "train", "data.stats", "model.facts"])
 def test_what_must_answer_at_once_loads_nothing_heavy(module):
     code = f"import sys, qlora_ray.{module}; print([name for name in {HEAVY!r} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
