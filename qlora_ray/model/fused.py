@@ -43,6 +43,12 @@ def fused_layers(model: torch.nn.Module) -> list[FusedLayer]:
     return [module.fused for module in model.modules() if isinstance(getattr(module, "fused", None), FusedLayer)]
 
 
+def is_fused(model: torch.nn.Module) -> bool:
+    """Whether every LoRA of the model is inside a fused decoder layer."""
+    inside = {id(part) for module in leaf_modules(model) for part in module.modules()}
+    return bool(fused_layers(model)) and all(id(m) in inside for m in model.modules() if _is_lora(m))
+
+
 def leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that read the weights of their submodules without calling them: ZeRO-3 must gather each as one."""
     return [module for module in model.modules() if "fused" in module.__dict__]

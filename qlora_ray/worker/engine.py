@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from qlora_ray.config import TrainingConfig
 from qlora_ray.model.adapter import trainable
-from qlora_ray.model.fused import leaf_modules
+from qlora_ray.model.fused import is_fused, leaf_modules
+from qlora_ray.worker.flat import FlatLora
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 
@@ -33,17 +34,25 @@ class Engine:
             # Without this DeepSpeed compiles a shared-memory collective on first use (25 s, a compiler); gloo does.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        self._parameters = trainable(model)
+        groups = parameter_groups(trainable(model), training)
+        self._flat = FlatLora(model, [group["names"] for group in groups]) if is_fused(model) else None
+        self._parameters = self._flat.parameters if self._flat else trainable(model)
         is_sharded = deepspeed_config["zero_optimization"]["stage"] == 3
         if is_sharded:
             _gather_as_one(model)
             _without_tracing()
-        groups = parameter_groups(self._parameters, training)
-        on_gpu = next(iter(self._parameters.values())).is_cuda
-        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, fused=on_gpu)
+        wholes = list(self._parameters.values())
+        for number, group in enumerate(groups):
+            names = group.pop("names")
+            group["params"] = [wholes[number]] if self._flat else [self._parameters[name] for name in names]
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, fused=wholes[0].is_cuda)
         self._lr_ratios = [group.pop("lr_ratio") for group in optimizer.param_groups]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
-        if is_sharded:
+        if self._flat:
+            if is_sharded:
+                _keep_resident(self._engine.optimizer, wholes)
+            model.register_forward_pre_hook(lambda *_: self._flat.attach(torch.is_grad_enabled()))  # after ZeRO's own
+        elif is_sharded:
             _take_norms_at_once(self._engine.optimizer)
         for state in self._torch_optimizer().state.values():  # some wrappers begin with an empty step: not counted
             state["step"].zero_()
@@ -59,6 +68,8 @@ class Engine:
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
+        if self._flat and not mode:  # generation does not pass by the hook
+            self._flat.attach(with_graph=False)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this worker's share of the global loss."""
@@ -78,11 +89,12 @@ class Engine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained weights, whole, in float32 on the CPU. Every worker must call this."""
-        return {name: self._full(name) for name in self._parameters}
+        return self._by_matrix({name: self._full(name) for name in self._parameters})
 
     def state(self) -> AdapterState:
         """Gather weights and optimizer state. Every worker must call this; every worker gets all of it."""
-        moments = {name: {key: self._full(name, key) for key in MOMENTS} for name in self._parameters}
+        by_key = {key: self._by_matrix({name: self._full(name, key) for name in self._parameters}) for key in MOMENTS}
+        moments = {name: {key: by_key[key][name] for key in MOMENTS} for name in by_key[MOMENTS[0]]}
         scale = getattr(self._engine.optimizer, "cur_scale", None) if self._engine.fp16_enabled() else None
         optimizer_step = int(next(iter(self._torch_optimizer().state.values()))["step"])  # less than ours: fp16 skips
         return AdapterState(self.weights(), moments, optimizer_step, scale)
@@ -90,13 +102,19 @@ class Engine:
     def load_state(self, state: AdapterState) -> None:
         """Restore what `state` returned. Every worker must call this, after the weights were put into the module."""
         self._make_optimizer_state(state.optimizer_step)
-        for name, parameter in self._parameters.items():
-            self._set(parameter, state.weights[name])
-            for key in MOMENTS:
-                self._set(parameter, state.moments[name][key], key)
+        moments = {key: {name: both[key] for name, both in state.moments.items()} for key in MOMENTS}
+        join = self._flat.join if self._flat else dict
+        for name, value in join(state.weights).items():
+            self._set(self._parameters[name], value)
+        for key in MOMENTS:
+            for name, value in join(moments[key]).items():
+                self._set(self._parameters[name], value, key)
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if state.loss_scale is not None and scaler is not None:
             scaler.cur_scale = state.loss_scale
+
+    def _by_matrix(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self._flat.split(values) if self._flat else values
 
     def _full(self, name: str, key: str | None = None) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -155,13 +173,21 @@ class Engine:
 
 
 def parameter_groups(parameters: dict[str, torch.nn.Parameter], training: TrainingConfig) -> list[dict[str, Any]]:
-    """AdamW groups: A matrices and the rest, and B matrices at loraplus_lr_ratio times the learning rate."""
-    b_matrices = [p for name, p in parameters.items() if "lora_B" in name]
-    others = [p for name, p in parameters.items() if "lora_B" not in name]
+    """AdamW groups by name: A matrices and the rest, and B matrices at loraplus_lr_ratio times the learning rate."""
+    b_matrices = [name for name in parameters if "lora_B" in name]
+    others = [name for name in parameters if "lora_B" not in name]
     if training.loraplus_lr_ratio == 1:
-        others, b_matrices = list(parameters.values()), []
-    groups = [{"params": others, "lr_ratio": 1.0}, {"params": b_matrices, "lr_ratio": training.loraplus_lr_ratio}]
-    return [{**group, "weight_decay": training.weight_decay} for group in groups if group["params"]]
+        others, b_matrices = list(parameters), []
+    groups = [{"names": others, "lr_ratio": 1.0}, {"names": b_matrices, "lr_ratio": training.loraplus_lr_ratio}]
+    return [{**group, "weight_decay": training.weight_decay} for group in groups if group["names"]]
+
+
+def _keep_resident(optimizer: Any, parameters: list[torch.nn.Parameter]) -> None:
+    """Have ZeRO-3 gather these after each step and not release them, however large they are."""
+    for parameter in parameters:
+        if not parameter.ds_persist:
+            parameter.ds_persist = True
+            optimizer.persistent_parameters.append(parameter)
 
 
 def _gather_as_one(model: torch.nn.Module) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import load_base
+from qlora_ray.model.fused import fuse
 from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
@@ -57,8 +58,10 @@ def deepspeed_config(stage: int, dtype: str, **zero) -> dict:
     }  # fmt: skip
 
 
-def build(config: Config, stage: int = 3, dtype: str = "float32", weights: dict | None = None, **zero) -> Sharded:
-    """4-bit base, LoRA, DeepSpeed, as a worker builds them."""
+def build(
+    config: Config, stage: int = 3, dtype: str = "float32", weights: dict | None = None, fused: bool = True, **zero
+) -> Sharded:
+    """4-bit base, LoRA, fused layers, DeepSpeed, as a worker builds them."""
     device = torch.device("cpu")
     base = load_base(config.model, config.quantization, dtype, device)
     model = add_adapter(base, config.model, getattr(torch, dtype), config.training.seed)
@@ -68,6 +71,8 @@ def build(config: Config, stage: int = 3, dtype: str = "float32", weights: dict 
     if weights:
         for name, parameter in trainable(model).items():
             parameter.data.copy_(weights[name])
+    if fused:
+        fuse(model)
     return Sharded(Engine(model, config.training, deepspeed_config(stage, dtype, **zero)), model)
 
 
