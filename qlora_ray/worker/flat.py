@@ -34,13 +34,10 @@ class FlatLora:
         self.attach(with_graph=False)
 
     def attach(self, with_graph: bool) -> None:
-        """Make the modules' matrices views of the wholes as they are now; with_graph, such that gradients reach them."""
+        """Make the modules' matrices views of the wholes as they are now; with_graph, so that gradients reach these."""
         for whole, parameter in self.parameters.items():
             places = [place for place in self._places.values() if place[2] == whole]
-            if with_graph:
-                views = _Views.apply(parameter, places)
-            else:
-                views = _views(parameter.detach(), places)
+            views = _Views.apply(parameter, places) if with_graph else _views(parameter.detach(), places)
             for (owner, attribute, *_), view in zip(places, views, strict=True):
                 owner.__dict__[attribute] = view
 
