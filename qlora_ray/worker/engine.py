@@ -202,7 +202,7 @@ def _gather_as_one(model: torch.nn.Module) -> None:
 
 
 def _without_tracing() -> None:
-    """Switch off what DeepSpeed does for profilers and debug prints in every hook: a third of the host's step."""
+    """Switch off what DeepSpeed does in every hook for profilers and debug prints: the host's time is short."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import partition_parameters
     from deepspeed.utils import nvtx
@@ -235,7 +235,7 @@ def _take_norms_at_once(optimizer: Any) -> None:
 
 
 def _remember_parameters(module: torch.nn.Module) -> None:
-    # ZeRO-3's hooks walk the module tree for its parameters several times a step: half of their time.
+    # ZeRO-3's hooks walk the module tree for its parameters several times a step.
     parameters, plain = list(module.named_parameters()), module.named_parameters
 
     def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):

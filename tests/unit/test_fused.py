@@ -123,3 +123,14 @@ def test_padding_on_the_right_needs_no_mask(folders):
     nats_padded, gradients_padded = fused_models.nats_and_gradients(model, padded)
     assert nats_padded == pytest.approx(nats, rel=1e-6)
     assert fused_models.error(gradients_padded, gradients) < 1e-5
+
+
+def test_packed_samples_are_those_in_rows_of_their_own(folders):
+    model = fused_models.build(folders["llama"], torch.float32)
+    batch = tiny_models.batch()
+    ids, labels = batch["input_ids"].reshape(1, -1), batch["labels"].reshape(1, -1)  # both rows in one
+    positions = torch.arange(24).repeat(2)[None]
+    apart = fused_models.nats_and_gradients(model, batch)
+    packed = fused_models.nats_and_gradients(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
+    assert packed[0] == pytest.approx(apart[0], rel=1e-6)
+    assert fused_models.error(packed[1], apart[1]) < 1e-5
