@@ -9,6 +9,7 @@ import torch
 from qlora_ray.model.projection import ops_for
 
 IGNORE_INDEX = -100  # as in transformers and torch
+HALF_SCALE = 1024.0  # keeps probabilities of a large vocabulary among float16's normal numbers
 LOGITS_BYTES = 256 * 2**20  # of one slice of rows: large enough for fast products, small beside a layer
 
 
@@ -48,18 +49,19 @@ class _Nats(torch.autograd.Function):
         weight = head.weight.data  # (V, D)
         dx = torch.empty_like(x) if with_gradient else None
         nats = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        scale = HALF_SCALE if x.dtype == torch.float16 else 1.0
         num_rows = max(128, LOGITS_BYTES // (weight.shape[0] * weight.element_size()) // 128 * 128)
         for start in range(0, len(x), num_rows):
             rows = slice(start, start + num_rows)
             logits = torch.mm(x[rows], weight.t())  # (rows, V), in the end their gradient
-            nats[rows] = ops_for(x.device).cross_entropy(logits, labels[rows], IGNORE_INDEX)
+            nats[rows] = ops_for(x.device).cross_entropy(logits, labels[rows], IGNORE_INDEX, scale)
             if dx is not None:
                 torch.mm(logits, weight, out=dx[rows])
             del logits  # before the next slice's are made
-        ctx.dx, ctx.shape = dx, hidden.shape
+        ctx.dx, ctx.shape, ctx.scale = dx, hidden.shape, scale
         return nats.sum()
 
     @staticmethod
     def backward(ctx, grad):
         dx, ctx.dx = ctx.dx, None
-        return dx.mul_(grad).view(ctx.shape), None, None, None
+        return dx.mul_(grad / ctx.scale).view(ctx.shape), None, None, None

@@ -82,12 +82,12 @@ def swiglu_backward(grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor
     gate_up.copy_(torch.cat((dgate, dup), -1))
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """Nats of each row: (M,) float32, 0 where ignored. In place: logits (M, V) become the gradient of the sum."""
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, scale: float) -> torch.Tensor:
+    """Nats of each row: (M,) float32, 0 where ignored. In place: logits (M, V) become scale x the sum's gradient."""
     wide = logits.float()
     nats = F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")
     kept = labels != ignore_index
     gradient = wide.softmax(-1)
     gradient[torch.arange(len(labels), device=labels.device), labels.where(kept, 0)] -= 1
-    logits.copy_(gradient * kept[:, None])
+    logits.copy_(gradient * scale * kept[:, None])
     return nats

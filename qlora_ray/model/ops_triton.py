@@ -269,17 +269,17 @@ def _swiglu_backward(
     tl.store(grad + row * stride + column, (silu * up).to(stored.dtype), mask=there)
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """Nats of each row: (M,) float32, 0 where ignored. In place: logits (M, V) become the gradient of the sum."""
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, scale: float) -> torch.Tensor:
+    """Nats of each row: (M,) float32, 0 where ignored. In place: logits (M, V) become scale x the sum's gradient."""
     rows, width = logits.shape
     nats = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(8192, triton.next_power_of_2(width))
-    _cross_entropy[(rows,)](logits, labels, nats, logits.stride(0), ignore_index, width, block, num_warps=16)
+    _cross_entropy[(rows,)](logits, labels, nats, logits.stride(0), ignore_index, scale, width, block, num_warps=16)
     return nats
 
 
 @triton.jit
-def _cross_entropy(logits, labels, nats, stride, ignore_index, width: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy(logits, labels, nats, stride, ignore_index, scale, width: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
@@ -300,4 +300,4 @@ def _cross_entropy(logits, labels, nats, stride, ignore_index, width: tl.constex
         place = start + column
         value = tl.load(logits + place, mask=place < width, other=-float("inf")).to(tl.float32)
         gradient = tl.exp(value - largest) / total - tl.where(place == label, 1.0, 0.0)
-        tl.store(logits + place, (kept * gradient).to(logits.dtype.element_ty), mask=place < width)
+        tl.store(logits + place, (kept * scale * gradient).to(logits.dtype.element_ty), mask=place < width)
