@@ -163,7 +163,8 @@ class Engine:
             groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for flat in groups:
             state = optimizer.state[flat]
-            state["step"] = torch.tensor(float(optimizer_step))
+            device = flat.device if optimizer.defaults["fused"] else "cpu"  # where torch's AdamW looks for it
+            state["step"] = torch.tensor(float(optimizer_step), device=device)
             for key in MOMENTS:
                 if key not in state:
                     state[key] = torch.zeros_like(flat)

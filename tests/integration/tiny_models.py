@@ -59,11 +59,16 @@ def deepspeed_config(stage: int, dtype: str, **zero) -> dict:
 
 
 def build(
-    config: Config, stage: int = 3, dtype: str = "float32", weights: dict | None = None, fused: bool = True, **zero
+    config: Config,
+    stage: int = 3,
+    dtype: str = "float32",
+    weights: dict | None = None,
+    fused: bool = True,
+    device: str = "cpu",
+    **zero,
 ) -> Sharded:
     """4-bit base, LoRA, fused layers, DeepSpeed, as a worker builds them."""
-    device = torch.device("cpu")
-    base = load_base(config.model, config.quantization, dtype, device)
+    base = load_base(config.model, config.quantization, dtype, torch.device(device))
     model = add_adapter(base, config.model, getattr(torch, dtype), config.training.seed)
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -90,7 +95,8 @@ def train(sharded: Sharded, steps: range, learning_rate: float = 1e-2, fixed: bo
     sharded.engine.train()
     for step in steps:
         torch.manual_seed(step)
-        rows = batch(0 if fixed else step)
+        device = next(sharded.model.parameters()).device
+        rows = {name: values.to(device) for name, values in batch(0 if fixed else step).items()}
         nats = sum_of_nats(sharded.engine, rows)
         sharded.engine.backward(nats / num_label_tokens(rows))
         sharded.engine.step(learning_rate)
