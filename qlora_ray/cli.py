@@ -6,6 +6,7 @@ import sys
 
 DOORS = {
     "train": "fine-tune a 4-bit LoRA",
+    "plan": "what fits on N GPUs of M GiB, and how fast",
     "data": "show what the model will see: counts, lengths, rows with their mask",
     "generate": "ask a trained adapter: a prompt, a chat, or a file over many workers",
     "evaluate": "loss, exact match, F1 and lm-eval tasks, base against adapter",
@@ -31,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(json.dumps(Config.model_json_schema(), indent=1))
         return 0
-    module = "qlora_ray.data.__main__" if argv[0] == "data" else f"qlora_ray.{argv[0]}"
-    return importlib.import_module(module).main(argv[1:])
+    module = {"plan": "fit", "data": "data.__main__"}.get(argv[0], argv[0])
+    return importlib.import_module(f"qlora_ray.{module}").main(argv[1:])
 
 
 if __name__ == "__main__":

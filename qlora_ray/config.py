@@ -97,7 +97,9 @@ class TrainingConfig(Section):
     packing: bool = True
     """Fill each row with several samples that do not see each other: no time goes into padding."""
     recompute: Literal["auto", "all", "none"] = "auto"
-    """Gradient checkpointing of decoder layers: less memory, a forward pass more. auto: on a GPU all, on a CPU none."""
+    """Compute activations again in backward instead of keeping them: less memory, more time. auto: keep what fits."""
+    memory_budget_gib: float | None = Field(None, gt=0)
+    """GPU memory that recompute=auto may fill, in GiB; default: nine tenths of what is free."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides data order, LoRA initialization, dropout and noise."""
     eval_every_steps: int | None = Field(None, ge=1)

@@ -5,9 +5,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora_ray import forecast
 from qlora_ray.config import Config, ConfigError
 from qlora_ray.data.stats import DataStats
+from qlora_ray.forecast import Sizes
 from qlora_ray.model.facts import BaseFacts
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, choose
 
 GIB = 2**30
 STORAGE_FOR_THE_REST = 32 * 2**20  # logs, metrics, report, tokenizer files
@@ -42,7 +45,7 @@ class Plan:
     resources_per_worker: dict[str, float]
     compute_dtype: str
     zero_stage: int
-    recompute: str
+    recompute: str  # all, none, or auto: fused layers keep what the worker's memory has room for
     micro_batch_size: int
     micro_batches_per_step: int  # of all workers together
     gradient_accumulation_steps: int  # of each worker
@@ -54,6 +57,8 @@ class Plan:
     num_trainable_parameters: int
     four_bit_share: float  # of the base's parameters
     notes: tuple[str, ...]
+    tokens_per_micro_batch: int  # at most, padding included
+    layer_shape: LayerShape | None  # of the fused decoder layers
     memory_forecast_gib: dict[str, float]  # per worker
     deepspeed: dict[str, Any]
 
@@ -78,10 +83,12 @@ def make_plan(
     num_steps = config.training.max_steps or max(1, round(config.training.num_epochs * steps_per_epoch))
     compute_dtype = _compute_dtype(config, use_gpu, hardware)
     zero_stage = _zero_stage(config)
-    recompute = config.training.recompute if config.training.recompute != "auto" else ("all" if use_gpu else "none")
     trainable = num_lora_parameters(config, base)
     quantized = base.num_linear_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
+    num_tokens = config.training.batch_size * min(config.training.max_length, data.longest_row)
+    known = forecast.sizes(config, base, trainable, zero_stage, compute_dtype)
+    recompute = _recompute(config, use_gpu, known)
     plan = Plan(
         num_workers=config.ray.num_workers,
         use_gpu=use_gpu,
@@ -100,8 +107,10 @@ def make_plan(
         num_trainable_parameters=trainable,
         four_bit_share=quantized / base.num_parameters,
         notes=_notes(config, base, data, steps_per_epoch),
-        memory_forecast_gib=_memory_forecast(config, base, data, zero_stage, compute_dtype, recompute, trainable),
-        deepspeed=_deepspeed_dict(config, zero_stage, accumulation, compute_dtype),
+        tokens_per_micro_batch=num_tokens,
+        layer_shape=known.layer,
+        memory_forecast_gib=_memory_forecast(config, known, num_tokens, recompute),
+        deepspeed=deepspeed_defaults(config, zero_stage, accumulation, compute_dtype, trainable),
     )
     return dataclasses.replace(plan, deepspeed=merge_deepspeed(plan, deepspeed_json)) if deepspeed_json else plan
 
@@ -125,11 +134,40 @@ def refuse_early(config: Config, deepspeed_json: dict | None) -> None:
     accumulation, stage = _accumulation(config), _zero_stage(config)
     dtype = config.quantization.compute_dtype
     if deepspeed_json:
-        ours = _deepspeed_dict(config, stage, accumulation, dtype)
+        ours = deepspeed_defaults(config, stage, accumulation, dtype, num_trainable=1)
         fixed = _fixed(ours, config.ray.num_workers)
         if dtype == "auto":  # decided by the GPU
             fixed = {key: value for key, value in fixed.items() if key.split(".")[0] not in ("bf16", "fp16")}
         _refuse_contradictions(deepspeed_json, fixed)
+
+
+def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, budget_bytes: float) -> Choice:
+    """What the fused layers keep, given the bytes that activations may take on this worker's GPU."""
+    if plan.recompute != "auto" or plan.layer_shape is None:
+        return Choice((Keep.ALL if plan.recompute == "none" else Keep.HOST,) * num_layers)
+    alone = plan.num_workers == 1  # several share the base; each holding all of it would undo that
+    return choose(plan.layer_shape, num_layers, plan.tokens_per_micro_batch, vocab_size, budget_bytes, may_hold=alone)
+
+
+def _recompute(config: Config, use_gpu: bool, known: Sizes) -> str:
+    if config.training.recompute != "auto":
+        return config.training.recompute
+    if not use_gpu:
+        return "none"
+    return "auto" if known.layer else "all"
+
+
+def _memory_forecast(config: Config, known: Sizes, num_tokens: int, recompute: str) -> dict[str, float]:
+    """GiB a worker, by part; where the memory at hand will decide, within training.memory_budget_gib or the leanest."""
+    if known.layer is None:
+        return forecast.memory_gib(known, num_tokens, None, recompute == "all")
+    level = {"none": Keep.ALL, "all": Keep.HOST, "auto": Keep.HOST}[recompute]
+    choice = forecast.all_layers(known, level)
+    if recompute == "auto" and config.training.memory_budget_gib:
+        room = config.training.memory_budget_gib * GIB - sum(forecast.resident_gib(known).values()) * GIB
+        alone = config.ray.num_workers == 1
+        choice = choose(known.layer, known.base.num_layers, num_tokens, known.base.vocab_size, room, may_hold=alone)
+    return forecast.memory_gib(known, num_tokens, choice)
 
 
 def num_lora_parameters(config: Config, base: BaseFacts) -> int:
@@ -243,13 +281,19 @@ def _zero_stage(config: Config) -> int:
     return stage
 
 
-def _deepspeed_dict(config: Config, stage: int, accumulation: int, compute_dtype: str) -> dict[str, Any]:
+def deepspeed_defaults(
+    config: Config, stage: int, accumulation: int, compute_dtype: str, num_trainable: int
+) -> dict[str, Any]:
+    """The DeepSpeed config of a run, before a user's JSON."""
     ds = config.deepspeed
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         # ZeRO-3 counts storage elements; 1e6 keeps LoRA matrices resident instead of gathering each one.
         zero |= {"stage3_param_persistence_threshold": 1_000_000, "stage3_max_live_parameters": 1e12,
                  "stage3_max_reuse_distance": 1e12, "stage3_prefetch_bucket_size": 1_000_000_000}  # fmt: skip
+    if stage > 1:
+        # One bucket holds all gradients; the default takes a GiB whatever their number.
+        zero["reduce_bucket_size"] = max(1_000_000, min(num_trainable, 500_000_000))
     if ds.offload_params != "none":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     if ds.offload_optimizer != "none":
@@ -384,24 +428,8 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
     return tuple(notes)
 
 
-def _memory_forecast(
-    config: Config, base: BaseFacts, data: DataStats, stage: int, dtype: str, recompute: str, trainable: int
-) -> dict[str, float]:
-    """GiB a worker, by part. An estimate: allocator slack and kernels' work space are not in it."""
-    wide = 4 if dtype == "float32" else 2
-    # 4 bits + one 8-bit scale per 64 weights (arXiv:2305.14314), or one float32 scale without double quantization.
-    per_weight = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}[config.quantization.double_quant]
-    quantized = base.num_linear_parameters if config.quantization.type != "none" else 0
-    whole = quantized * per_weight + (base.num_parameters - quantized) * wide
-    shards = config.ray.num_workers if stage == 3 else 1
-    optimizer_shards = config.ray.num_workers if stage > 0 else 1
-    tokens = config.training.batch_size * min(config.training.max_length, data.longest_row)
-    linear_width = sum(rows + columns for _, rows, columns in base.linear_shapes)
-    kept = base.num_layers * base.hidden_size if recompute == "all" else linear_width
-    return {
-        "base": whole / shards / GIB,
-        "lora_and_optimizer": (trainable * wide * 2 + trainable * 12 / optimizer_shards) / GIB,
-        "activations": tokens * kept * wide / GIB,
-        "logits": tokens * base.vocab_size * (wide + 8) / GIB,
-        "while_loading": whole / GIB,
-    }
+if __name__ == "__main__":
+    import importlib
+    import sys
+
+    sys.exit(importlib.import_module("qlora_ray.fit").main())  # the door of this name

@@ -4,23 +4,22 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 import yaml
 
 from qlora_ray.config import Config, ConfigError
-from qlora_ray.data.cache import SCHEMA, open_rows
-from qlora_ray.data.formats import BadRecord, to_messages
-from qlora_ray.data.read import read_records
-from qlora_ray.data.tokenize import prompt_ids, tokenize
+from qlora_ray.data import examples as examples_of_file
+from qlora_ray.data.rows import open_rows
+from qlora_ray.data.tokenize import Encoder
 from qlora_ray.model.answer import answer_texts, exact_match, token_f1
 from qlora_ray.model.record import Adapter
 from qlora_ray.storage import open_folder
 from qlora_ray.use.load import Loaded
-from qlora_ray.worker.batches import slices, to_tensors
+from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.evaluate import PROMPTS_PER_BATCH
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
@@ -29,7 +28,7 @@ from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 class Examples:
     """Rows with labels, and the prompts in them with the answers that are expected."""
 
-    rows: pa.Table  # input_ids and labels
+    rows: pa.Table  # input_ids, labels and, where the run packed its rows, position_ids
     prompts: list[dict[str, Any]]  # prompt, expected, input_ids
 
 
@@ -80,8 +79,8 @@ def loss_of(loaded: Loaded, rows: pa.Table, batch_size: int) -> tuple[dict[str, 
     """loss (nats per unmasked token) and perplexity over all rows; and the number of unmasked tokens."""
     nats = tokens = 0.0
     with torch.no_grad():
-        for some in slices(rows, batch_size):
-            batch = to_tensors(some, loaded.tokenizer.pad_token_id, loaded.device)
+        for first in range(0, rows.num_rows, batch_size):
+            batch = to_tensors(rows.slice(first, batch_size), loaded.tokenizer.pad_token_id, loaded.device)
             nats += float(sum_of_nats(loaded.model, batch))
             tokens += int(num_label_tokens(batch))
     loss = nats / tokens
@@ -131,27 +130,17 @@ def _held_out(adapter: Adapter) -> Examples:
     if not (entry / "stats.json").exists():
         raise ConfigError(f"{entry.path}: the run's tokenized rows are gone. Name a file of records with --file.")
     rows = open_rows(entry, "validation")
-    if rows.num_rows == 0:
+    if not len(rows):
         raise ConfigError(f"--adapter {adapter.folder}: its run held nothing out. Name a file of records with --file.")
-    return Examples(rows, json.loads((entry / "prompts.json").read_bytes()))
+    return Examples(rows.gather(np.arange(len(rows))), json.loads((entry / "prompts.json").read_bytes()))
 
 
 def _from_file(adapter: Adapter, tokenizer: Any, file: str) -> Examples:
-    key, config = f"--file {file}", _run_config(adapter)
-    rows, prompts, bad = [], [], []
-    records = read_records(Path(file).expanduser(), "--file")
-    for number, record in enumerate(records, 1):
-        try:
-            messages = to_messages(record, config.data.format)
-            rows.append(tokenize(tokenizer, messages, config.training.max_length))
-            ids = prompt_ids(tokenizer, messages[:-1])
-            prompts.append({"prompt": messages[-2]["content"], "expected": messages[-1]["content"], "input_ids": ids})
-        except BadRecord as reason:
-            bad.append(f"record {number}: {reason}")
-    if len(bad) > config.data.max_bad_fraction * len(records) or not rows:
-        raise ConfigError(f"{key}: {len(bad)} of {len(records)} records cannot be used; {bad[0] if bad else 'none'}.")
-    table = pa.table({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]}, SCHEMA)
-    return Examples(table.combine_chunks(), prompts)
+    config = _run_config(adapter)
+    encoder = Encoder(tokenizer, config.training.max_length, config.data.train_on)
+    return Examples(
+        *examples_of_file.read_examples(file, "--file", encoder, config.data.format, config.data.max_bad_fraction)
+    )
 
 
 def _run_config(adapter: Adapter) -> Config:

@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from qlora_ray.config import TrainingConfig
 from qlora_ray.model.adapter import trainable
+from qlora_ray.model.fused import is_fused, leaf_modules
+from qlora_ray.worker.flat import FlatLora
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 
@@ -32,10 +34,26 @@ class Engine:
             # Without this DeepSpeed compiles a shared-memory collective on first use (25 s, a compiler); gloo does.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        self._parameters = trainable(model)
-        optimizer = torch.optim.AdamW(parameter_groups(self._parameters, training), lr=training.learning_rate)
+        groups = parameter_groups(trainable(model), training)
+        self._flat = FlatLora(model, [group["names"] for group in groups]) if is_fused(model) else None
+        self._parameters = self._flat.parameters if self._flat else trainable(model)
+        is_sharded = deepspeed_config["zero_optimization"]["stage"] == 3
+        if is_sharded:
+            _gather_as_one(model)
+            _without_tracing()
+        wholes = list(self._parameters.values())
+        for number, group in enumerate(groups):
+            names = group.pop("names")
+            group["params"] = [wholes[number]] if self._flat else [self._parameters[name] for name in names]
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, fused=wholes[0].is_cuda)
         self._lr_ratios = [group.pop("lr_ratio") for group in optimizer.param_groups]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+        if self._flat:
+            if is_sharded:
+                _keep_resident(self._engine.optimizer, wholes)
+            model.register_forward_pre_hook(lambda *_: self._flat.attach(torch.is_grad_enabled()))  # after ZeRO's own
+        elif is_sharded:
+            _take_norms_at_once(self._engine.optimizer)
         for state in self._torch_optimizer().state.values():  # some wrappers begin with an empty step: not counted
             state["step"].zero_()
 
@@ -50,6 +68,8 @@ class Engine:
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
+        if self._flat and not mode:  # generation does not pass by the hook
+            self._flat.attach(with_graph=False)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this worker's share of the global loss."""
@@ -69,11 +89,12 @@ class Engine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained weights, whole, in float32 on the CPU. Every worker must call this."""
-        return {name: self._full(name) for name in self._parameters}
+        return self._by_matrix({name: self._full(name) for name in self._parameters})
 
     def state(self) -> AdapterState:
         """Gather weights and optimizer state. Every worker must call this; every worker gets all of it."""
-        moments = {name: {key: self._full(name, key) for key in MOMENTS} for name in self._parameters}
+        by_key = {key: self._by_matrix({name: self._full(name, key) for name in self._parameters}) for key in MOMENTS}
+        moments = {name: {key: by_key[key][name] for key in MOMENTS} for name in by_key[MOMENTS[0]]}
         scale = getattr(self._engine.optimizer, "cur_scale", None) if self._engine.fp16_enabled() else None
         optimizer_step = int(next(iter(self._torch_optimizer().state.values()))["step"])  # less than ours: fp16 skips
         return AdapterState(self.weights(), moments, optimizer_step, scale)
@@ -81,13 +102,19 @@ class Engine:
     def load_state(self, state: AdapterState) -> None:
         """Restore what `state` returned. Every worker must call this, after the weights were put into the module."""
         self._make_optimizer_state(state.optimizer_step)
-        for name, parameter in self._parameters.items():
-            self._set(parameter, state.weights[name])
-            for key in MOMENTS:
-                self._set(parameter, state.moments[name][key], key)
+        moments = {key: {name: both[key] for name, both in state.moments.items()} for key in MOMENTS}
+        join = self._flat.join if self._flat else dict
+        for name, value in join(state.weights).items():
+            self._set(self._parameters[name], value)
+        for key in MOMENTS:
+            for name, value in join(moments[key]).items():
+                self._set(self._parameters[name], value, key)
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if state.loss_scale is not None and scaler is not None:
             scaler.cur_scale = state.loss_scale
+
+    def _by_matrix(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self._flat.split(values) if self._flat else values
 
     def _full(self, name: str, key: str | None = None) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -136,7 +163,8 @@ class Engine:
             groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for flat in groups:
             state = optimizer.state[flat]
-            state["step"] = torch.tensor(float(optimizer_step))
+            device = flat.device if optimizer.defaults["fused"] else "cpu"  # where torch's AdamW looks for it
+            state["step"] = torch.tensor(float(optimizer_step), device=device)
             for key in MOMENTS:
                 if key not in state:
                     state[key] = torch.zeros_like(flat)
@@ -146,13 +174,75 @@ class Engine:
 
 
 def parameter_groups(parameters: dict[str, torch.nn.Parameter], training: TrainingConfig) -> list[dict[str, Any]]:
-    """AdamW groups: A matrices and the rest, and B matrices at loraplus_lr_ratio times the learning rate."""
-    b_matrices = [p for name, p in parameters.items() if "lora_B" in name]
-    others = [p for name, p in parameters.items() if "lora_B" not in name]
+    """AdamW groups by name: A matrices and the rest, and B matrices at loraplus_lr_ratio times the learning rate."""
+    b_matrices = [name for name in parameters if "lora_B" in name]
+    others = [name for name in parameters if "lora_B" not in name]
     if training.loraplus_lr_ratio == 1:
-        others, b_matrices = list(parameters.values()), []
-    groups = [{"params": others, "lr_ratio": 1.0}, {"params": b_matrices, "lr_ratio": training.loraplus_lr_ratio}]
-    return [{**group, "weight_decay": training.weight_decay} for group in groups if group["params"]]
+        others, b_matrices = list(parameters), []
+    groups = [{"names": others, "lr_ratio": 1.0}, {"names": b_matrices, "lr_ratio": training.loraplus_lr_ratio}]
+    return [{**group, "weight_decay": training.weight_decay} for group in groups if group["names"]]
+
+
+def _keep_resident(optimizer: Any, parameters: list[torch.nn.Parameter]) -> None:
+    """Have ZeRO-3 gather these after each step and not release them, however large they are."""
+    for parameter in parameters:
+        if not parameter.ds_persist:
+            parameter.ds_persist = True
+            optimizer.persistent_parameters.append(parameter)
+
+
+def _gather_as_one(model: torch.nn.Module) -> None:
+    """Make each fused module one unit of ZeRO-3: gathered as a whole, announced by one pair of hooks."""
+    from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+
+    for module in leaf_modules(model):
+        set_z3_leaf_module(module, True)
+        _remember_parameters(module)
+    _remember_parameters(model)
+    model.enable_input_require_grads()  # else the first layer's backward is never announced to ZeRO-3
+
+
+def _without_tracing() -> None:
+    """Switch off what DeepSpeed does in every hook for profilers and debug prints: the host's time is short."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import partition_parameters
+    from deepspeed.utils import nvtx
+
+    nvtx.enable_nvtx = False
+    plain = partition_parameters.print_rank_0
+
+    def print_rank_0(message, debug=False, force=False):
+        if debug or force:  # asked before the rank is
+            plain(message, debug, force)
+
+    partition_parameters.print_rank_0 = print_rank_0
+    if torch.cuda.is_available():
+        # torch looks up an unnamed device at length.
+        get_accelerator().current_stream = lambda index=None: torch.cuda.current_stream(
+            torch.cuda.current_device() if index is None else index
+        )
+
+
+def _take_norms_at_once(optimizer: Any) -> None:
+    """ZeRO-3 launches one kernel after another for the norm of each gradient; here all come from one call."""
+    plain = optimizer.get_grad_norm_direct
+
+    def get_grad_norm_direct(gradients, params, norm_type=2):
+        # The norm of the norms is the norm of all; DeepSpeed reduces it over workers and checks it.
+        dtype = torch.float32 if gradients[0].is_cuda else torch.float64
+        return plain([torch.stack(torch._foreach_norm(gradients, norm_type, dtype))], params[:1], norm_type)
+
+    optimizer.get_grad_norm_direct = get_grad_norm_direct
+
+
+def _remember_parameters(module: torch.nn.Module) -> None:
+    # ZeRO-3's hooks walk the module tree for its parameters several times a step.
+    parameters, plain = list(module.named_parameters()), module.named_parameters
+
+    def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        return iter(parameters) if recurse and not prefix and remove_duplicate else plain(prefix, recurse)
+
+    module.named_parameters = named_parameters  # type: ignore[assignment]
 
 
 def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:

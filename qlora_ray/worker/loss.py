@@ -8,11 +8,21 @@ import torch
 import torch.nn.functional as F
 
 from qlora_ray.data.tokenize import IGNORE_INDEX
+from qlora_ray.model.head import expecting, returns_nats
 
 
 def sum_of_nats(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of a micro-batch summed over its unmasked tokens: a float32 scalar, in nats."""
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    """Cross-entropy of a micro-batch summed over its unmasked tokens: a float32 scalar, in nats.
+
+    Rows are padded on the right: under causal attention no real token sees padding, so the model needs no mask, and
+    attention takes its fastest kernels.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    head = getattr(model, "module", model).get_output_embeddings()
+    if returns_nats(head):
+        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T), the last without a successor
+        with expecting(head, labels):
+            return model(**inputs, use_cache=False).logits
     logits = model(**inputs, use_cache=False).logits  # (B, T, V)
     labels = batch["labels"][:, 1:]  # (B, T-1) int64, IGNORE_INDEX on the prompt and on a sample's first token
     return F.cross_entropy(

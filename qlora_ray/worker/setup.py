@@ -12,7 +12,8 @@ from qlora_ray.data.rows import chat_template_of, open_rows
 from qlora_ray.data.tokenize import load_tokenizer
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
-from qlora_ray.plan import Plan
+from qlora_ray.model.fused import fuse, fused_layers, keep
+from qlora_ray.plan import Plan, choose_recomputation
 from qlora_ray.storage import Folder
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import AdapterState, Engine
@@ -21,6 +22,7 @@ from qlora_ray.worker.team import Team
 
 DATA_TIMEOUT_SECONDS = 600
 GUARD_TOKENS = 64
+SHARE_OF_FREE_MEMORY = 0.9  # that recompute=auto fills: the rest is for the allocator's rounding and libraries
 # The same kernels on the same values: only the order of sums may differ. 4-bit weights that were cast by mistake
 # change a loss by 4e-3 of its value and more.
 GUARD_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
@@ -109,7 +111,8 @@ def build_engine(
     if resumed:
         for name, parameter in trainable(model).items():
             parameter.data.copy_(resumed.weights[name])
-    if plan.recompute == "all":
+    fuse(model)
+    if plan.recompute != "none" and not fused_layers(model):
         # Reentrant: the other kind keeps ZeRO-3's gathered weights alive through bitsandbytes' autograd function.
         model.gradient_checkpointing_enable({"use_reentrant": True})
         model.enable_input_require_grads()
@@ -124,8 +127,27 @@ def build_engine(
     if resumed:
         engine.load_state(resumed)
     check_same_loss(before, _loss(engine.module, sample), plan)
+    if fused_layers(model):
+        keep_what_fits(model, config, plan, device)
     engine.train()
     return engine
+
+
+def keep_what_fits(model: torch.nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
+    """Choose what the fused layers keep for backward. Call it when everything but activations has its memory."""
+    num_layers = len(fused_layers(model))
+    budget = 0.0
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_allocated(device)
+        room = SHARE_OF_FREE_MEMORY * (free + torch.cuda.memory_reserved(device) - held)
+        if config.training.memory_budget_gib:
+            room = min(room, config.training.memory_budget_gib * 2**30 - held)
+        shares = plan.num_workers if plan.zero_stage > 0 else 1
+        budget = room - plan.num_trainable_parameters * (8 / shares + 4)  # AdamW's moments, made in the first step
+    choice = choose_recomputation(plan, num_layers, model.config.vocab_size, budget)
+    keep(model, choice)
+    logging.getLogger(__name__).info("%s (%.1f GiB for activations)", choice, budget / 2**30)
 
 
 def check_same_loss(before: float, after: float, plan: Plan) -> None:

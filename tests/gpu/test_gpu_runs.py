@@ -32,6 +32,11 @@ def run(tmp_path, name, *more):
         "offload_params_cpu": ["deepspeed.offload_params=cpu"],
         "offload_optimizer_cpu": ["deepspeed.offload_optimizer=cpu"],
         "no_recomputation": ["training.recompute=none"],
+        "fused": ["model.lora_dropout=0"],
+        "fused_float16": ["model.lora_dropout=0", "quantization.compute_dtype=float16"],
+        "fused_leanest": ["model.lora_dropout=0", "training.recompute=all"],
+        "fused_stage0": ["model.lora_dropout=0", "deepspeed.zero_stage=0"],
+        "fused_offload_cpu": ["model.lora_dropout=0", "deepspeed.offload_params=cpu"],
         "deepspeed_json": ["--deepspeed", "configs/deepspeed_config.json"],
     }.items(),
 )

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import torch
-from qlora_ray.data.cache import SCHEMA
 
 from qlora_ray.data.stats import DataStats
 from qlora_ray.data.tokenize import load_tokenizer
@@ -49,7 +48,8 @@ def trained(folder: Path, base: str, dtype: str = "float32", steps: int = 40, **
 def examples() -> Examples:
     """The rows that `trained` learns, and their beginnings as prompts."""
     batch = tiny_models.batch()
-    rows = pa.table({name: batch[name].tolist() for name in ("input_ids", "labels")}, SCHEMA)
+    schema = pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "labels")})
+    rows = pa.table({name: batch[name].tolist() for name in ("input_ids", "labels")}, schema)
     prompts = [
         {"prompt": "", "expected": "", "input_ids": row[:NUM_PROMPT_TOKENS]} for row in rows["input_ids"].to_pylist()
     ]

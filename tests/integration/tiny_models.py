@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import load_base
+from qlora_ray.model.fused import fuse
 from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
@@ -57,10 +58,17 @@ def deepspeed_config(stage: int, dtype: str, **zero) -> dict:
     }  # fmt: skip
 
 
-def build(config: Config, stage: int = 3, dtype: str = "float32", weights: dict | None = None, **zero) -> Sharded:
-    """4-bit base, LoRA, DeepSpeed, as a worker builds them."""
-    device = torch.device("cpu")
-    base = load_base(config.model, config.quantization, dtype, device)
+def build(
+    config: Config,
+    stage: int = 3,
+    dtype: str = "float32",
+    weights: dict | None = None,
+    fused: bool = True,
+    device: str = "cpu",
+    **zero,
+) -> Sharded:
+    """4-bit base, LoRA, fused layers, DeepSpeed, as a worker builds them."""
+    base = load_base(config.model, config.quantization, dtype, torch.device(device))
     model = add_adapter(base, config.model, getattr(torch, dtype), config.training.seed)
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -68,6 +76,8 @@ def build(config: Config, stage: int = 3, dtype: str = "float32", weights: dict 
     if weights:
         for name, parameter in trainable(model).items():
             parameter.data.copy_(weights[name])
+    if fused:
+        fuse(model)
     return Sharded(Engine(model, config.training, deepspeed_config(stage, dtype, **zero)), model)
 
 
@@ -85,7 +95,8 @@ def train(sharded: Sharded, steps: range, learning_rate: float = 1e-2, fixed: bo
     sharded.engine.train()
     for step in steps:
         torch.manual_seed(step)
-        rows = batch(0 if fixed else step)
+        device = next(sharded.model.parameters()).device
+        rows = {name: values.to(device) for name, values in batch(0 if fixed else step).items()}
         nats = sum_of_nats(sharded.engine, rows)
         sharded.engine.backward(nats / num_label_tokens(rows))
         sharded.engine.step(learning_rate)

@@ -20,8 +20,10 @@ MAY_IMPORT = {
     "data": {"config", "storage"},
     "model": {"config"},
     "trackers": {"config"},
-    "plan": {"config", "data", "model"},
+    "forecast": {"config", "model"},
+    "plan": {"config", "data", "model", "forecast"},
     "cluster": {"config", "plan"},
+    "fit": {"config", "model", "forecast", "plan"},
     "screen": {"config", "data", "model", "plan"},
     "report": {"config", "storage"},
     "worker": {"config", "storage", "checkpoints", "data", "model", "plan"},
@@ -90,7 +92,7 @@ def test_only_the_engine_imports_deepspeed():
 
 @pytest.mark.parametrize(
     "module",
-    ["config", "plan", "cli", "train", "data.stats", "model.facts", "model.record", "generate", "evaluate", "export"],
+    ["config", "plan", "fit", "cli", "train", "data.stats", "model.facts", "model.record", "generate", "evaluate", "export"],
 )
 def test_what_must_answer_at_once_loads_nothing_heavy(module):
     code = f"import sys, qlora_ray.{module}; print([name for name in {HEAVY!r} if name in sys.modules])"

@@ -89,7 +89,7 @@ def test_fp16_on_cpus_is_refused_and_on_gpus_planned():
 
 @pytest.mark.parametrize(
     ("hardware", "dtype", "recompute"),
-    [(CPUS, "float32", "none"), (GPUS, "bfloat16", "all"), (Hardware(8, 1, ("T4",)), "float16", "all")],
+    [(CPUS, "float32", "none"), (GPUS, "bfloat16", "auto"), (Hardware(8, 1, ("T4",)), "float16", "auto")],
 )
 def test_auto_dtype_and_recompute_fit_the_hardware(hardware, dtype, recompute):
     assert (plan(hardware).compute_dtype, plan(hardware).recompute) == (dtype, recompute)

@@ -1,0 +1,71 @@
+"""The ordinary path, `python -m qlora_ray.train`, timed on a random model of a real shape: Ray Train, ZeRO stage 3.
+
+    python -m benchmarks.product --shape llama-8b -- training.memory_budget_gib=8.05
+
+Writes a 16-bit checkpoint of random weights once (35 s for 8B), then trains on rows of full length; prints JSON.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.throughput import SHAPES, floor_tokens_per_second, save_checkpoint
+
+STEPS, EVERY = 25, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-8b", choices=SHAPES)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--folder", default="/tmp/throughput_checkpoints")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    base = save_checkpoint(arguments.shape, arguments.folder, arguments.device)
+    data = Path(arguments.folder) / f"rows_{arguments.length}.jsonl"
+    words = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)]
+    with data.open("w") as file:
+        for row in range(200):
+            text = " ".join(random.Random(row).choices(words, k=arguments.length))
+            file.write(json.dumps({"instruction": "Go on.", "input": "", "output": text}) + "\n")
+    runs, name = Path(arguments.folder) / "runs", f"{arguments.shape}_{time.time_ns()}"
+    began = time.perf_counter()
+    command = [
+        sys.executable, "-m", "qlora_ray.train", "-c", "configs/quickstart.yaml", f"model.base_model={base}",
+        "model.lora_dropout=0", "ray.num_workers=1", f"training.max_length={arguments.length}",
+        f"training.batch_size={arguments.rows}", f"training.max_steps={STEPS}", f"data.train_file={data}",
+        "data.validation_split=0", "data.max_bad_fraction=1", "evaluation.num_prompts=0",
+        f"logging.every_steps={EVERY}",
+        f"checkpoint.every_steps={STEPS}", f"ray.storage_path={runs}", f"ray.run_name={name}", *arguments.overrides,
+    ]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True)
+    run = runs / name
+    log = run / "logs" / "worker_0.log"
+    if not (run / "summary.json").exists():
+        print(ran.stdout[-1500:], ran.stderr[-1500:], log.read_text()[-4000:] if log.exists() else "", file=sys.stderr)
+        sys.exit(ran.returncode)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steady = [entry for entry in metrics if entry["step"] > EVERY]
+    rate = statistics.median(entry["tokens_per_second"] for entry in steady)
+    chosen = [line for line in log.read_text().splitlines() if "layers:" in line or "fused:" in line]
+    floor = floor_tokens_per_second(SHAPES[arguments.shape], arguments.length)
+    print(json.dumps({
+        "shape": arguments.shape, "overrides": arguments.overrides, "tokens_per_second": rate,
+        "floor_share": rate / floor,
+        "peak_gib": max(entry.get("peak_memory_gib", 0) for entry in metrics), "chosen": chosen,
+        "forecast_gib": json.loads((run / "plan.json").read_text())["memory_forecast_gib"],
+        "seconds": json.loads((run / "summary.json").read_text())["seconds"],
+        "wall_seconds": time.perf_counter() - began,
+        "steps": [(entry["step"], round(entry["tokens_per_second"]), round(entry["loss"], 4)) for entry in metrics],
+    }, indent=1))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

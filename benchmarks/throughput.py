@@ -1,0 +1,383 @@
+"""Tokens per second and peak memory of one training step, ours and peers', side by side on one GPU.
+
+    python -m benchmarks.throughput --shapes llama-8b qwen2.5-7b --variants ours ours_stage3 peft_liger unsloth
+
+Each variant runs in a process of its own on the same random weights, data and LoRA start: NF4 with double quantization,
+r=16 on all projections, no dropout, AdamW. Unsloth runs where it is installed. Writes JSON and a Markdown table.
+"""
+
+# B rows in a micro-batch, T tokens per row
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHAPES = {
+    "llama-8b": dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                     num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0),
+    "mistral-7b": dict(model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                       num_attention_heads=32, num_key_value_heads=8, vocab_size=32768, rope_theta=1e6,
+                       sliding_window=None),
+    "qwen2.5-7b": dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                       num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, rope_theta=1e6),
+    "tiny": dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+                 num_attention_heads=4, num_key_value_heads=2, vocab_size=2048),
+}  # fmt: skip
+PEAK_FLOPS = 795e12  # bf16 matrix products measured on an H200 (8192 x 8192 x 8192, random data)
+LEARNING_RATE, SEED, RANK = 2e-4, 0, 16
+
+
+def floor_tokens_per_second(shape: dict, length: int, rank: int = RANK) -> float:
+    """Tokens a second if matrix products alone took time, at PEAK_FLOPS, nothing recomputed."""
+    hidden, heads, kv = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
+    head_dim = hidden // heads
+    sides = [(hidden, heads * head_dim), (hidden, kv * head_dim), (hidden, kv * head_dim), (heads * head_dim, hidden)]
+    sides += [(hidden, shape["intermediate_size"])] * 3
+    layers = shape["num_hidden_layers"]
+    frozen = layers * sum(a * b for a, b in sides) + hidden * shape["vocab_size"]
+    lora = layers * sum(rank * (a + b) for a, b in sides)
+    attention = layers * 2 * length * heads * head_dim * 3.5  # causal; backward computes the scores again
+    return PEAK_FLOPS / (4 * frozen + 6 * lora + attention)
+
+
+def build_base(shape: dict, device: str):
+    """A random model with its linear layers in NF4, as transformers would have loaded it."""
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(SEED)
+    config = AutoConfig.for_model(
+        max_position_embeddings=8192, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for parent in list(model.model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is torch.nn.Linear:
+                with torch.device("meta"):
+                    packed = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
+                                        compute_dtype=torch.bfloat16, quant_type="nf4")  # fmt: skip
+                packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=packed)
+                packed.bias = linear.bias
+                packed.support_avx512bf16_for_cpu = False
+                setattr(parent, name, packed.to(device))
+    model.requires_grad_(False)
+    model.is_loaded_in_4bit = True
+    model.config.use_cache = False
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return model
+
+
+def ours(arguments, shape: dict):
+    """The product's model; with stage 0 or 3 in its engine too. Returns one step's function of a batch."""
+    import torch
+
+    from qlora_ray.config import Config
+    from qlora_ray.model.adapter import add_adapter, trainable
+    from qlora_ray.model.fused import fuse, keep
+    from qlora_ray.model.recompute import Choice, Keep
+    from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+
+    config = Config.model_validate({"model": {"lora_r": RANK, "lora_alpha": RANK}})
+    model = add_adapter(build_base(shape, arguments.device), config.model, torch.bfloat16, SEED)
+    print(fuse(model))
+    levels = [Keep[name.upper()] for name in arguments.keep if name != "weights"]
+    num_layers = shape["num_hidden_layers"]
+    keep(model, Choice(tuple((levels * num_layers)[:num_layers]), num_layers * ("weights" in arguments.keep)))
+    model.train()
+    stage = arguments.variant.removeprefix("ours").removeprefix("_stage")
+    if not stage:
+        optimizer = _adamw(model)
+
+        def step(batch, lap):
+            nats = sum_of_nats(model, batch)
+            loss = nats / num_label_tokens(batch)
+            lap("forward")
+            loss.backward()
+            lap("backward")
+            optimizer.step()
+            optimizer.zero_grad()
+            lap("step")
+            return loss
+
+        return step
+    num_trainable = sum(parameter.numel() for parameter in trainable(model).values())
+    from qlora_ray.plan import deepspeed_defaults
+    from qlora_ray.worker.engine import Engine
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29531", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    torch.distributed.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
+    settings = deepspeed_defaults(config, int(stage), 1, "bfloat16", num_trainable)
+    engine = Engine(model, config.training, {**settings, "train_micro_batch_size_per_gpu": arguments.batch_size})
+    engine.train()
+
+    def step_engine(batch, lap):
+        nats = sum_of_nats(engine, batch)
+        loss = nats / num_label_tokens(batch)
+        lap("forward")
+        engine.backward(loss)
+        lap("backward")
+        engine.step(LEARNING_RATE)
+        lap("step")
+        return loss.detach()
+
+    return step_engine
+
+
+def peft(arguments, shape: dict):
+    """transformers + PEFT: `peft` as its documentation says, `peft_liger` with Liger kernels and 16-bit LoRA."""
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    base = build_base(shape, arguments.device)
+    liger, recompute = arguments.variant.startswith("peft_liger"), arguments.keep != ["all"]
+    if liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(base)
+    else:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=recompute)
+    if recompute:
+        base.gradient_checkpointing_enable({"use_reentrant": True})
+        base.enable_input_require_grads()
+    torch.manual_seed(SEED)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules="all-linear")
+    model = get_peft_model(base, lora, autocast_adapter_dtype=not liger)
+    if liger:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    model.train()
+    return _plain_step(model)
+
+
+def unsloth(arguments, shape: dict):
+    """Unsloth with its own loader and defaults."""
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        arguments.checkpoint, max_seq_length=arguments.length, load_in_4bit=True, dtype=None, local_files_only=True
+    )
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    model = FastLanguageModel.get_peft_model(
+        model, r=RANK, lora_alpha=RANK, lora_dropout=0, bias="none", random_state=SEED,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        use_gradient_checkpointing=False if arguments.keep == ["all"] else "unsloth",
+    )  # fmt: skip
+    model.train()
+    return _plain_step(model)
+
+
+def _plain_step(model):
+    optimizer = _adamw(model)
+
+    def step(batch, lap):
+        loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        lap("forward")
+        loss.backward()
+        lap("backward")
+        optimizer.step()
+        optimizer.zero_grad()
+        lap("step")
+        return loss
+
+    return step
+
+
+def _adamw(model):
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+
+def measure(arguments) -> dict:
+    """Build one variant and time its steps."""
+    began = time.perf_counter()
+    if arguments.variant.startswith("unsloth"):
+        import unsloth as _  # noqa: F401 - patches transformers, so it comes first
+    import torch
+
+    shape = SHAPES[arguments.shape]
+    make = {"ours": ours, "peft": peft, "unsloth": unsloth}[arguments.variant.split("_")[0]]
+    step = make(arguments, shape)
+    cuda = arguments.device == "cuda"
+    load_seconds = time.perf_counter() - began
+    generator = torch.Generator().manual_seed(SEED)
+    size = (arguments.batch_size, arguments.length)
+    batches = [torch.randint(3, shape["vocab_size"], size, generator=generator) for _ in range(4)]
+    losses, seconds, host, began = [], [], Host(), time.perf_counter()
+    for number in range(arguments.warmup + arguments.steps):
+        ids = batches[number % len(batches)].to(arguments.device)
+        host.start()
+        losses.append(step({"input_ids": ids, "labels": ids}, host.lap).detach())
+        if number == 0:
+            first_step_seconds = float(losses[0]) * 0 + time.perf_counter() - began
+        if number >= arguments.warmup - 1:
+            seconds.append(_mark(cuda))
+    if cuda:
+        torch.cuda.synchronize()
+        seconds = [a.elapsed_time(b) / 1000 for a, b in zip(seconds, seconds[1:], strict=False)]
+    else:
+        seconds = [b - a for a, b in zip(seconds, seconds[1:], strict=False)]
+    if arguments.profile:
+        _profile(step, {"input_ids": ids, "labels": ids}, host, arguments.profile)
+    tokens = arguments.batch_size * arguments.length
+    median = statistics.median(seconds)
+    return {
+        "shape": arguments.shape, "variant": arguments.variant, "keep": ",".join(arguments.keep), "rows": size[0],
+        "length": size[1], "tokens_per_second": tokens / median, "spread": (max(seconds) - min(seconds)) / median,
+        "floor_share": tokens / median / floor_tokens_per_second(shape, arguments.length),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
+        "loss_first": float(losses[0]), "loss_last": float(losses[-1]), "load_seconds": load_seconds,
+        "first_step_seconds": first_step_seconds, "host_seconds": host.medians(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
+    }  # fmt: skip
+
+
+class Host:
+    """Seconds the host spends in each phase of a step: what it needs to launch it, and where it waits."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, list[float]] = {}
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps.setdefault(name, []).append(now - self._began)
+        self._began = now
+
+    def medians(self) -> dict[str, float]:
+        return {name: round(statistics.median(values), 4) for name, values in self.laps.items()}
+
+
+def _mark(cuda: bool):
+    import torch
+
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _profile(step, batch, host: Host, path: str) -> None:
+    import cProfile
+    import io
+    import pstats
+
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        step(batch, host.lap)
+        torch.cuda.synchronize()
+    calls = cProfile.Profile()
+    calls.enable()
+    for _ in range(3):
+        step(batch, host.lap)
+    calls.disable()
+    text = io.StringIO()
+    pstats.Stats(calls, stream=text).sort_stats("tottime").print_stats(60)
+    pstats.Stats(calls, stream=text).sort_stats("cumtime").print_stats(80)
+    table = trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
+    Path(path).write_text(f"{table}\n{text.getvalue()}")
+
+
+def save_checkpoint(shape: str, folder: str, device: str) -> str:
+    """The same random weights as a 16-bit checkpoint, for loaders that want one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from qlora_ray.config import base_model_path
+
+    target = Path(folder) / shape
+    if not (target / "config.json").exists():
+        torch.manual_seed(SEED)
+        config = AutoConfig.for_model(
+            max_position_embeddings=8192, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            architectures=None, **SHAPES[shape],
+        )  # fmt: skip
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(base_model_path("embedded")).save_pretrained(target)
+    return str(target)
+
+
+def table(results: list[dict]) -> str:
+    """Markdown."""
+    lines = ["| shape | variant | keeps | tokens/s | of the floor | peak GiB | loss first -> last |", "|" + "---|" * 7]
+    for r in results:
+        peak = f"{r['peak_gib']:.2f}" if r["peak_gib"] else "-"
+        lines.append(
+            f"| {r['shape']} | {r['variant']} | {r['keep']} | {r['tokens_per_second']:,.0f} | {r['floor_share']:.1%} | "
+            f"{peak} | {r['loss_first']:.4f} -> {r['loss_last']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["llama-8b"], choices=SHAPES)
+    default = ["ours:all", "ours:host", "ours_stage3:all", "peft_liger:all"]
+    parser.add_argument("--variants", nargs="+", default=default, help="name:keep, e.g. ours:all, ours_stage3:host")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--checkpoints", default="/tmp/throughput_checkpoints", help="where Unsloth's input is written")
+    parser.add_argument("--out", default="runs/throughput.json")
+    parser.add_argument("--profile", help="write the last variant's kernel table here")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        arguments.shape = arguments.shapes[0]
+        arguments.variant, keep = arguments.variants[0].split(":")
+        arguments.keep = keep.split(",")
+        if arguments.variant.startswith("unsloth"):
+            arguments.checkpoint = f"{arguments.checkpoints}/{arguments.shape}"
+        print("RESULT " + json.dumps(measure(arguments)))
+        return
+    results = []
+    for shape in arguments.shapes:
+        if any(variant.startswith("unsloth") for variant in arguments.variants):
+            save_checkpoint(shape, arguments.checkpoints, arguments.device)
+        for variant in arguments.variants:
+            command = [sys.executable, "-m", "benchmarks.throughput", "--one", "--shapes", shape, "--variants", variant]
+            for name in ("batch_size", "length", "steps", "warmup", "device", "checkpoints"):
+                command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+            if arguments.profile and variant == arguments.variants[-1]:
+                command += ["--profile", arguments.profile]
+            ran = subprocess.run(command, capture_output=True, text=True)
+            found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
+            if not found:
+                print(f"{shape} {variant}: failed\n{ran.stdout[-1500:]}\n{ran.stderr[-3000:]}", file=sys.stderr)
+                continue
+            results.append(json.loads(found[0].removeprefix("RESULT ")))
+            r = results[-1]
+            print(
+                f"{shape} {variant}: {r['tokens_per_second']:,.0f} tokens/s, {r['peak_gib'] or 0:.2f} GiB, loss "
+                f"{r['loss_last']:.4f}, host {r['host_seconds']}",
+                flush=True,
+            )
+    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.out).write_text(json.dumps(results, indent=1))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

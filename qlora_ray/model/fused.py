@@ -1,0 +1,141 @@
+"""Puts the fused arithmetic under a PEFT model: module tree, parameter names and state dict stay as they are."""
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+
+from qlora_ray.model.head import make_head_return_nats
+from qlora_ray.model.layer import FusedLayer
+from qlora_ray.model.projection import LoraProjection, Single, member, ops_for, why_not
+from qlora_ray.model.recompute import Choice
+from qlora_ray.model.stash import HostStash
+
+# Decoder layers whose forward is exactly what FusedLayer computes.
+LLAMA_LIKE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
+logger = logging.getLogger(__name__)
+
+
+def fuse(model: torch.nn.Module) -> str:
+    """Fuse what can be fused, in place; log and return one line that says what was, and why the rest was not."""
+    device = next(model.parameters()).device
+    stash = HostStash(device) if device.type == "cuda" else None
+    reasons: Counter[str] = Counter()
+    layers = [module for module in model.modules() if type(module).__name__ in LLAMA_LIKE]
+    fused = [layer for layer in layers if _fuse_layer(layer, layers.index(layer), stash, reasons)]
+    inside = {id(part) for layer in fused for part in layer.modules()}
+    num_projections = 0
+    for module in model.modules():
+        if _is_lora(module) and id(module) not in inside:
+            num_projections += _fuse_projection(module, reasons)
+    if fused and len(fused) == len(layers):
+        _fuse_ends(model)
+    line = f"fused: {len(fused)} decoder layers, {num_projections} other projections"
+    if reasons:
+        line += "; left to PEFT: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    logger.info("%s", line)
+    return line
+
+
+def fused_layers(model: torch.nn.Module) -> list[FusedLayer]:
+    """The fused decoder layers, first to last."""
+    return [module.fused for module in model.modules() if isinstance(getattr(module, "fused", None), FusedLayer)]
+
+
+def is_fused(model: torch.nn.Module) -> bool:
+    """Whether every LoRA of the model is inside a fused decoder layer."""
+    inside = {id(part) for module in leaf_modules(model) for part in module.modules()}
+    return bool(fused_layers(model)) and all(id(m) in inside for m in model.modules() if _is_lora(m))
+
+
+def leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that read the weights of their submodules without calling them: ZeRO-3 must gather each as one."""
+    return [module for module in model.modules() if "fused" in module.__dict__]
+
+
+def keep(model: torch.nn.Module, choice: Choice) -> None:
+    """Set what each fused layer keeps for backward, and which hold their weights dequantized."""
+    layers = fused_layers(model)
+    for layer, level in zip(layers, choice.levels, strict=True):
+        layer.keep = level
+    for layer in layers[len(layers) - choice.num_holding_weights :]:
+        layer.hold_weights()
+
+
+def _is_lora(module: torch.nn.Module) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
+def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, reasons: Counter[str]) -> bool:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    projections += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    why = {reason for reason in map(why_not, projections) if reason}
+    if attention.attention_dropout:
+        why.add("attention has dropout")
+    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        why.add(f"the MLP uses {type(mlp.act_fn).__name__}")
+    if not any(_is_lora(projection) for projection in projections):
+        why.add("no projection is adapted")
+    if why:
+        return False  # counted projection by projection
+    fused = FusedLayer(layer, index, stash)
+    plain = layer.forward
+    adapter = next(projection for projection in projections if _is_lora(projection))
+
+    def forward(hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **more: Any):
+        mask_is_known = attention_mask is None or attention_mask.dim() == 4
+        if past_key_values is not None or not mask_is_known or adapter.disable_adapters or adapter.merged:
+            more |= {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
+            return plain(hidden_states, attention_mask=attention_mask, **more)
+        return fused(hidden_states, *position_embeddings, attention_mask)
+
+    layer.fused, layer.forward = fused, forward
+    return True
+
+
+def _fuse_projection(module: torch.nn.Module, reasons: Counter[str]) -> int:
+    reason = why_not(module)
+    if reason:
+        reasons[reason] += 1
+        return 0
+    single, plain = Single(member(module)), module.forward
+
+    def forward(x: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+        if args or more or module.disable_adapters or module.merged or x.dtype != single.member.base.compute_dtype:
+            return plain(x, *args, **more)
+        return LoraProjection.apply(x, single, *single.parameters())
+
+    module.fused, module.forward = single, forward
+    return 1
+
+
+def _fuse_ends(model: torch.nn.Module) -> None:
+    """The final norm, and the head with its loss."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    norm, head = causal_lm.model.norm, causal_lm.get_output_embeddings()
+    norm.forward = lambda hidden: _Norm.apply(hidden, norm)
+    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
+        make_head_return_nats(head)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, norm):
+        x = hidden.reshape(-1, hidden.shape[-1])
+        out = torch.empty_like(x)
+        inverse = ops_for(x.device).rms_norm(x, None, norm.weight.data, norm.variance_epsilon, out)
+        ctx.norm = norm
+        ctx.save_for_backward(x, inverse)
+        return out.view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, inverse = ctx.saved_tensors
+        dx = ops_for(x.device).rms_norm_backward(
+            grad.reshape(x.shape).contiguous(), x, ctx.norm.weight.data, inverse, None
+        )
+        return dx.view(grad.shape), None

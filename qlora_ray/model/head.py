@@ -1,0 +1,67 @@
+"""The language-model head and its loss in one: logits exist for a few rows at a time, and never in backward."""
+
+# M tokens, D hidden width, V vocabulary
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qlora_ray.model.projection import ops_for
+
+IGNORE_INDEX = -100  # as in transformers and torch
+HALF_SCALE = 1024.0  # keeps probabilities of a large vocabulary among float16's normal numbers
+LOGITS_BYTES = 256 * 2**20  # of one slice of rows: large enough for fast products, small beside a layer
+
+
+def make_head_return_nats(head: torch.nn.Linear) -> None:
+    """Replace the forward of a frozen head without bias: where labels are expected, it returns their nats."""
+    plain = head.forward
+    head.expected_labels = None  # type: ignore[assignment]
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        if head.expected_labels is None:
+            return plain(hidden)
+        return _Nats.apply(hidden, head, head.expected_labels, torch.is_grad_enabled())
+
+    head.forward = forward  # type: ignore[method-assign]
+
+
+def returns_nats(head: torch.nn.Module | None) -> bool:
+    return hasattr(head, "expected_labels")
+
+
+@contextmanager
+def expecting(head: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
+    """Within, the head returns the sum of nats of these labels, one for each row of its input."""
+    head.expected_labels = labels  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        head.expected_labels = None  # type: ignore[assignment]
+
+
+class _Nats(torch.autograd.Function):
+    """Sum of nats, a float32 scalar. The gradient is made in forward, while each slice's logits are at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, labels, with_gradient: bool):
+        x, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)  # (M, D), (M,)
+        weight = head.weight.data  # (V, D)
+        dx = torch.empty_like(x) if with_gradient else None
+        nats = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        scale = HALF_SCALE if x.dtype == torch.float16 else 1.0
+        num_rows = max(128, LOGITS_BYTES // (weight.shape[0] * weight.element_size()) // 128 * 128)
+        for start in range(0, len(x), num_rows):
+            rows = slice(start, start + num_rows)
+            logits = torch.mm(x[rows], weight.t())  # (rows, V), in the end their gradient
+            nats[rows] = ops_for(x.device).cross_entropy(logits, labels[rows], IGNORE_INDEX, scale)
+            if dx is not None:
+                torch.mm(logits, weight, out=dx[rows])
+            del logits  # before the next slice's are made
+        ctx.dx, ctx.shape, ctx.scale = dx, hidden.shape, scale
+        return nats.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, ctx.dx = ctx.dx, None
+        return dx.mul_(grad / ctx.scale).view(ctx.shape), None, None, None

@@ -1,0 +1,181 @@
+"""A Llama-like decoder layer on a 4-bit base with LoRA as one autograd function: forward, backward, recomputation.
+
+x1 = x + o_proj(attention(rotate(q), rotate(k), v)) with q, k, v of norm(x); y = x1 + down(silu(gate) x up) of norm(x1).
+Nothing but activations is kept between forward and backward, and of those only what `Keep` says.
+"""
+
+# B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_ray.model.attention import attend
+from qlora_ray.model.projection import Group, Single, member, ops_for
+from qlora_ray.model.recompute import Keep
+from qlora_ray.model.stash import HostStash
+
+
+@dataclass
+class Kept:
+    """Activations of one layer between forward and backward; None is computed again."""
+
+    x: torch.Tensor | None  # (M, D)
+    n1: torch.Tensor | None = None  # (M, D + R) normalized input of q, k, v, with its LoRA
+    inverse1: torch.Tensor | None = None  # (M,)
+    attention: tuple[torch.Tensor, ...] | None = None  # q, k, v and the output, each (B, H, T, E), with their graph
+    z_o: torch.Tensor | None = None  # (M, R)
+    x1: torch.Tensor | None = None  # (M, D)
+    n2: torch.Tensor | None = None  # (M, D + R) normalized input of gate and up, with its LoRA
+    inverse2: torch.Tensor | None = None  # (M,)
+    gate_up: torch.Tensor | None = None  # (M, 2 I)
+    z_down: torch.Tensor | None = None  # (M, R)
+
+
+class FusedLayer:
+    """The arithmetic of one decoder layer. Holds modules, never their weights."""
+
+    def __init__(self, layer: torch.nn.Module, index: int, stash: HostStash | None):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        self.qkv = Group([member(attention.q_proj), member(attention.k_proj), member(attention.v_proj)])
+        self.out = Single(member(attention.o_proj))
+        self.gate_up = Group([member(mlp.gate_proj), member(mlp.up_proj)], apart=True)
+        self.down = Group([member(mlp.down_proj)])
+        self.down_back = Single(member(mlp.down_proj), held_by=self.down)
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.num_heads = [rows // self.head_dim for rows in self.qkv.rows]  # of q, k, v
+        self.index, self.stash, self.keep = index, stash, Keep.ALL
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The LoRA matrices, in the order of `backward`'s gradients."""
+        return [p for part in (self.qkv, self.out, self.gate_up, self.down) for p in part.parameters()]
+
+    def hold_weights(self) -> None:
+        """Keep the dequantized weights between steps: the same values without the work, for 2 bytes a weight."""
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.hold_weights = True
+
+    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None):
+        """x (B, T, D), cos and sin (B or 1, T, E) -> (B, T, D)."""
+        return _Layer.apply(x, self, cos, sin, mask, torch.is_grad_enabled(), *self.parameters())
+
+    def attention_part(self, kept: Kept, shape: torch.Size, angles, mask, with_graph: bool) -> None:
+        """Fill in n1 and attention."""
+        self.normalize_input(kept)
+        if kept.attention is not None:
+            return
+        qkv = self.qkv.forward(kept.n1)  # (M, all heads x E)
+        many, few, _ = self.num_heads
+        ops_for(qkv.device).rotate(qkv[:, : (many + few) * self.head_dim].unflatten(1, (-1, self.head_dim)), *angles)
+        heads = qkv.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        q, k, v = (part.detach().requires_grad_(with_graph) for part in heads.split(self.num_heads, 1))
+        with torch.set_grad_enabled(with_graph):
+            output = attend(q, k, v, mask, self.scaling)
+        kept.attention = (q, k, v, output)
+
+    def normalize_input(self, kept: Kept) -> None:
+        if kept.n1 is None:
+            kept.n1 = self.qkv.buffer(kept.x)
+            kept.inverse1 = self._normalize(0, kept.x, None, kept.n1, self.qkv)
+
+    def residual_part(self, kept: Kept) -> None:
+        """Fill in x1 and n2."""
+        added = None
+        if kept.x1 is None:
+            output = kept.attention[3].detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H x E)
+            added, kept.z_o = self.out.forward(output)
+        if kept.n2 is None:
+            kept.n2 = self.gate_up.buffer(kept.x)
+            kept.inverse2 = self._normalize(1, kept.x if added is not None else kept.x1, added, kept.n2, self.gate_up)
+        if added is not None:
+            kept.x1 = added  # the norm has added x to it in place
+
+    def mlp_part(self, kept: Kept) -> torch.Tensor:
+        """Fill in gate_up and z_down; return the layer's output (M, D)."""
+        kept.gate_up = self.gate_up.forward(kept.n2)
+        h = self.down.buffer(kept.gate_up)  # (M, I + R)
+        ops_for(h.device).swiglu(kept.gate_up, h[:, : self.down.inputs])
+        self.down.fill(h)
+        y = self.down.forward(h)
+        kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
+        return y.add_(kept.x1)
+
+    def complete(self, kept: Kept, shape: torch.Size, angles, mask) -> None:
+        """Compute again what was not kept."""
+        self.attention_part(kept, shape, angles, mask, with_graph=True)
+        self.residual_part(kept)
+        if kept.gate_up is None:
+            kept.gate_up = self.gate_up.forward(kept.n2)
+
+    def thin_out(self, kept: Kept) -> None:
+        """Drop what `keep` does not name."""
+        if self.keep >= Keep.PRODUCTS:
+            kept.n1 = kept.n2 = None
+        if self.keep >= Keep.ATTENTION:
+            kept.gate_up = None
+        if self.keep >= Keep.INPUT:
+            kept.attention = kept.x1 = kept.z_o = None
+        if self.keep >= Keep.HOST and self.stash is not None:
+            self.stash.put(self.index, kept.x)
+            kept.x = None
+
+    def backward(self, kept: Kept, dy: torch.Tensor, shape: torch.Size, angles, mask) -> tuple[Any, ...]:
+        """Gradients of x and of the LoRA matrices. dy (M, D); empties `kept` on the way."""
+        if kept.x is None:
+            kept.x = self.stash.take(self.index)
+        self.complete(kept, shape, angles, mask)
+        ops = ops_for(dy.device)
+        h, dz = self.down_back.input_gradients(dy)  # dh (M, I)
+        ops.swiglu_backward(h, dz, self.down_back.lora_a, kept.gate_up)  # dh becomes h, gate_up its gradient
+        of_down = self.down_back.parameter_gradients(dy, dz, h, kept.z_down)
+        del h, dz
+        of_gate_up, dx1 = self._through_group(self.gate_up, kept.gate_up, kept.n2, 1, kept.x1, kept.inverse2, dy)
+        kept.gate_up = kept.n2 = kept.x1 = None
+        q, k, v, output = kept.attention
+        flat = output.detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H x E)
+        d_output, of_out = self.out.backward(dx1, flat, kept.z_o)
+        d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
+        d_qkv = dy.new_empty(dy.shape[0], sum(self.qkv.rows))
+        ops.rotate_backward(dq, dk, dv, *angles, d_qkv)
+        del q, k, v, output, flat, d_output, dq, dk, dv
+        kept.attention = None
+        of_qkv, dx = self._through_group(self.qkv, d_qkv, kept.n1, 0, kept.x, kept.inverse1, dx1)
+        return dx, *of_qkv, *of_out, *of_gate_up, *of_down
+
+    def _normalize(self, which: int, x, added, buffer: torch.Tensor, group: Group) -> torch.Tensor:
+        norm = self.norms[which]
+        out = buffer[:, : group.inputs]
+        inverse = ops_for(x.device).rms_norm(x, added, norm.weight.data, norm.variance_epsilon, out)
+        group.fill(buffer)
+        return inverse
+
+    def _through_group(self, group: Group, d_out, buffer, which: int, x, inverse, residual):
+        """Back through a group of projections and the norm before it: (LoRA gradients, gradient of x)."""
+        both = group.backward(d_out)
+        gradients = group.parameter_gradients(d_out, both[:, group.inputs :], buffer)
+        weight = self.norms[which].weight.data
+        dx = ops_for(x.device).rms_norm_backward(both[:, : group.inputs], x, weight, inverse, residual)
+        return gradients, dx
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, fused: FusedLayer, cos, sin, mask, with_graph: bool, *parameters):
+        angles = (cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]))  # (T or M, E)
+        kept = Kept(x.reshape(-1, x.shape[-1]))
+        fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
+        fused.residual_part(kept)
+        y = fused.mlp_part(kept)
+        if with_graph:
+            fused.thin_out(kept)
+            ctx.kept, ctx.fused, ctx.shape, ctx.angles, ctx.mask = kept, fused, x.shape, angles, mask
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        kept, ctx.kept = ctx.kept, None
+        flat = dy.reshape(-1, dy.shape[-1]).contiguous()
+        dx, *gradients = ctx.fused.backward(kept, flat, ctx.shape, ctx.angles, ctx.mask)
+        return dx.view(ctx.shape), None, None, None, None, None, *gradients

@@ -1,0 +1,258 @@
+"""A frozen 4-bit projection with its LoRA, forward and backward written out: y = x W^T + s (x A^T) B^T.
+
+Arithmetic is that of PEFT's lora.Linear4bit on bitsandbytes: W is dequantized to the compute dtype, once in forward and
+again in backward. Weights are read from their modules each time and never kept: under ZeRO-3 what was gathered for
+forward is released after it, and backward reads what was gathered again.
+"""
+
+# M tokens, K inputs, N outputs (of all members), R the members' LoRA ranks together
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from qlora_ray.model.adapter import ADAPTER_NAME
+
+
+@cache
+def ops_for(device: torch.device) -> ModuleType:
+    """The element-wise steps for a device: Triton kernels where they run, else plain PyTorch."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        from qlora_ray.model import ops_triton
+
+        return ops_triton
+    from qlora_ray.model import ops_plain
+
+    return ops_plain
+
+
+@dataclass(frozen=True)
+class Member:
+    """One projection: its frozen layer, and its LoRA if it has one."""
+
+    base: torch.nn.Module  # bitsandbytes Linear4bit
+    lora: torch.nn.Module | None  # peft Linear4bit
+
+    @property
+    def rank(self) -> int:
+        return int(self.lora.r[ADAPTER_NAME]) if self.lora else 0
+
+    @property
+    def scale(self) -> float:
+        return float(self.lora.scaling[ADAPTER_NAME])
+
+    @property
+    def a(self) -> torch.nn.Parameter:
+        return self.lora.lora_A[ADAPTER_NAME].weight  # (rank, K)
+
+    @property
+    def b(self) -> torch.nn.Parameter:
+        return self.lora.lora_B[ADAPTER_NAME].weight  # (n, rank)
+
+
+def why_not(module: torch.nn.Module) -> str | None:
+    """Why a projection cannot take the fused path; None if it can."""
+    from bitsandbytes.nn import Linear4bit as Base
+    from peft.tuners.lora import Linear4bit
+
+    lora = module if isinstance(module, Linear4bit) else None
+    base = lora.get_base_layer() if lora else module
+    if not isinstance(base, Base):
+        return "the layer is not 4-bit"
+    if lora is None:
+        return None
+    if list(lora.active_adapters) != [ADAPTER_NAME] or list(lora.lora_A) != [ADAPTER_NAME]:
+        return "it has several adapters"
+    if lora.lora_variant:
+        return f"it is a {type(lora.lora_variant[ADAPTER_NAME]).__name__}"
+    if isinstance(lora.lora_dropout[ADAPTER_NAME], torch.nn.Dropout):
+        return "model.lora_dropout is not 0"
+    if lora.lora_B[ADAPTER_NAME].bias is not None:
+        return "its LoRA has a bias"
+    dtypes = {lora.lora_A[ADAPTER_NAME].weight.dtype, lora.lora_B[ADAPTER_NAME].weight.dtype, base.compute_dtype}
+    return "its LoRA is not in the compute dtype" if len(dtypes) > 1 else None
+
+
+def member(module: torch.nn.Module) -> Member:
+    from peft.tuners.lora import Linear4bit
+
+    return Member(module.get_base_layer(), module) if isinstance(module, Linear4bit) else Member(module, None)
+
+
+class Group:
+    """Projections that read the same input.
+
+    Input and LoRA share one buffer, and so do W and B: [x, x A^T] [W, s B]^T is the whole output in one product without
+    another pass over it, and dy [W, s B] is both the gradient of x past the LoRA and that of x A^T. Small members are
+    one product together; with `apart` each has its own, which is faster for wide ones.
+    """
+
+    def __init__(self, members: list[Member], apart: bool = False):
+        self.members = members
+        self.adapted = [m for m in members if m.lora]
+        self.rows = [m.base.out_features for m in members]
+        self.inputs = members[0].base.in_features
+        self.rank = sum(m.rank for m in members)
+        self.products = [[m] for m in members] if apart else [members]
+        self.hold_weights = False  # dequantized ones, between steps: the same values for more memory
+        self.held: list[torch.Tensor] = []
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """A and B of each adapted member in turn: the order of `backward`'s gradients."""
+        return [parameter for m in self.adapted for parameter in (m.a, m.b)]
+
+    def buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """Room for an input x and x A^T, side by side: (M, K + R)."""
+        return like.new_empty(like.shape[0], self.inputs + self.rank)
+
+    def fill(self, buffer: torch.Tensor) -> None:
+        """Write x A^T into the last R columns, of the x in the first K."""
+        if self.rank:
+            torch.mm(buffer[:, : self.inputs], self._a().t(), out=buffer[:, self.inputs :])
+
+    def forward(self, buffer: torch.Tensor) -> torch.Tensor:
+        """(M, N) of a filled buffer."""
+        y, row = buffer.new_empty(buffer.shape[0], sum(self.rows)), 0
+        for number, weight in enumerate(self._weights(buffer)):
+            out, bias = y[:, row : row + len(weight)], self._bias(self.products[number])
+            if bias is None:
+                torch.mm(buffer, weight.t(), out=out)
+            else:
+                torch.addmm(bias, buffer, weight.t(), out=out)
+            row += len(weight)
+        return y
+
+    def backward(self, dy: torch.Tensor) -> torch.Tensor:
+        """Gradients of the input (M, K) and of x A^T (M, R), side by side. Adding the LoRA's share is included."""
+        both, row = dy.new_empty(dy.shape[0], self.inputs + self.rank), 0
+        for weight in self._weights(dy):
+            both.addmm_(dy[:, row : row + len(weight)], weight, beta=1 if row else 0)
+            row += len(weight)
+        if self.rank:
+            both[:, : self.inputs].addmm_(both[:, self.inputs :], self._a())
+        return both
+
+    def parameter_gradients(self, dy: torch.Tensor, dz: torch.Tensor, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """Of A and B of each adapted member in turn. dy (M, N), dz (M, R), buffer as forward left it."""
+        if not self.rank:
+            return []
+        da = torch.mm(dz.t(), buffer[:, : self.inputs])  # (R, K)
+        gradients, row, column = [], 0, 0
+        for m, n in zip(self.members, self.rows, strict=True):
+            if m.lora:
+                z = buffer[:, self.inputs + column : self.inputs + column + m.rank]
+                gradients += [da[column : column + m.rank], _scaled_product(m.scale, dy[:, row : row + n].t(), z)]
+            row, column = row + n, column + m.rank
+        return gradients
+
+    def _a(self) -> torch.Tensor:
+        return self.adapted[0].a.data if len(self.adapted) == 1 else torch.cat([m.a.data for m in self.adapted])
+
+    def _weights(self, like: torch.Tensor) -> Iterator[torch.Tensor]:
+        """[W, s B] of each product: (n, K + R), members one under the other, each member's B in its own columns."""
+        column = 0
+        for number, members in enumerate(self.products):
+            is_new = number >= len(self.held)
+            shape = (sum(m.base.out_features for m in members), self.inputs + self.rank)
+            weight, row = like.new_empty(shape) if is_new else self.held[number], 0
+            for m in members:
+                part = weight[row : row + m.base.out_features]
+                if is_new:
+                    ops_for(like.device).dequantize(m.base.weight, part[:, : self.inputs])
+                if self.rank:
+                    b = m.b.data if m.lora else None
+                    ops_for(like.device).place(b, m.scale if m.lora else 0.0, column, part[:, self.inputs :])
+                row, column = row + m.base.out_features, column + m.rank
+            if self.hold_weights and is_new:
+                self.held.append(weight)
+            yield weight
+
+    def _bias(self, members: list[Member]) -> torch.Tensor | None:
+        biases = [m.base.bias for m in members]
+        if all(bias is None for bias in biases):
+            return None
+        like = next(bias for bias in biases if bias is not None)
+        return torch.cat([like.new_zeros(m.base.out_features) if m.base.bias is None else m.base.bias for m in members])
+
+
+class Single:
+    """One projection whose input comes in a buffer of its own, which is not copied."""
+
+    def __init__(self, only: Member, held_by: Group | None = None):
+        self.member = only
+        self.shape = (only.base.out_features, only.base.in_features)
+        self.hold_weights = False
+        self._held: torch.Tensor | None = None
+        self._holder = held_by
+
+    @property
+    def lora_a(self) -> torch.Tensor | None:
+        return self.member.a.data if self.member.lora else None
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [self.member.a, self.member.b] if self.member.lora else []
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(M, N), and x A^T (M, R) for backward."""
+        weight, bias = self._weight(x), self.member.base.bias
+        y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        if not self.member.lora:
+            return y, None
+        z = torch.mm(x, self.member.a.data.t())
+        return y.addmm_(z, self.member.b.data.t(), alpha=self.member.scale), z
+
+    def input_gradients(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """dy W (M, K) and s dy B (M, R): the gradient of x is the first plus the second times A."""
+        dz = _scaled_product(self.member.scale, dy, self.member.b.data) if self.member.lora else None
+        return torch.mm(dy, self._weight(dy)), dz
+
+    def parameter_gradients(
+        self, dy: torch.Tensor, dz: torch.Tensor | None, x: torch.Tensor, z: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Of A and B."""
+        if dz is None or z is None:
+            return []
+        return [torch.mm(dz.t(), x), _scaled_product(self.member.scale, dy.t(), z)]
+
+    def backward(self, dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None):
+        """Gradients of x (M, K) and of A and B."""
+        dx, dz = self.input_gradients(dy)
+        if dz is not None:
+            dx.addmm_(dz, self.member.a.data)
+        return dx, self.parameter_gradients(dy, dz, x, z)
+
+    def _weight(self, like: torch.Tensor) -> torch.Tensor:
+        if self._holder is not None and self._holder.held:
+            return self._holder.held[0][:, : self.shape[1]]
+        if self._held is not None:
+            return self._held
+        weight = like.new_empty(self.shape)
+        ops_for(like.device).dequantize(self.member.base.weight, weight)
+        if self.hold_weights:
+            self._held = weight
+        return weight
+
+
+def _scaled_product(scale: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """scale x left @ right without a pass of its own for the scale."""
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
+
+
+class LoraProjection(torch.autograd.Function):
+    """`Single` for autograd: what a lora.Linear4bit outside a fused layer computes."""
+
+    @staticmethod
+    def forward(ctx, x, single: Single, *parameters):
+        flat = x.reshape(-1, x.shape[-1])
+        y, z = single.forward(flat)
+        ctx.single = single
+        ctx.save_for_backward(flat, *([] if z is None else [z]))
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        flat, *z = ctx.saved_tensors
+        dx, gradients = ctx.single.backward(dy.reshape(-1, dy.shape[-1]), flat, z[0] if z else None)
+        return dx.view(*dy.shape[:-1], -1), None, *gradients

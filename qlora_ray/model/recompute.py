@@ -1,0 +1,113 @@
+"""What a fused decoder layer keeps between forward and backward, what that costs, and which to choose. No torch."""
+
+# D hidden width, I width of the MLP, Q and K widths of queries and of keys (or values), all in elements
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Keep(IntEnum):
+    """What a layer keeps for backward, most first; the rest is computed again."""
+
+    ALL = 0
+    PRODUCTS = 1  # not the norms' outputs: two element-wise passes again
+    ATTENTION = 2  # not gate and up either: their product again, half of a forward pass
+    INPUT = 3  # the layer's input alone: everything again but the last product, which no gradient needs
+    HOST = 4  # that one in host memory
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Widths of one decoder layer, the LoRA ranks of its projections, and the bytes of an element."""
+
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    rank: int
+    element_bytes: int
+    adapted: tuple[int, int, int, int] = (3, 1, 2, 1)  # projections with a LoRA among q k v, o, gate up, down
+
+    @property
+    def num_weights(self) -> int:
+        """Of the seven frozen projections."""
+        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.inner)
+
+    def kept_bytes(self, level: Keep) -> int:
+        """Between forward and backward, for each token."""
+        of_qkv, of_out, of_gate_up, of_down = (count * self.rank for count in self.adapted)
+        elements = of_down + (self.hidden if level < Keep.HOST else 0)
+        if level < Keep.INPUT:  # q, k, v, the attention's output and its sums, what o_proj's LoRA read, x1
+            elements += 2 * self.queries + 2 * self.keys + self.queries // 64 + of_out + self.hidden
+        if level < Keep.ATTENTION:
+            elements += 2 * self.inner
+        if level < Keep.PRODUCTS:
+            elements += 2 * self.hidden + of_qkv + of_gate_up
+        return elements * self.element_bytes + 8
+
+    def passing_bytes(self, num_tokens: int) -> int:
+        """The most that one layer's backward holds beyond what was or is kept: gradients, one dequantized weight."""
+        weight = self.inner * (self.hidden + 2 * self.rank)
+        return (num_tokens * (self.hidden + self.inner) + weight) * self.element_bytes
+
+    def repeated_flops(self, level: Keep, length: int) -> float:
+        """Computed a second time, for each token."""
+        weights = 2.0 * self.hidden * 2 * self.inner if level >= Keep.ATTENTION else 0.0
+        if level >= Keep.INPUT:
+            weights += 2.0 * self.hidden * (2 * self.queries + 2 * self.keys) + 2.0 * length * self.queries
+        return weights
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What each layer keeps, first to last, and how many of the last ones hold their weights dequantized."""
+
+    levels: tuple[Keep, ...]
+    num_holding_weights: int = 0
+
+    def __str__(self) -> str:
+        counts = {level: self.levels.count(level) for level in Keep if level in self.levels}
+        parts = [f"{count} keep {level.name.lower()}" for level, count in counts.items()]
+        if self.num_holding_weights:
+            parts.append(f"{self.num_holding_weights} hold dequantized weights")
+        return "layers: " + ", ".join(parts)
+
+
+def activation_bytes(shape: LayerShape, choice: Choice, num_tokens: int, vocab_size: int) -> int:
+    """Peak of a micro-batch beyond weights and optimizer: the head at the turn, or a layer's backward."""
+    kept, worst = 0, 0
+    for level in choice.levels:
+        kept += num_tokens * shape.kept_bytes(level)
+        again = num_tokens * (shape.kept_bytes(Keep.ALL) - shape.kept_bytes(level))
+        coming = num_tokens * shape.hidden * shape.element_bytes if level == Keep.HOST else 0
+        worst = max(worst, kept + again + coming)
+    of_stream = num_tokens * shape.hidden * shape.element_bytes
+    head = 3 * of_stream + min(num_tokens * vocab_size * shape.element_bytes, 2**28)
+    held = choice.num_holding_weights * shape.num_weights * shape.element_bytes
+    return held + max(worst + shape.passing_bytes(num_tokens) + of_stream, kept + head)
+
+
+def choose(
+    shape: LayerShape, num_layers: int, num_tokens: int, vocab_size: int, budget_bytes: float, may_hold: bool
+) -> Choice:
+    """The fastest choice whose peak stays within a budget, or the leanest if none does.
+
+    Memory goes first to what saves most time a byte: products and attention, then norms, then dequantized weights; to
+    the last layers first, since what they keep is gone when the others' backward needs room.
+    """
+    levels = [Keep.HOST] * num_layers
+
+    def fits(num_holding: int = 0) -> bool:
+        return activation_bytes(shape, Choice(tuple(levels), num_holding), num_tokens, vocab_size) <= budget_bytes
+
+    for candidates in ([Keep.PRODUCTS, Keep.ATTENTION, Keep.INPUT], [Keep.ALL]):
+        for layer in reversed(range(num_layers)):
+            before = levels[layer]
+            for level in candidates:
+                levels[layer] = min(level, before)
+                if fits():
+                    break
+                levels[layer] = before
+    holding = 0
+    while may_hold and holding < num_layers and set(levels) == {Keep.ALL} and fits(holding + 1):
+        holding += 1
+    return Choice(tuple(levels), holding)

@@ -1,0 +1,48 @@
+"""Layer inputs parked in pinned host memory between forward and backward, copied while the GPU computes."""
+
+import torch
+
+
+class HostStash:
+    """One slot a layer. Backward takes the slots in the reverse order; each take starts the copy of the one before."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+        self._slots: dict[int, torch.Tensor] = {}
+        self._shapes: dict[int, torch.Size] = {}
+        self._parked: dict[int, torch.cuda.Event] = {}
+        self._coming: dict[int, tuple[torch.Tensor, torch.cuda.Event]] = {}
+
+    def put(self, slot: int, x: torch.Tensor) -> None:
+        """Copy x (on the GPU) to the host, behind what the current stream has been given so far."""
+        assert slot not in self._parked, "a layer's input was parked twice without a backward pass between"
+        held = self._slots.get(slot)
+        if held is None or held.numel() < x.numel() or held.dtype != x.dtype:
+            held = self._slots[slot] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self._stream):
+            held[: x.numel()].view(x.shape).copy_(x, non_blocking=True)
+        x.record_stream(self._stream)
+        self._shapes[slot], self._parked[slot] = x.shape, self._stream.record_event()
+
+    def take(self, slot: int) -> torch.Tensor:
+        """The parked tensor, on the GPU again."""
+        self._fetch(slot)
+        x, arrived = self._coming.pop(slot)
+        torch.cuda.current_stream(x.device).wait_event(arrived)
+        earlier = [other for other in self._parked if other < slot]
+        if earlier:
+            self._fetch(max(earlier))
+        return x
+
+    def _fetch(self, slot: int) -> None:
+        if slot in self._coming:
+            return
+        parked, shape = self._parked.pop(slot), self._shapes.pop(slot)
+        held = self._slots[slot]
+        x = torch.empty(shape, dtype=held.dtype, device=self._stream.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # for the memory of x
+        self._stream.wait_event(parked)
+        with torch.cuda.stream(self._stream):
+            x.copy_(held[: x.numel()].view(shape), non_blocking=True)
+        self._coming[slot] = x, self._stream.record_event()

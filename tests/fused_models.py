@@ -1,0 +1,59 @@
+"""Tiny models three ways: fused, PEFT on bitsandbytes, and PEFT on the same weights dequantized, in float64."""
+
+from pathlib import Path
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+
+from qlora_ray.model.adapter import add_adapter, trainable
+from qlora_ray.model.base import load_base
+from qlora_ray.model.fused import fuse
+from qlora_ray.worker.loss import sum_of_nats
+from tests.integration import tiny_models
+
+
+def build(folder: Path | str, dtype: torch.dtype, device: str = "cpu", fused: bool = True, **model) -> PeftModel:
+    """A 4-bit base with a LoRA whose B is not zero."""
+    config = tiny_models.make_config(str(folder), model=model)
+    base = load_base(config.model, config.quantization, str(dtype).removeprefix("torch."), torch.device(device))
+    adapted = add_adapter(base, config.model, dtype, seed=0)
+    for parameter in adapted.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in trainable(adapted).items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    if fused:
+        fuse(adapted)
+    return adapted.train()
+
+
+def build_reference(folder: Path | str, device: str = "cpu", **model) -> PeftModel:
+    """The float32 model of `build` with each 4-bit layer replaced by a dense one of the same values, in float64."""
+    adapted = build(folder, torch.float32, device, fused=False, **model)
+    for parent in list(adapted.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Linear4bit):
+                dense = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+                values = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+                dense.weight, dense.bias = torch.nn.Parameter(values, requires_grad=False), layer.bias
+                setattr(parent, name, dense)
+    return adapted.double()
+
+
+def nats_and_gradients(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Sum of nats of a batch, and the gradient of each LoRA matrix, in float64."""
+    device = next(model.parameters()).device
+    nats = sum_of_nats(model, {name: values.to(device) for name, values in batch.items()})
+    nats.backward()
+    gradients = {name: parameter.grad.double() for name, parameter in trainable(model).items()}
+    model.zero_grad()
+    return float(nats.detach()), gradients
+
+
+def error(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """Largest relative error of a matrix: |g - exact| / |exact|."""
+    return max(float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact)

@@ -1,0 +1,146 @@
+"""The fused path on a GPU: Triton kernels against plain PyTorch, whole models against PEFT on bitsandbytes."""
+
+import pytest
+import torch
+
+from qlora_ray.model.fused import keep
+from qlora_ray.model.recompute import Choice, Keep
+from tests import fused_models
+from tests.integration import tiny_models
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def random(*shape, dtype):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def assert_close(ours: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype):
+    error = (ours.double() - plain.double()).norm() / plain.double().norm()
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_dequantized_weights_are_bitsandbytes_bit_for_bit(dtype, quant_type, double_quant):
+    from bitsandbytes.nn import Params4bit
+
+    from qlora_ray.model import ops_plain, ops_triton
+
+    weight = Params4bit(
+        random(1536, 4096, dtype=dtype) * 0.02, requires_grad=False, quant_type=quant_type,
+        compress_statistics=double_quant,
+    ).to("cuda")  # fmt: skip
+    ours, theirs = (torch.full((1536, 4096 + 48), 7.0, device="cuda", dtype=dtype) for _ in range(2))
+    ops_triton.dequantize(weight, ours[:, :4096])
+    ops_plain.dequantize(weight, theirs[:, :4096])
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [4096, 3584, 96])
+def test_norm_and_its_gradient(dtype, width):
+    from qlora_ray.model import ops_plain, ops_triton
+
+    x, added, weight = random(70, width, dtype=dtype), random(70, width, dtype=dtype), random(width, dtype=dtype)
+    outcomes = []
+    for ops in (ops_triton, ops_plain):
+        total, out = added.clone(), torch.zeros(70, width + 16, device="cuda", dtype=dtype)
+        inverse = ops.rms_norm(x, total, weight, 1e-5, out[:, :width])
+        outcomes.append((out, total, ops.rms_norm_backward(out[:, :width], total, weight, inverse, x)))
+    for ours, plain in zip(*outcomes, strict=True):
+        assert_close(ours, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("heads, few, size", [(32, 8, 128), (28, 4, 128), (14, 2, 64)])
+def test_rotation_and_its_gradient(dtype, heads, few, size):
+    from qlora_ray.model import ops_plain, ops_triton
+
+    angles = torch.rand(24, size // 2, device="cuda").repeat(1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    rows = random(48, heads + 2 * few, size, dtype=dtype)
+    gradients = [random(2, 24, count, size, dtype=dtype).transpose(1, 2) for count in (heads, few, few)]
+    outcomes = []
+    for ops in (ops_triton, ops_plain):
+        rotated, back = rows.clone(), torch.zeros(48, (heads + 2 * few) * size, device="cuda", dtype=dtype)
+        ops.rotate(rotated[:, : heads + few], cos, sin)
+        ops.rotate_backward(*gradients, cos, sin, back)
+        outcomes.append((rotated, back))
+    for ours, plain in zip(*outcomes, strict=True):
+        assert_close(ours, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rank", [None, 8, 16, 40, 256])
+def test_swiglu_and_its_gradient(dtype, rank):
+    from qlora_ray.model import ops_plain, ops_triton
+
+    gate_up, grad = random(70, 2 * 1000, dtype=dtype), random(70, 1000, dtype=dtype)
+    dz, a = (random(70, rank, dtype=dtype), random(rank, 1000, dtype=dtype)) if rank else (None, None)
+    outcomes = []
+    for ops in (ops_triton, ops_plain):
+        out, h, back = torch.zeros_like(grad), grad.clone(), gate_up.clone()
+        ops.swiglu(gate_up, out)
+        ops.swiglu_backward(h, dz, a, back)
+        outcomes.append((out, h, back))
+    for ours, plain in zip(*outcomes, strict=True):
+        assert_close(ours, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_cross_entropy_and_its_gradient(dtype):
+    from qlora_ray.model import ops_plain, ops_triton
+
+    logits, labels = random(70, 50_001, dtype=dtype) * 3, torch.randint(0, 50_001, (70,), device="cuda")
+    labels[::7] = -100
+    outcomes = []
+    for ops in (ops_triton, ops_plain):
+        gradient = logits.clone()
+        outcomes.append((ops.cross_entropy(gradient, labels, -100, 1.0), gradient))
+    for ours, plain in zip(*outcomes, strict=True):
+        assert_close(ours, plain, dtype)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    families = ("llama", "mistral", "qwen2", "gemma2")
+    return {family: tiny_models.save(family, tmp_path_factory.mktemp(family)) for family in families}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2"])
+def test_gradients_are_those_of_peft_in_float64(folders, family):
+    nats, gradients = fused_models.nats_and_gradients(
+        fused_models.build(folders[family], torch.float32, "cuda"), tiny_models.batch()
+    )
+    exact_nats, exact = fused_models.nats_and_gradients(
+        fused_models.build_reference(folders[family], "cuda"), tiny_models.batch()
+    )
+    assert nats == pytest.approx(exact_nats, rel=1e-5)
+    assert fused_models.error(gradients, exact) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_rounding_in_16_bit_is_no_worse_than_pefts(folders, family, dtype):
+    def error(fused: bool) -> float:
+        model = fused_models.build(folders[family], dtype, "cuda", fused=fused)
+        return fused_models.error(fused_models.nats_and_gradients(model, tiny_models.batch())[1], exact)
+
+    _, exact = fused_models.nats_and_gradients(
+        fused_models.build_reference(folders[family], "cuda"), tiny_models.batch()
+    )
+    assert error(fused=True) < 1.25 * error(fused=False)
+
+
+@pytest.mark.parametrize("level", Keep)
+def test_what_is_kept_for_backward_changes_no_bit(folders, level):
+    model = fused_models.build(folders["llama"], torch.bfloat16, "cuda")
+    nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
+    keep(model, Choice((level,) * 2))
+    for _ in range(2):
+        again, others = fused_models.nats_and_gradients(model, tiny_models.batch())
+        assert again == nats
+        assert all(torch.equal(gradients[name], others[name]) for name in gradients)

@@ -1,0 +1,112 @@
+"""What is kept for backward: within the budget, faster with more memory; and the door that says what fits."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qlora_ray import fit, forecast
+from qlora_ray.config import Config, ConfigError
+from qlora_ray.model.facts import BaseFacts
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, activation_bytes, choose
+from tests.integration import tiny_models
+
+LLAMA_8B = LayerShape(hidden=4096, inner=14336, queries=4096, keys=1024, rank=16, element_bytes=2)
+LAYERS, TOKENS, VOCABULARY = 32, 8192, 128256
+BUDGETS_GIB = (0.5, 1, 1.3, 2, 4, 8, 12, 16, 24, 28, 30, 34, 40, 44, 100)
+
+
+def chosen(budget_gib: float, may_hold: bool = True) -> Choice:
+    return choose(LLAMA_8B, LAYERS, TOKENS, VOCABULARY, budget_gib * 2**30, may_hold)
+
+
+def peak_gib(choice: Choice) -> float:
+    return activation_bytes(LLAMA_8B, choice, TOKENS, VOCABULARY) / 2**30
+
+
+def seconds(choice: Choice) -> float:
+    """Recomputation in units of a product's time; holding weights is worth less than any of it."""
+    again = sum(LLAMA_8B.repeated_flops(level, 2048) + 1e6 * level for level in choice.levels)
+    return again - choice.num_holding_weights
+
+
+@pytest.mark.parametrize("budget_gib", BUDGETS_GIB)
+def test_choice_stays_within_a_budget_that_the_leanest_fits(budget_gib):
+    leanest = Choice((Keep.HOST,) * LAYERS)
+    if budget_gib < peak_gib(leanest):
+        assert chosen(budget_gib) == leanest
+    else:
+        assert peak_gib(chosen(budget_gib)) <= budget_gib
+
+
+def test_more_memory_is_never_slower_and_is_used():
+    choices = [chosen(budget) for budget in BUDGETS_GIB]
+    assert [seconds(c) for c in choices] == sorted((seconds(c) for c in choices), reverse=True)
+    for budget, choice in zip(BUDGETS_GIB, choices, strict=True):
+        if 2 <= budget <= 40:
+            assert peak_gib(choice) > 0.95 * budget
+    assert chosen(100) == Choice((Keep.ALL,) * LAYERS, LAYERS)
+    assert chosen(100, may_hold=False) == Choice((Keep.ALL,) * LAYERS)
+
+
+def test_forecast_is_what_an_h200_measured():
+    """benchmarks/README.md: Llama-3.1-8B shape, 4 x 2048, r=16, ZeRO stage 3."""
+    widths = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
+              "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
+              "mlp.down_proj": (4096, 14336)}  # fmt: skip
+    linear = tuple((f"model.layers.{i}.{name}", *size) for i in range(LAYERS) for name, size in widths.items())
+    num_linear = sum(rows * columns for _, rows, columns in linear)
+    facts = BaseFacts(
+        "llama", num_linear + 2 * VOCABULARY * 4096, num_linear, 0, LAYERS, 4096, VOCABULARY, linear, 8192, ""
+    )
+    config = Config()
+    trainable = 16 * sum(rows + columns for _, rows, columns in linear)
+    known = forecast.sizes(config, facts, trainable, 3, "bfloat16")
+    assert known.layer == LLAMA_8B
+    measured = {Choice((Keep.ALL,) * LAYERS): 33.60, Choice((Keep.ALL,) * LAYERS, LAYERS): 46.68}
+    for choice, peak in measured.items():
+        assert forecast.peak_gib(forecast.memory_gib(known, TOKENS, choice)) == pytest.approx(peak, rel=0.02)
+
+
+def test_dropout_and_unknown_families_have_no_fused_layers(tmp_path):
+    from qlora_ray.model.facts import read_facts
+
+    llama, gemma = (read_facts(tiny_models.save(family, tmp_path / family)) for family in ("llama", "gemma2"))
+    assert forecast.layer_shape(Config(), llama, 2) is not None
+    assert forecast.layer_shape(Config.model_validate({"model": {"lora_dropout": 0.1}}), llama, 2) is None
+    assert forecast.layer_shape(Config(), gemma, 2) is None
+
+
+def test_plan_door_answers_within_a_second_and_loads_nothing_heavy(tmp_path):
+    base = tiny_models.save("llama", tmp_path)
+    code = (
+        "import sys, time; began = time.perf_counter()\n"
+        "from qlora_ray import fit\n"
+        f"assert fit.main(['model.base_model={base}', 'model.lora_dropout=0', '--gpus', '2', '--gib', '24']) == 0\n"
+        "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
+        "print(time.process_time())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert ran.returncode == 0, ran.stderr
+    *table, used = ran.stdout.splitlines()
+    assert "ZeRO stage 3, 2 x 24 GiB" in table[0]
+    assert "layers: 2 keep all" in ran.stdout
+    assert float(used) < 1
+
+
+def test_plan_door_says_what_does_not_fit(tmp_path):
+    base = tiny_models.save("llama", tmp_path)
+    config = Config.model_validate({"model": {"base_model": base}})
+    assert "does not fit" in fit.answer(config, 0.001, "H100")
+    assert "does not fit" not in fit.answer(config, 80, "H100")
+
+
+def test_plan_door_refuses_a_base_that_is_not_there(capsys):
+    began = time.perf_counter()
+    assert fit.main(["model.base_model=/nowhere"]) == 2
+    assert "model.base_model=/nowhere" in capsys.readouterr().err
+    assert time.perf_counter() - began < 5
+    with pytest.raises(ConfigError):
+        fit.answer(Config.model_validate({"model": {"base_model": "/nowhere"}}), 80, "H100")

@@ -1,0 +1,136 @@
+"""The fused arithmetic is PEFT's on bitsandbytes: values, gradients, names, and what it leaves to PEFT."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from qlora_ray.model.adapter import trainable
+from qlora_ray.model.fused import fuse, fused_layers, keep, leaf_modules
+from qlora_ray.model.recompute import Choice, Keep
+from tests import fused_models
+from tests.integration import tiny_models
+
+FUSED = ("llama", "mistral", "qwen2")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {
+        family: tiny_models.save(family, tmp_path_factory.mktemp(family)) for family in (*FUSED, "gemma2", "gpt_neox")
+    }
+
+
+@pytest.mark.parametrize("family", [*FUSED, "gemma2", "gpt_neox"])
+def test_gradients_are_those_of_peft_in_float64(folders, family):
+    nats, gradients = fused_models.nats_and_gradients(
+        fused_models.build(folders[family], torch.float32), tiny_models.batch()
+    )
+    exact_nats, exact = fused_models.nats_and_gradients(
+        fused_models.build_reference(folders[family]), tiny_models.batch()
+    )
+    assert nats == pytest.approx(exact_nats, rel=1e-6)
+    assert fused_models.error(gradients, exact) < 1e-5
+
+
+@pytest.mark.parametrize("family", [*FUSED, "gemma2"])
+def test_rounding_in_bfloat16_is_no_worse_than_pefts(folders, family):
+    def error(fused: bool) -> float:
+        model = fused_models.build(folders[family], torch.bfloat16, fused=fused)
+        return fused_models.error(fused_models.nats_and_gradients(model, tiny_models.batch())[1], exact)
+
+    _, exact = fused_models.nats_and_gradients(fused_models.build_reference(folders[family]), tiny_models.batch())
+    assert error(fused=True) < 1.25 * error(fused=False)
+
+
+@pytest.mark.parametrize("level", Keep)
+def test_what_is_kept_for_backward_changes_no_bit(folders, level):
+    model = fused_models.build(folders["qwen2"], torch.bfloat16)
+    nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
+    keep(model, Choice((level,) * 2))
+    again, others = fused_models.nats_and_gradients(model, tiny_models.batch())
+    assert again == nats
+    assert all(torch.equal(gradients[name], others[name]) for name in gradients)
+
+
+def test_weights_held_dequantized_change_no_bit(folders):
+    model = fused_models.build(folders["llama"], torch.bfloat16)
+    before = fused_models.nats_and_gradients(model, tiny_models.batch())[1]
+    keep(model, Choice((Keep.ALL,) * 2, num_holding_weights=2))
+    for _ in range(2):  # the first pass fills, the second reads
+        after = fused_models.nats_and_gradients(model, tiny_models.batch())[1]
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    for parameter in trainable(model).values():
+        parameter.data.mul_(1.5)  # an optimizer step: held weights must not hold the LoRA
+    fresh = fused_models.build(folders["llama"], torch.bfloat16)
+    for name, parameter in trainable(fresh).items():
+        parameter.data.copy_(trainable(model)[name])
+    expected = fused_models.nats_and_gradients(fresh, tiny_models.batch())[1]
+    after = fused_models.nats_and_gradients(model, tiny_models.batch())[1]
+    assert all(torch.equal(expected[name], after[name]) for name in expected)
+
+
+def test_partly_adapted_layers_are_fused_too(folders):
+    adapted = {"target_modules": ["q_proj", "up_proj"]}
+    model = fused_models.build(folders["llama"], torch.float32, **adapted)
+    assert len(fused_layers(model)) == 2
+    nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
+    exact_nats, exact = fused_models.nats_and_gradients(
+        fused_models.build_reference(folders["llama"], **adapted), tiny_models.batch()
+    )
+    assert nats == pytest.approx(exact_nats, rel=1e-6)
+    assert fused_models.error(gradients, exact) < 1e-5
+
+
+def test_parameter_names_and_state_dict_stay_pefts(folders, tmp_path):
+    fused = fused_models.build(folders["llama"], torch.float32)
+    plain = fused_models.build(folders["llama"], torch.float32, fused=False)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in fused.named_modules()] == [name for name, _ in plain.named_modules()]
+    fused.save_pretrained(tmp_path)
+    base = fused_models.build(folders["llama"], torch.float32, fused=False).unload()
+    reloaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(tiny_models.logits(reloaded), tiny_models.logits(fused), rtol=1e-5, atol=1e-5)
+
+
+def test_generation_and_disabled_adapters_take_pefts_own_path(folders):
+    fused = fused_models.build(folders["llama"], torch.float32).eval()
+    plain = fused_models.build(folders["llama"], torch.float32, fused=False).eval()
+    prompt = {"input_ids": tiny_models.batch()["input_ids"], "do_sample": False, "max_new_tokens": 8, "use_cache": True}
+    assert torch.equal(fused.generate(**prompt), plain.generate(**prompt))
+    with fused.disable_adapter(), plain.disable_adapter():
+        assert torch.equal(tiny_models.logits(fused), tiny_models.logits(plain))
+
+
+@pytest.mark.parametrize(
+    "setting, reason",
+    [({"lora_dropout": 0.1}, "model.lora_dropout is not 0"), ({"lora_variant": "dora"}, "it is a DoraLinearVariant")],
+)
+def test_what_the_fused_path_cannot_do_is_left_to_peft_with_a_line(folders, setting, reason, caplog):
+    model = fused_models.build(folders["llama"], torch.float32, fused=False, **setting)
+    with caplog.at_level("INFO"):
+        line = fuse(model)
+    assert line in caplog.text
+    assert line == f"fused: 0 decoder layers, 0 other projections; left to PEFT: 14 x {reason}"
+    assert leaf_modules(model) == []
+
+
+def test_padding_on_the_right_needs_no_mask(folders):
+    model = fused_models.build(folders["llama"], torch.float32)
+    batch = tiny_models.batch()
+    padded = {name: torch.nn.functional.pad(values, (0, 8), value=5) for name, values in batch.items()}
+    padded["labels"][:, 24:] = -100
+    nats, gradients = fused_models.nats_and_gradients(model, batch)
+    nats_padded, gradients_padded = fused_models.nats_and_gradients(model, padded)
+    assert nats_padded == pytest.approx(nats, rel=1e-6)
+    assert fused_models.error(gradients_padded, gradients) < 1e-5
+
+
+def test_packed_samples_are_those_in_rows_of_their_own(folders):
+    model = fused_models.build(folders["llama"], torch.float32)
+    batch = tiny_models.batch()
+    ids, labels = batch["input_ids"].reshape(1, -1), batch["labels"].reshape(1, -1)  # both rows in one
+    positions = torch.arange(24).repeat(2)[None]
+    apart = fused_models.nats_and_gradients(model, batch)
+    packed = fused_models.nats_and_gradients(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
+    assert packed[0] == pytest.approx(apart[0], rel=1e-6)
+    assert fused_models.error(packed[1], apart[1]) < 1e-5
