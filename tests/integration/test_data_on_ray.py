@@ -1,6 +1,7 @@
 """Ray Data tokenizes and carries: the same samples and rows as without it."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -23,6 +24,9 @@ def ray():
     cluster.set_environment(Config(), debug=False)
     cluster.start_ray(Config(), debug=False)
     yield ray
+    for thread in threading.enumerate():  # one that asked Ray for rows after its end would end this process
+        if thread.name == "ray-data" or thread.name.startswith("StreamingExecutor"):
+            thread.join(60)
     ray.shutdown()
 
 
