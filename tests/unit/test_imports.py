@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "generate": {"config", "model", "use"},
     "evaluate": {"config", "model", "use", "generate"},
     "export": {"config", "model", "use", "generate"},
+    "report.__main__": {"report"},
     "data.__main__": {"config", "storage", "data", "model", "plan", "cluster", "train"},
     "cli": {"config"},  # the doors it opens by name
 }  # fmt: skip
@@ -92,7 +93,19 @@ def test_only_the_engine_imports_deepspeed():
 
 @pytest.mark.parametrize(
     "module",
-    ["config", "plan", "fit", "cli", "train", "data.stats", "model.facts", "model.record", "generate", "evaluate", "export"],
+    [
+        "config",
+        "plan",
+        "fit",
+        "cli",
+        "train",
+        "data.stats",
+        "model.facts",
+        "model.record",
+        "generate",
+        "evaluate",
+        "export",
+    ],
 )
 def test_what_must_answer_at_once_loads_nothing_heavy(module):
     code = f"import sys, qlora_ray.{module}; print([name for name in {HEAVY!r} if name in sys.modules])"
