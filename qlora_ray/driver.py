@@ -44,7 +44,7 @@ class Driver:
         from qlora_ray import report, screen
         from qlora_ray.worker.channel import Channel
 
-        channel = Channel.remote()
+        channel = Channel.remote()  # type: ignore[attr-defined]  # what ray.remote makes of the class
         fit = _Fit(lambda: self._make_trainer(channel), channel, self._config)
         with self._quiet(), screen.Progress(self._plan) as progress:
             try:

@@ -19,7 +19,7 @@ from qlora_ray.model.answer import answer_texts, exact_match, token_f1
 from qlora_ray.model.record import Adapter
 from qlora_ray.storage import open_folder
 from qlora_ray.use.load import Loaded
-from qlora_ray.worker.batches import to_tensors
+from qlora_ray.worker.batches import slices, to_tensors
 from qlora_ray.worker.evaluate import PROMPTS_PER_BATCH
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
@@ -79,8 +79,8 @@ def loss_of(loaded: Loaded, rows: pa.Table, batch_size: int) -> tuple[dict[str, 
     """loss (nats per unmasked token) and perplexity over all rows; and the number of unmasked tokens."""
     nats = tokens = 0.0
     with torch.no_grad():
-        for first in range(0, rows.num_rows, batch_size):
-            batch = to_tensors(rows.slice(first, batch_size), loaded.tokenizer.pad_token_id, loaded.device)
+        for some in slices(rows, batch_size):
+            batch = to_tensors(some, loaded.tokenizer.pad_token_id, loaded.device)
             nats += float(sum_of_nats(loaded.model, batch))
             tokens += int(num_label_tokens(batch))
     loss = nats / tokens

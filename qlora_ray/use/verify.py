@@ -50,7 +50,8 @@ def measure(loaded: Loaded, merged: Any, examples: Examples, num_rows: int, max_
         for some in slices(rows, ROWS_PER_BATCH):
             batch = to_tensors(some, loaded.tokenizer.pad_token_id, loaded.device)
             ours, theirs = (_logits(model, batch) for model in (loaded.model, merged))  # each (B, T, V) float32
-            is_real = batch["attention_mask"].bool()
+            lengths = torch.tensor([len(ids) for ids in some["input_ids"]], device=loaded.device)
+            is_real = torch.arange(batch["input_ids"].shape[1], device=loaded.device) < lengths[:, None]  # (B, T)
             ours, theirs, labels = ours[:, :-1], theirs[:, :-1], batch["labels"][:, 1:]
             is_real = is_real[:, 1:]
             p, q = ours.log_softmax(-1), theirs.log_softmax(-1)

@@ -1,6 +1,8 @@
 """Rows to tensors: what one forward pass reads."""
 
 # B rows in a micro-batch, T tokens per row
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -34,3 +36,9 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
             values = rows[name].combine_chunks()
             batch[name][is_token] = values.values.to_numpy()[values.offsets[0].as_py() : values.offsets[-1].as_py()]
     return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
+
+
+def slices(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    """Consecutive tables of `size` rows; the last may be shorter."""
+    for start in range(0, table.num_rows, size):
+        yield table.slice(start, size)
