@@ -79,7 +79,8 @@ def measure(loaded: Loaded, merged: Any, examples: Examples, num_rows: int, max_
 
 
 def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits.float()
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    return model(**inputs, use_cache=False).logits.float()
 
 
 def _greedy(loaded: Loaded, merged: Any, prompts: list[dict[str, Any]], max_new_tokens: int) -> tuple[int, int]:
