@@ -146,7 +146,7 @@ def test_adapter_outside_its_run_needs_a_file(refused, copied):
 def test_unusable_records(refused, trained, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"instruction": "x"}\n')
     message = refused(evaluate, "--adapter", trained, "--file", tmp_path / "bad.jsonl")
-    assert "1 of 1 records cannot be used; record 1: no `output`" in message
+    assert "1 of 1 records cannot be used" in message and "no `output` (1x, first: line 1)" in message
     assert "no such file" in refused(evaluate, "--adapter", trained, "--file", tmp_path / "no.jsonl")
 
 
