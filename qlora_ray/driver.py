@@ -39,14 +39,18 @@ class Driver:
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, to Ctrl-C or to failure; write summary.json and report.html; return the summary."""
+        from qlora_ray.worker.channel import Channel
+
+        with self._quiet():
+            return self._fit(Channel.remote())  # type: ignore[attr-defined]  # what ray.remote makes of the class
+
+    def _fit(self, channel: Any) -> dict[str, Any]:
         import ray
 
         from qlora_ray import report, screen
-        from qlora_ray.worker.channel import Channel
 
-        channel = Channel.remote()  # type: ignore[attr-defined]  # what ray.remote makes of the class
         fit = _Fit(lambda: self._make_trainer(channel), channel, self._config)
-        with self._quiet(), screen.Progress(self._plan) as progress:
+        with screen.Progress(self._plan) as progress:
             try:
                 while fit.is_running():
                     self._listen(ray.get(channel.take.remote(), timeout=60), progress)

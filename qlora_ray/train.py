@@ -1,6 +1,7 @@
 """python -m qlora_ray.train: from a YAML file to an adapter. The driver's side of a run."""
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import json
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(config: Config, config_name: str, resume: bool, debug: bool, began: float) -> int:
-    from qlora_ray import cluster, storage
+    from qlora_ray import cluster, screen, storage
     from qlora_ray.data.check import check_records
     from qlora_ray.plan import Hardware, check_workers_fit, refuse_early
     from qlora_ray.trackers import check_installed
@@ -82,8 +83,9 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
     try:
         return _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began)
     finally:
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
+        if "ray" in sys.modules:  # what it says of processes that end now goes nowhere
+            with contextlib.nullcontext() if debug else screen.chatter_goes_to(os.devnull):
+                sys.modules["ray"].shutdown()
 
 
 def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) -> int:
