@@ -83,6 +83,7 @@ def test_run_that_loses_worker_controller_and_patience_ends_with_the_bits_of_one
     assert "raylet" not in out + err and "Traceback" not in out + err
 
 
+@pytest.mark.slow
 def test_failure_that_repeats_without_progress_ends_the_run_after_three_tries_with_its_cause(
     storage, tmp_path, monkeypatch
 ):

@@ -1,0 +1,49 @@
+"""When a run gives up: what failed would fail again."""
+
+import pytest
+
+from qlora_ray.failures import likely_cause
+from qlora_ray.worker.channel import DEATH, FREEZE, Channel
+
+
+@pytest.fixture
+def channel():
+    return Channel.__ray_metadata__.modified_class()
+
+
+def fail(channel, step: int, cause: str) -> None:
+    channel.tell({"kind": "step", "step": step})
+    channel.tell({"kind": "failed", "cause": cause})
+
+
+def test_third_failure_of_one_kind_at_one_step_is_the_last(channel):
+    for _ in range(2):
+        fail(channel, 7, "worker 1: ValueError: x")
+        assert channel.reason_to_give_up() is None
+    fail(channel, 7, "worker 1: ValueError: x")
+    assert "3 times after step 7, without progress: worker 1: ValueError: x" in channel.reason_to_give_up()
+
+
+def test_progress_or_another_cause_between_failures_lets_a_run_go_on(channel):
+    for step in (7, 7, 8, 8):
+        fail(channel, step, "worker 1: ValueError: x")
+        assert channel.reason_to_give_up() is None
+    fail(channel, 8, "worker 0: OSError: y")
+    assert channel.reason_to_give_up() is None
+
+
+@pytest.mark.parametrize("end", [DEATH, FREEZE])
+def test_processes_ended_from_outside_say_nothing_about_the_next_time(channel, end):
+    for _ in range(9):
+        fail(channel, 7, f"worker 1 {end}")
+    assert channel.reason_to_give_up() is None
+
+
+def test_what_trying_again_cannot_mend_ends_the_run_at_once(channel):
+    channel.tell({"kind": "fatal", "message": "worker 1 is out of memory"})
+    assert channel.reason_to_give_up() == "worker 1 is out of memory"
+
+
+def test_cause_is_the_error_that_the_others_follow_from():
+    errors = {0: RuntimeError("[gloo] Connection closed by peer"), 1: ValueError("bad row\nmore")}
+    assert likely_cause(errors) == "worker 1: ValueError: bad row"
