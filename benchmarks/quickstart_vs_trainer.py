@@ -57,7 +57,8 @@ def train_with_qlora_ray(steps: int) -> dict[str, float]:
             check=True, capture_output=True,
         )  # fmt: skip
         seconds = time.perf_counter() - began
-        lines = [json.loads(line) for line in (Path(storage) / "bench" / "metrics.jsonl").read_text().splitlines()]
+        entries = [json.loads(line) for line in (Path(storage) / "bench" / "metrics.jsonl").read_text().splitlines()]
+        lines = [entry for entry in entries if "loss" in entry]  # others time validations and checkpoints
         summary = json.loads((Path(storage) / "bench" / "summary.json").read_text())
     in_steps, before = 0.0, 0
     for line in lines:

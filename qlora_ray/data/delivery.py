@@ -16,6 +16,7 @@ from qlora_ray.data.spread import quiet_ray_data
 from qlora_ray.storage import Folder
 
 MICRO_BATCHES_PER_TASK = 64
+MICRO_BATCHES_AT_ONCE = 512
 MICRO_BATCHES_AHEAD = 8
 
 
@@ -110,18 +111,33 @@ class _Carried:
 
 
 def _stream_of_ray(stream: Stream) -> Iterator[pa.Table]:
+    import ray
+
+    size = stream.order.micro_batch_size
+    for first in range(MICRO_BATCHES_PER_TASK, stream.num_micro_batches, MICRO_BATCHES_AT_ONCE):
+        count = min(MICRO_BATCHES_AT_ONCE, stream.num_micro_batches - first)
+        for block in _made_by_ray(stream, first, count):
+            table = ray.get(block)
+            yield from (table.slice(start, size) for start in range(0, table.num_rows, size))
+
+
+def _made_by_ray(stream: Stream, first: int, count: int) -> list[Any]:
+    """Tables in the object store, of the micro-batches from stream position `first` on, in order.
+
+    Made to the end before any is read: while it executes, Ray Data's scheduler turns round and round in a thread of
+    this process, and the training thread beside it takes twice its time.
+    """
     import ray.data
 
     quiet_ray_data()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    count = stream.num_micro_batches - MICRO_BATCHES_PER_TASK
     positions = ray.data.range(count, override_num_blocks=-(-count // MICRO_BATCHES_PER_TASK))
-    task: Any = _rows_after_the_first
-    rows = positions.map_batches(task, fn_args=(stream,), batch_size=None, batch_format="numpy", num_cpus=0.5)
-    yield from rows.iter_batches(
-        batch_size=stream.order.micro_batch_size, batch_format="pyarrow", prefetch_batches=2, drop_last=False
-    )
+    task: Any = _rows_after
+    rows = positions.map_batches(
+        task, fn_args=(stream, first), batch_size=None, batch_format="numpy", num_cpus=0.5
+    ).materialize()
+    return rows.to_arrow_refs()
 
 
-def _rows_after_the_first(batch: dict[str, np.ndarray], stream: Stream) -> pa.Table:
-    return rows_at({"id": batch["id"] + MICRO_BATCHES_PER_TASK}, stream)
+def _rows_after(batch: dict[str, np.ndarray], stream: Stream, first: int) -> pa.Table:
+    return rows_at({"id": batch["id"] + first}, stream)

@@ -1,6 +1,6 @@
 """Saves that are killed at every sync and rename: python -m tests.chaos.killed_saves FOLDER KEEP.
 
-Each save runs in a forked child that kills itself before (even numbers) or after (odd) one fsync or rename. Whatever the
+Each save runs in a forked child that kills itself before (even number) or after one fsync or rename. Whatever the
 moment, a whole checkpoint is left, and what else was left is in nobody's way. Prints the number of moments.
 """
 
