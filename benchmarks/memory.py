@@ -84,6 +84,7 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
         ids = torch.randint(3, shape["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
         batch = {"input_ids": ids.cuda(), "labels": ids.cuda()}
         engine.backward(sum_of_nats(engine, batch) / num_label_tokens(batch))
+        engine.add_up(1)
         engine.step(1e-4)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30  # DeepSpeed never lets go of an earlier case's model
     return {"shape": f"{name}, {LAYERS} layers", "rows": rows, "length": length, "rank": rank, "kept": str(choice),

@@ -123,6 +123,7 @@ def ours(arguments, shape: dict):
         loss = nats / num_label_tokens(batch)
         lap("forward")
         engine.backward(loss)
+        engine.add_up(1)
         lap("backward")
         engine.step(LEARNING_RATE)
         lap("step")

@@ -41,7 +41,7 @@ def start_ray(config: Config, debug: bool) -> Hardware:
     where = address(config)
     # One CPU more than there are cores, for the data tasks: Ray Data starts none where the workers hold every CPU.
     private: dict[str, Any] = {} if where else {"num_cpus": cores + 1, "include_dashboard": False}
-    threads = max(1, cores // config.ray.num_workers)
+    threads = max(1, cores // config.ray.max_workers)
     try:
         ray.init(
             address=where,

@@ -106,6 +106,8 @@ class TrainingConfig(Section):
     """Validate every so many steps; default: five times a run."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after so many validations in a row without a better eval_loss."""
+    max_skipped_steps: int = Field(5, ge=1)
+    """A step whose gradient is not finite is skipped on all workers; after so many in a row the run ends."""
 
 
 class DataSource(Section):
@@ -188,8 +190,11 @@ class DeepSpeedConfig(Section):
 class RayConfig(Section):
     address: str | None = None
     """Address of a running cluster ("auto" inside one); default: a private Ray on this machine."""
-    num_workers: int = Field(1, ge=1)
-    """Ray Train workers, one GPU each (or CPU shares). The ZeRO group is all of them."""
+    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    """Ray Train workers, one GPU each (or CPU shares). The ZeRO group is all of them. [min, max]: as many as there is
+    room for, more or fewer as nodes come and go; the result does not depend on how many."""
+    elastic_resize_monitor_interval_s: float = Field(30, gt=0)
+    """Seconds between looks for room for more workers, with [min, max]."""
     use_gpu: bool | Literal["auto"] = "auto"
     """auto: if the cluster has any."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
@@ -200,6 +205,21 @@ class RayConfig(Section):
     """Name of the run directory; default: the config's name and the time."""
     max_failures: int = Field(3, ge=0)
     """Restarts from the last checkpoint after a failure. One that repeats without progress ends the run after three."""
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @field_validator("num_workers")
+    @classmethod
+    def _least_workers_come_first(cls, num_workers):
+        if not isinstance(num_workers, int) and num_workers[0] > num_workers[1]:
+            raise ValueError("the first of [min, max] must not be the larger")
+        return num_workers
 
     @field_validator("run_name")
     @classmethod

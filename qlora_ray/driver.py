@@ -101,7 +101,10 @@ class Driver:
             train_worker,
             train_loop_config=job,
             scaling_config=ScalingConfig(
-                num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.resources_per_worker
+                num_workers=self._config.ray.num_workers,  # type: ignore[arg-type]  # Ray annotates its old ScalingConfig
+                use_gpu=plan.use_gpu,
+                resources_per_worker=plan.resources_per_worker,
+                elastic_resize_monitor_interval_s=self._config.ray.elastic_resize_monitor_interval_s,  # type: ignore[call-arg]
             ),
             run_config=RunConfig(
                 name=f"{time.time_ns()}",

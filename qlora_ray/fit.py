@@ -40,9 +40,9 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     """
     base = read_facts(base_model_path(config.model.base_model))
     trainable = num_lora_parameters(config, base)
-    stage = 0 if config.deepspeed.zero_stage == "auto" and config.ray.num_workers == 1 else config.deepspeed.zero_stage
+    stage = 0 if config.deepspeed.zero_stage == "auto" and config.ray.max_workers == 1 else config.deepspeed.zero_stage
     known = forecast.sizes(config, base, trainable, 3 if stage == "auto" else stage, "bfloat16")
-    length, workers = config.training.max_length, config.ray.num_workers
+    length, workers = config.training.max_length, config.ray.max_workers
     resident = sum(forecast.resident_gib(known).values())
     lines = [
         f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters, LoRA r={config.model.lora_r}, "

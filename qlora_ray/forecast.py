@@ -25,7 +25,7 @@ class Sizes:
     double_quant: bool
     element_bytes: int
     stage: int
-    num_workers: int
+    num_workers: int  # the fewest: each then holds most
     layer: LayerShape | None  # None: decoder layers are not fused
 
 
@@ -35,7 +35,7 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
     quantization = config.quantization
     return Sizes(
         base, num_trainable, quantization.type != "none", quantization.double_quant, wide, stage,
-        config.ray.num_workers, layer_shape(config, base, wide),
+        config.ray.min_workers, layer_shape(config, base, wide),
     )  # fmt: skip
 
 

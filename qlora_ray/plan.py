@@ -40,7 +40,8 @@ class Hardware:
 class Plan:
     """Everything derived from the config, the data and the hardware."""
 
-    num_workers: int
+    num_workers: int  # at most
+    min_workers: int
     use_gpu: bool
     resources_per_worker: dict[str, float]
     compute_dtype: str
@@ -48,7 +49,7 @@ class Plan:
     recompute: str  # all, none, or auto: fused layers keep what the worker's memory has room for
     micro_batch_size: int
     micro_batches_per_step: int  # of all workers together
-    gradient_accumulation_steps: int  # of each worker
+    gradient_accumulation_steps: int  # of each worker, where all of num_workers are there
     steps_per_epoch: int
     num_steps: int
     warmup_steps: int
@@ -78,7 +79,7 @@ def make_plan(
     resources = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {}), **config.ray.resources_per_worker}
     check_workers_fit(config, resources, hardware)
     accumulation = _accumulation(config)
-    micro_batches = accumulation * config.ray.num_workers
+    micro_batches = accumulation * config.ray.max_workers
     steps_per_epoch = -(-data.num_rows // (micro_batches * config.training.batch_size))
     num_steps = config.training.max_steps or max(1, round(config.training.num_epochs * steps_per_epoch))
     compute_dtype = _compute_dtype(config, use_gpu, hardware)
@@ -90,7 +91,8 @@ def make_plan(
     known = forecast.sizes(config, base, trainable, zero_stage, compute_dtype)
     recompute = _recompute(config, use_gpu, known)
     plan = Plan(
-        num_workers=config.ray.num_workers,
+        num_workers=config.ray.max_workers,
+        min_workers=config.ray.min_workers,
         use_gpu=use_gpu,
         resources_per_worker=resources,
         compute_dtype=compute_dtype,
@@ -135,7 +137,7 @@ def refuse_early(config: Config, deepspeed_json: dict | None) -> None:
     dtype = config.quantization.compute_dtype
     if deepspeed_json:
         ours = deepspeed_defaults(config, stage, accumulation, dtype, num_trainable=1)
-        fixed = _fixed(ours, config.ray.num_workers)
+        fixed = _fixed(ours, config.ray.max_workers)
         if dtype == "auto":  # decided by the GPU
             fixed = {key: value for key, value in fixed.items() if key.split(".")[0] not in ("bf16", "fp16")}
         _refuse_contradictions(deepspeed_json, fixed)
@@ -165,7 +167,7 @@ def _memory_forecast(config: Config, known: Sizes, num_tokens: int, recompute: s
     choice = forecast.all_layers(known, level)
     if recompute == "auto" and config.training.memory_budget_gib:
         room = config.training.memory_budget_gib * GIB - sum(forecast.resident_gib(known).values()) * GIB
-        alone = config.ray.num_workers == 1
+        alone = config.ray.max_workers == 1
         choice = choose(known.layer, known.base.num_layers, num_tokens, known.base.vocab_size, room, may_hold=alone)
     return forecast.memory_gib(known, num_tokens, choice)
 
@@ -213,7 +215,7 @@ def _use_gpu(config: Config, hardware: Hardware) -> bool:
 
 def check_workers_fit(config: Config, resources: dict[str, float], hardware: Hardware) -> None:
     """Refuse more workers than the cluster can ever hold. Raises ConfigError."""
-    n = config.ray.num_workers
+    n = config.ray.min_workers
     held = {**hardware.other_resources, "CPU": hardware.num_cpus, "GPU": hardware.num_gpus}
     for name, each in resources.items():
         holds = held.get(name, 0)
@@ -235,7 +237,7 @@ def check_workers_fit(config: Config, resources: dict[str, float], hardware: Har
 
 
 def _accumulation(config: Config) -> int:
-    training, n = config.training, config.ray.num_workers
+    training, n = config.training, config.ray.max_workers
     if training.global_batch_size is None:
         return training.gradient_accumulation_steps
     each = training.batch_size * n
@@ -263,7 +265,7 @@ def _compute_dtype(config: Config, use_gpu: bool, hardware: Hardware) -> str:
 
 def _zero_stage(config: Config) -> int:
     ds = config.deepspeed
-    stage = ds.zero_stage if ds.zero_stage != "auto" else (3 if config.ray.num_workers > 1 else 0)
+    stage = ds.zero_stage if ds.zero_stage != "auto" else (3 if config.ray.max_workers > 1 else 0)
     if config.model.lora_variant == "dora" and stage == 3 and config.quantization.type != "none":
         raise ConfigError(
             "model.lora_variant=dora: PEFT's DoRA reads the base weight in backward, when ZeRO-3 has released it. "

@@ -94,8 +94,9 @@ class Progress:
 
     def show(self, entry: dict[str, Any]) -> None:
         """Show one logged step."""
+        loss = f"loss {entry['loss']:.4f}" if "loss" in entry else "no finite loss"
         now = (
-            f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.1e}  {entry['tokens_per_second']:,.0f} tokens/s  "
+            f"{loss}  lr {entry['learning_rate']:.1e}  {entry['tokens_per_second']:,.0f} tokens/s  "
             f"{entry['peak_memory_gib']:.1f} GiB"
         )
         self._bar.update(self._task, completed=entry["step"], description="training", now=now)

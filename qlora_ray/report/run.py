@@ -52,7 +52,8 @@ def wall_seconds(run: RunRecord) -> float | None:
     return max(times) - min(times) if times else None
 
 
-PHASES = ("data", "forward", "backward", "optimizer")  # of a step; per step in metrics.jsonl, as <phase>_seconds
+# Of a step; per step in metrics.jsonl, as <phase>_seconds.
+PHASES = ("data", "forward", "backward", "communication", "optimizer")
 BETWEEN = ("evaluation", "checkpoint")  # between steps; each time in a line of its own
 
 

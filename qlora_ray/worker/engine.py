@@ -1,5 +1,6 @@
 """The only home of DeepSpeed: builds the ZeRO engine, steps it, and takes its state apart by parameter name."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch.distributed as dist
 
 from qlora_ray.config import TrainingConfig
 from qlora_ray.model.adapter import trainable
-from qlora_ray.model.fused import is_fused, leaf_modules
+from qlora_ray.model.fused import leaf_modules
 from qlora_ray.worker.flat import FlatLora
+from qlora_ray.worker.stopwatch import Stopwatch
+from qlora_ray.worker.sums import OrderedSum
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 
@@ -35,25 +38,27 @@ class Engine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         groups = parameter_groups(trainable(model), training)
-        self._flat = FlatLora(model, [group["names"] for group in groups]) if is_fused(model) else None
-        self._parameters = self._flat.parameters if self._flat else trainable(model)
-        is_sharded = deepspeed_config["zero_optimization"]["stage"] == 3
-        if is_sharded:
+        self._flat = FlatLora(model, [group.pop("names") for group in groups], dist.get_world_size())
+        self._parameters = self._flat.parameters
+        self._is_sharded = deepspeed_config["zero_optimization"]["stage"] == 3
+        if self._is_sharded:
             _gather_as_one(model)
             _without_tracing()
         wholes = list(self._parameters.values())
-        for number, group in enumerate(groups):
-            names = group.pop("names")
-            group["params"] = [wholes[number]] if self._flat else [self._parameters[name] for name in names]
+        for whole, group in zip(wholes, groups, strict=True):
+            group["params"] = [whole]
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, fused=wholes[0].is_cuda)
         self._lr_ratios = [group.pop("lr_ratio") for group in optimizer.param_groups]
+        # Sum, norm and clipping are done here, in an order that does not depend on the number of workers.
+        self._max_grad_norm = deepspeed_config.get("gradient_clipping")
+        deepspeed_config = {**deepspeed_config, "gradient_clipping": 0.0, "gradient_accumulation_steps": 1}
+        deepspeed_config.pop("train_batch_size", None)  # of all workers that there may be; elastic runs have fewer
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
-        if self._flat:
-            if is_sharded:
-                _keep_resident(self._engine.optimizer, wholes)
-            model.register_forward_pre_hook(lambda *_: self._flat.attach(torch.is_grad_enabled()))  # after ZeRO's own
-        elif is_sharded:
-            _take_norms_at_once(self._engine.optimizer)
+        if self._is_sharded:
+            _keep_resident(self._engine.optimizer, wholes)
+        self._sum = OrderedSum(self._flat.numel, wholes[0].device)
+        self._grad_norm: torch.Tensor | None = None
+        model.register_forward_pre_hook(lambda *_: self._flat.attach())  # after ZeRO's own
         for state in self._torch_optimizer().state.values():  # some wrappers begin with an empty step: not counted
             state["step"].zero_()
 
@@ -62,38 +67,70 @@ class Engine:
         return self._engine.module
 
     def forward(self, **inputs: torch.Tensor) -> Any:
-        return self._engine(**inputs)
+        # Without stage 3 DeepSpeed has nothing to do before its step, and its hooks expect gradients to reduce.
+        return self._engine(**inputs) if self._is_sharded else self._engine.module(**inputs)
 
     __call__ = forward
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
-        if self._flat and not mode:  # generation does not pass by the hook
-            self._flat.attach(with_graph=False)
+        if not mode:  # generation does not pass by the hook
+            self._flat.attach()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of this worker's share of the global loss."""
-        # ZeRO averages gradients over workers (deepspeed/runtime/zero/stage3.py); x world size makes it a sum again.
-        self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        """Compute the gradient of a micro-batch's share of the global loss. Every worker must call this."""
+        if self._is_sharded:
+            self._engine.backward(loss, scale_wrt_gas=False)
+        else:
+            (loss * self._loss_scale()).backward()
 
-    def step(self, learning_rate: float) -> None:
-        """Finish a micro-batch; after the last of a step, update the weights with this learning rate."""
+    def add_up(self, num_present: int) -> None:
+        """Add what `backward` has computed on the first `num_present` workers. Every worker must call this."""
+        self._sum.add(self._flat.take_gradients(), num_present)
+
+    def step(self, learning_rate: float) -> bool:
+        """Update the weights with what `add_up` has added up; False where it is not finite, and nothing changes.
+
+        Every worker must call this, and every worker gets the same answer.
+        """
+        gradient = self._sum.take()
+        self._grad_norm = torch.linalg.vector_norm(gradient) / self._loss_scale()
+        if not self._engine.fp16_enabled() and not torch.isfinite(self._grad_norm):
+            return False
+        if self._max_grad_norm:
+            gradient *= (self._max_grad_norm / (self._grad_norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        for number, (name, part) in enumerate(self._flat.cut(gradient).items()):
+            self._set_gradient(number, self._parameters[name], part)
         for group, ratio in zip(self._engine.optimizer.param_groups, self._lr_ratios, strict=True):
             group["lr"] = learning_rate * ratio
         self._engine.step()
+        # DeepSpeed skips a float16 step that overflows and scales the loss down: an error only where it cannot.
+        return not getattr(self._engine.optimizer, "overflow", False) or self._loss_scale() > 1
+
+    def time_gathers(self, stopwatch: Stopwatch) -> None:
+        """Have the stopwatch tell the time that forward and backward wait for weights of other workers."""
+        if self._is_sharded:
+            coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
+            fetch = coordinator.fetch_sub_module
+
+            def fetch_sub_module(*arguments: Any, **options: Any) -> None:
+                with stopwatch.aside("communication"):
+                    fetch(*arguments, **options)
+
+            coordinator.fetch_sub_module = fetch_sub_module
 
     def grad_norm(self) -> float | None:
-        """Global gradient norm before clipping, of the last step."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        """Global gradient norm before clipping, of the last step; None where it is not finite."""
+        norm = None if self._grad_norm is None else float(self._grad_norm)
+        return norm if norm is not None and math.isfinite(norm) else None
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained weights, whole, in float32 on the CPU. Every worker must call this."""
-        return self._by_matrix({name: self._full(name) for name in self._parameters})
+        return self._flat.split({name: self._full(name) for name in self._parameters})
 
     def state(self) -> AdapterState:
         """Gather weights and optimizer state. Every worker must call this; every worker gets all of it."""
-        by_key = {key: self._by_matrix({name: self._full(name, key) for name in self._parameters}) for key in MOMENTS}
+        by_key = {key: self._flat.split({name: self._full(name, key) for name in self._parameters}) for key in MOMENTS}
         moments = {name: {key: by_key[key][name] for key in MOMENTS} for name in by_key[MOMENTS[0]]}
         scale = getattr(self._engine.optimizer, "cur_scale", None) if self._engine.fp16_enabled() else None
         optimizer_step = int(next(iter(self._torch_optimizer().state.values()))["step"])  # less than ours: fp16 skips
@@ -103,7 +140,7 @@ class Engine:
         """Restore what `state` returned. Every worker must call this, after the weights were put into the module."""
         self._make_optimizer_state(state.optimizer_step)
         moments = {key: {name: both[key] for name, both in state.moments.items()} for key in MOMENTS}
-        join = self._flat.join if self._flat else dict
+        join = self._flat.join
         for name, value in join(state.weights).items():
             self._set(self._parameters[name], value)
         for key in MOMENTS:
@@ -113,14 +150,11 @@ class Engine:
         if state.loss_scale is not None and scaler is not None:
             scaler.cur_scale = state.loss_scale
 
-    def _by_matrix(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self._flat.split(values) if self._flat else values
-
     def _full(self, name: str, key: str | None = None) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._parameters[name]
-        if self._is_sharded(parameter):
+        if self._has_shards(parameter):
             value = safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
         else:
             master = self._master(parameter)
@@ -130,7 +164,7 @@ class Engine:
     def _set(self, parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        if self._is_sharded(parameter):
+        if self._has_shards(parameter):
             value = value.to(parameter.device)
             if key:
                 safe_set_full_optimizer_state(parameter, value, key)
@@ -139,6 +173,28 @@ class Engine:
         else:
             master = self._master(parameter)
             (self._torch_optimizer().state[master][key] if key else master.data).copy_(value)
+
+    def _set_gradient(self, number: int, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        """Put a gradient where DeepSpeed's step looks for it."""
+        from deepspeed.utils import safe_set_full_grad
+
+        optimizer = self._engine.optimizer
+        if self._is_sharded:
+            safe_set_full_grad(parameter, value)
+        elif self._engine.zero_optimization():  # deepspeed/runtime/zero/stage_1_and_2.py, step
+            size, rank = int(optimizer.partition_size[number]), dist.get_rank()
+            share = torch.nn.functional.pad(value, (0, size * dist.get_world_size() - value.numel()))
+            share = share[rank * size : (rank + 1) * size]
+            if optimizer.cpu_offload:
+                master = optimizer.single_partition_of_fp32_groups[number]
+                master.grad = share.to(master.device, master.dtype)
+            else:
+                optimizer.averaged_gradients[number] = [share.to(optimizer.gradient_accumulation_dtype)]
+        else:
+            parameter.grad = value.to(parameter.dtype)
+
+    def _loss_scale(self) -> float:
+        return float(self._engine.optimizer.cur_scale) if self._engine.fp16_enabled() else 1.0
 
     def _master(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """What stage 0 optimizes: the parameter, or in 16-bit its float32 copy."""
@@ -149,7 +205,7 @@ class Engine:
         return copies.get(id(parameter), parameter)
 
     @staticmethod
-    def _is_sharded(parameter: torch.nn.Parameter) -> bool:
+    def _has_shards(parameter: torch.nn.Parameter) -> bool:
         return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
@@ -221,18 +277,6 @@ def _without_tracing() -> None:
         get_accelerator().current_stream = lambda index=None: torch.cuda.current_stream(
             torch.cuda.current_device() if index is None else index
         )
-
-
-def _take_norms_at_once(optimizer: Any) -> None:
-    """ZeRO-3 launches one kernel after another for the norm of each gradient; here all come from one call."""
-    plain = optimizer.get_grad_norm_direct
-
-    def get_grad_norm_direct(gradients, params, norm_type=2):
-        # The norm of the norms is the norm of all; DeepSpeed reduces it over workers and checks it.
-        dtype = torch.float32 if gradients[0].is_cuda else torch.float64
-        return plain([torch.stack(torch._foreach_norm(gradients, norm_type, dtype))], params[:1], norm_type)
-
-    optimizer.get_grad_norm_direct = get_grad_norm_direct
 
 
 def _remember_parameters(module: torch.nn.Module) -> None:

@@ -28,7 +28,7 @@ def validation_loss(
         np.arange(first, min(first + batch_size, len(held_out))) for first in range(0, len(held_out), batch_size)
     ]
     rounds = -(-len(batches) // team.size)
-    nats = tokens = 0.0
+    nats, tokens = [], 0.0
     engine.train(False)
     with torch.no_grad():
         for i in range(rounds):
@@ -37,11 +37,12 @@ def validation_loss(
             batch = to_tensors(held_out.gather(batches[min(mine, len(batches) - 1)]), pad_token_id, device)
             value = sum_of_nats(engine.module, batch)
             if mine < len(batches):
-                nats += float(value)
+                nats.append(float(value))
                 tokens += int(num_label_tokens(batch))
     engine.train()
-    nats, tokens = team.sum(nats, tokens)
-    loss = nats / tokens
+    (tokens,) = team.sum(tokens)
+    # fsum rounds once, at the end: the sum does not depend on which worker had which batch.
+    loss = math.fsum(value for of_worker in team.gather(nats) for value in of_worker) / tokens
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 

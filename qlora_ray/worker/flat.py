@@ -1,81 +1,91 @@
 """All LoRA matrices of a model as one parameter, so that ZeRO handles one tensor and not hundreds.
 
 Hundreds of hooks, norms, copies and collectives a step become one each. Module tree and PEFT's own forward stay: each
-matrix is a view of the whole. Weights and optimizer state go out and come in by PEFT's parameter names.
+matrix is a view of the whole, and a leaf of autograd's graph, so that a micro-batch's gradient can be taken as it is,
+before anything is added to it. Weights and optimizer state go out and come in by PEFT's parameter names.
 """
 
 import torch
 
 from qlora_ray.model.adapter import trainable
 
-Place = tuple[torch.nn.Module, str, str, int, torch.Size]  # owner, attribute, name of the whole, offset, shape
+Place = tuple[torch.nn.Module, str, int, torch.Size]  # owner, attribute, offset in the whole, shape
 
 
 class FlatLora:
-    """The trained parameters of a model, moved into one parameter for each group of names."""
+    """The trained parameters of a model, moved into one parameter for each group of names.
 
-    def __init__(self, model: torch.nn.Module, groups: list[list[str]]):
-        matrices = trainable(model)
+    Wholes are padded with zeros to a multiple of `multiple_of` values, so that as many workers get equal shares.
+    """
+
+    def __init__(self, model: torch.nn.Module, groups: list[list[str]], multiple_of: int = 1):
+        matrices, self._multiple_of = trainable(model), multiple_of
         self.parameters: dict[str, torch.nn.Parameter] = {}
-        places: dict[str, Place] = {}
+        self._places: dict[str, list[Place]] = {}
+        self._attached: dict[str, int] = {}  # where the memory lies that the matrices are views of
+        self._homes: dict[str, tuple[str, int, torch.Size]] = {}
         for number, names in enumerate(groups):
             whole, offset = f"lora_flat_{number}", 0
+            self._places[whole] = []
             for name in names:
                 path, attribute = name.rsplit(".", 1)
-                places[name] = (model.get_submodule(path), attribute, whole, offset, matrices[name].shape)
-                offset += matrices[name].numel()
+                owner, shape = model.get_submodule(path), matrices[name].shape
+                self._places[whole].append((owner, attribute, offset, shape))
+                self._homes[name] = (whole, offset, shape)
+                offset += shape.numel()
+                del owner._parameters[attribute]
             values = torch.cat([matrices[name].detach().flatten() for name in names])
-            self.parameters[whole] = torch.nn.Parameter(values)
-        for owner, attribute, *_ in places.values():
-            del owner._parameters[attribute]
-        for whole, parameter in self.parameters.items():
-            model.register_parameter(whole, parameter)
-        self._places = {name: places[name] for name in matrices}  # in the model's order
-        self.attach(with_graph=False)
+            self.parameters[whole] = torch.nn.Parameter(self._padded(values))
+            model.register_parameter(whole, self.parameters[whole])
+        self._homes = {name: self._homes[name] for name in matrices}  # in the model's order
+        self.attach()
 
-    def attach(self, with_graph: bool) -> None:
-        """Make the modules' matrices views of the wholes as they are now; with_graph, so that gradients reach these."""
+    @property
+    def numel(self) -> int:
+        """Trained values, all together."""
+        return sum(shape.numel() for _, _, shape in self._homes.values())
+
+    def attach(self) -> None:
+        """Make the modules' matrices views of the wholes, where those have moved."""
         for whole, parameter in self.parameters.items():
-            places = [place for place in self._places.values() if place[2] == whole]
-            views = _Views.apply(parameter, places) if with_graph else _views(parameter.detach(), places)
-            for (owner, attribute, *_), view in zip(places, views, strict=True):
-                owner.__dict__[attribute] = view
+            if self._attached.get(whole) == parameter.data_ptr():
+                continue
+            for owner, attribute, offset, shape in self._places[whole]:
+                view = parameter.detach()[offset : offset + shape.numel()].view(shape)
+                owner.__dict__[attribute] = view.requires_grad_()
+            self._attached[whole] = parameter.data_ptr()
+
+    def take_gradients(self) -> torch.Tensor:
+        """The gradients since the last call, one whole after the other, each in its order: (numel,). Empties them."""
+        parts = []
+        for places in self._places.values():
+            for owner, attribute, _, shape in places:
+                matrix = owner.__dict__[attribute]
+                parts.append(matrix.new_zeros(shape.numel()) if matrix.grad is None else matrix.grad.flatten())
+                matrix.grad = None
+        return torch.cat(parts)
+
+    def cut(self, gradients: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What `take_gradients` returned, by whole, each padded as its parameter is."""
+        sizes = [sum(shape.numel() for *_, shape in places) for places in self._places.values()]
+        return dict(zip(self.parameters, map(self._padded, gradients.split(sizes)), strict=True))
 
     def split(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A value for each whole -> a value for each matrix, by PEFT's names."""
         return {
             name: values[whole].flatten()[offset : offset + shape.numel()].view(shape)
-            for name, (_, _, whole, offset, shape) in self._places.items()
+            for name, (whole, offset, shape) in self._homes.items()
         }
 
     def join(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The inverse of `split`."""
         ordered: dict[str, list[tuple[int, torch.Tensor]]] = {whole: [] for whole in self.parameters}
-        for name, (_, _, whole, offset, _) in self._places.items():
+        for name, (whole, offset, _) in self._homes.items():
             ordered[whole].append((offset, values[name].flatten()))
         return {
-            whole: torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])])
+            whole: self._padded(torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])]))
             for whole, parts in ordered.items()
         }
 
-
-def _views(whole: torch.Tensor, places: list[Place]) -> tuple[torch.Tensor, ...]:
-    return tuple(whole[offset : offset + shape.numel()].view(shape) for *_, offset, shape in places)
-
-
-class _Views(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, whole, places):
-        ctx.set_materialize_grads(False)
-        ctx.places = places
-        return _views(whole.detach(), places)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        like = next(gradient for gradient in gradients if gradient is not None)
-        parts = [
-            like.new_zeros(shape.numel()) if gradient is None else gradient.flatten()
-            for gradient, (*_, shape) in zip(gradients, ctx.places, strict=True)
-        ]
-        order = sorted(range(len(parts)), key=lambda i: ctx.places[i][3])
-        return torch.cat([parts[i] for i in order]), None
+    def _padded(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(values, (0, -values.numel() % self._multiple_of))

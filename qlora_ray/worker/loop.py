@@ -39,6 +39,8 @@ class State:
     best_eval_loss: float | None = None
     best_eval_step: int | None = None
     evaluations_without_improvement: int = 0
+    num_skipped_steps: int = 0  # whose gradient was not finite
+    num_skipped_in_a_row: int = 0
 
 
 class Stop(RuntimeError):
@@ -86,6 +88,7 @@ def _train(
         counts = RowCounts(rows, order)
         writer = MetricsFile(run_folder, state.step) if team.rank == 0 else None
         meter = Meter(team, counts, writer, device)
+        engine.time_gathers(meter.stopwatch)
     broken = resumed[2] if resumed else []
     team.tell(kind="ready", step=state.step, seconds=time.perf_counter() - began, broken=broken)
     saver, deadline = _Saver(config, engine, run_folder, fingerprint, team), watchdog.deadline("step")
@@ -93,12 +96,13 @@ def _train(
     while state.step < plan.num_steps and not (stopping or early):
         with watchdog.phase("step", deadline):
             learning_rate = learning_rate_at(state.step, plan, config)
-            nats = optimizer_step(
+            nats, is_finite = optimizer_step(
                 engine, batches, counts.label_tokens(state.step), state.step, learning_rate, config, plan, device,
-                tokenizer.pad_token_id, meter.stopwatch,
+                tokenizer.pad_token_id, team, meter.stopwatch,
             )  # fmt: skip
             state = replace(state, step=state.step + 1)
             meter.add(state.step, nats)
+            state = _count_skipped(state, is_finite, config, counts, writer, team)
             stopping, deadline = team.agree(state.step, watchdog.deadline("step"))
             last = state.step == plan.num_steps or stopping
             if state.step == 1 or state.step % config.logging.every_steps == 0 or last:
@@ -136,27 +140,35 @@ def optimizer_step(
     plan: Plan,
     device: torch.device,
     pad_token_id: int,
+    team: Team,
     stopwatch: Stopwatch,
-) -> torch.Tensor:
+) -> tuple[list[torch.Tensor], bool]:
     """One update from the gradient of: nats over all unmasked tokens of the global batch / their number.
 
-    Returns this worker's sum of nats, a scalar on the device.
+    Returns the sum of nats of each of this worker's micro-batches, scalars on the device, and whether the gradient was
+    finite: if not, nothing was changed.
     """
-    total = torch.zeros((), device=device)
+    each: list[torch.Tensor] = []
     stopwatch.start()
-    for _ in range(plan.gradient_accumulation_steps):
-        micro_batch, rows = batches.next(step)
-        batch = to_tensors(rows, pad_token_id, device)
+    for first in range(0, plan.micro_batches_per_step, team.size):
+        num_present = min(team.size, plan.micro_batches_per_step - first)
+        if team.rank < num_present:
+            micro_batch, rows = batches.next(step)
+            batch = to_tensors(rows, pad_token_id, device)
+        # Else the last one again, which then does not count: ZeRO-3's forward is a collective.
         setup.seed_everything(config.training.seed, step, micro_batch)
         stopwatch.mark("data")
         nats = sum_of_nats(engine, batch)
         stopwatch.mark("forward")
         engine.backward(nats / num_label_tokens)
         stopwatch.mark("backward")
-        engine.step(learning_rate)
-        stopwatch.mark("optimizer")
-        total += nats.detach()
-    return total
+        engine.add_up(num_present)
+        stopwatch.mark("communication")
+        if team.rank < num_present:
+            each.append(nats.detach())
+    is_finite = engine.step(learning_rate)
+    stopwatch.mark("optimizer")
+    return each, is_finite
 
 
 class _Batches:
@@ -179,9 +191,31 @@ def _log(state: State, meter: Meter, engine: Engine, learning_rate: float, order
     entry = meter.log(
         learning_rate=learning_rate, grad_norm=engine.grad_norm(), epoch=state.step / order.steps_per_epoch
     )
-    first = entry["loss"] if state.first_loss is None else state.first_loss
-    return replace(state, first_loss=first, last_loss=entry["loss"], num_tokens=state.num_tokens + entry["num_tokens"],
+    loss = entry.get("loss", state.last_loss)
+    first = loss if state.first_loss is None else state.first_loss
+    return replace(state, first_loss=first, last_loss=loss, num_tokens=state.num_tokens + entry["num_tokens"],
                    num_label_tokens=state.num_label_tokens + entry["num_label_tokens"])  # fmt: skip
+
+
+def _count_skipped(state: State, is_finite: bool, config: Config, counts: RowCounts, writer, team: Team) -> State:
+    """Note a step that was skipped, with its samples; raises Stop after too many in a row."""
+    if is_finite:
+        return replace(state, num_skipped_in_a_row=0)
+    state = replace(
+        state, num_skipped_steps=state.num_skipped_steps + 1, num_skipped_in_a_row=state.num_skipped_in_a_row + 1
+    )
+    samples = counts.sample_numbers(state.step - 1)
+    if writer:
+        writer.write(step=state.step, skipped=True, samples=samples)
+    named = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+    team.tell(kind="warning", message=f"Step {state.step:,} was skipped: its gradient is not finite. Samples {named}.")
+    if state.num_skipped_in_a_row >= config.training.max_skipped_steps:
+        raise Stop(
+            f"the gradients of {state.num_skipped_in_a_row} steps in a row, up to step {state.step:,}, are not finite: "
+            "they never reached the weights, and the last checkpoint is good. Lower training.learning_rate, or look "
+            "at the samples that metrics.jsonl names."
+        )
+    return state
 
 
 def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, team) -> State:

@@ -1,6 +1,7 @@
 """metrics.jsonl: a line per logged step or validation, written by one process, continued without gaps on resume."""
 
 import json
+import math
 import resource
 import time
 from typing import Any
@@ -83,6 +84,10 @@ class RowCounts:
         """Samples of optimizer step `step` (from 0); a packed row holds several."""
         return int(self._samples[self._order.rows_of_step(step)].sum())
 
+    def sample_numbers(self, step: int) -> list[int]:
+        """The samples that optimizer step `step` (from 0) reads, numbered through the sources."""
+        return self._rows.samples_of(self._order.rows_of_step(step).ravel()).tolist()
+
     def digest(self, step: int) -> str:
         """Digest of the samples of optimizer step `step` (from 0), in the order of the epoch."""
         return sample_digest(self._rows, self._order, step)
@@ -94,13 +99,13 @@ class Meter:
     def __init__(self, team: Team, counts: RowCounts, writer: MetricsFile | None, device: torch.device):
         self._team, self._counts, self._writer, self._device = team, counts, writer, device
         self._steps: list[int] = []
-        self._nats: list[torch.Tensor] = []
+        self._nats: list[list[torch.Tensor]] = []  # of each step, of each of this worker's micro-batches
         self._began = self._last = time.perf_counter()
         self._last_step = 0
         self.stopwatch = Stopwatch(device)
 
-    def add(self, step: int, nats: torch.Tensor) -> None:
-        """Note a finished step (from 1) and this worker's sum of nats."""
+    def add(self, step: int, nats: list[torch.Tensor]) -> None:
+        """Note a finished step (from 1) and the sum of nats of each of this worker's micro-batches."""
         self._steps.append(step - 1)
         self._last_step = step
         self._nats.append(nats)
@@ -116,15 +121,14 @@ class Meter:
 
     def log(self, **values: Any) -> dict[str, Any]:
         """Write one line for the steps since the last. Every worker must call this; waits once for the device."""
-        nats = float(torch.stack(self._nats).sum())
+        loss = self._loss()
         now = time.perf_counter()
         seconds = now - self._began
-        (total_nats,) = self._team.sum(nats)
         memory = self._team.max(peak_memory_gib(self._device))
         tokens = sum(map(self._counts.tokens, self._steps))
         entry = {
             "step": self._steps[-1] + 1,
-            "loss": total_nats / sum(map(self._counts.label_tokens, self._steps)),
+            **({} if loss is None else {"loss": loss}),
             **values,
             "step_seconds": seconds / len(self._steps),
             **{f"{phase}_seconds": spent / len(self._steps) for phase, spent in self.stopwatch.take().items()},
@@ -137,9 +141,23 @@ class Meter:
         }
         if self._writer:
             self._writer.write(**entry)
-        self._team.tell(kind="logged", **entry)
+        self._team.tell(kind="logged", **{name: value for name, value in entry.items() if value is not None})
         self._steps, self._nats, self._began, self._last = [], [], now, now
         return entry
+
+    def _loss(self) -> float | None:
+        """Nats per unmasked token of the noted steps, those left out whose loss is not finite; None if all are.
+
+        fsum rounds once, at the end: the sum does not depend on which worker had which micro-batch.
+        """
+        values = iter(torch.stack([nats for step in self._nats for nats in step]).tolist())
+        mine = [[next(values) for _ in step] for step in self._nats]
+        by_step = [[nats for part in parts for nats in part] for parts in zip(*self._team.gather(mine), strict=True)]
+        finite = [
+            (step, nats) for step, nats in zip(self._steps, by_step, strict=True) if all(map(math.isfinite, nats))
+        ]
+        labels = sum(self._counts.label_tokens(step) for step, _ in finite)
+        return math.fsum(value for _, nats in finite for value in nats) / labels if labels else None
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from qlora_ray.config import Config, ConfigError, base_model_path
 from qlora_ray.data.rows import chat_template_of, open_rows
@@ -143,7 +144,7 @@ def keep_what_fits(model: torch.nn.Module, config: Config, plan: Plan, device: t
         room = SHARE_OF_FREE_MEMORY * (free + torch.cuda.memory_reserved(device) - held)
         if config.training.memory_budget_gib:
             room = min(room, config.training.memory_budget_gib * 2**30 - held)
-        shares = plan.num_workers if plan.zero_stage > 0 else 1
+        shares = dist.get_world_size() if plan.zero_stage > 0 else 1
         budget = room - plan.num_trainable_parameters * (8 / shares + 4)  # AdamW's moments, made in the first step
     choice = choose_recomputation(plan, num_layers, model.config.vocab_size, budget)
     keep(model, choice)

@@ -99,6 +99,7 @@ def train(sharded: Sharded, steps: range, learning_rate: float = 1e-2, fixed: bo
         rows = {name: values.to(device) for name, values in batch(0 if fixed else step).items()}
         nats = sum_of_nats(sharded.engine, rows)
         sharded.engine.backward(nats / num_label_tokens(rows))
+        sharded.engine.add_up(1)
         sharded.engine.step(learning_rate)
         losses.append(float(nats.detach() / num_label_tokens(rows)))
     return losses
