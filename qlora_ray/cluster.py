@@ -16,6 +16,7 @@ def set_environment(config: Config, debug: bool) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon a report is taken (default 2 s)
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{config.watchdog.frozen_seconds:g}",
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # of the surviving workers of a group (default 30)
         "TOKENIZERS_PARALLELISM": "false",
@@ -23,6 +24,8 @@ def set_environment(config: Config, debug: bool) -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
+    if config.ray.min_workers < config.ray.max_workers:  # a node that is gone is not waited for long
+        settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     if debug:

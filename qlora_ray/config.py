@@ -106,6 +106,8 @@ class TrainingConfig(Section):
     """Validate every so many steps; default: five times a run."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after so many validations in a row without a better eval_loss."""
+    deterministic: bool = False
+    """Only kernels that add in a fixed order, on GPUs too: the same bits each time, for some speed (docs/speed.md)."""
     max_skipped_steps: int = Field(5, ge=1)
     """A step whose gradient is not finite is skipped on all workers; after so many in a row the run ends."""
 

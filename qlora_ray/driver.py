@@ -29,6 +29,7 @@ class Driver:
         self._done: dict[str, Any] = {}
         self._refusal: str | None = None
         self._failures: list[dict[str, Any]] = []  # survived, or the last one
+        self._interruptions: list[dict[str, Any]] = []  # announced: another number of workers, a node taken away
         self._fatal: str | None = None
         self._last_step = 0
         self._trackers = Trackers(
@@ -39,10 +40,15 @@ class Driver:
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, to Ctrl-C or to failure; write summary.json and report.html; return the summary."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         from qlora_ray.worker.channel import Channel
 
         with self._quiet():
-            return self._fit(Channel.remote())  # type: ignore[attr-defined]  # what ray.remote makes of the class
+            # On the driver's own node: what is known of a run must not go with a worker's.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            return self._fit(Channel.options(scheduling_strategy=here).remote())  # type: ignore[attr-defined]  # what ray.remote makes of the class
 
     def _fit(self, channel: Any) -> dict[str, Any]:
         import ray
@@ -83,10 +89,12 @@ class Driver:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        from qlora_ray.elastic import SaveBeforeResize
         from qlora_ray.failures import ReportFailures
         from qlora_ray.worker import train_worker
 
         plan = self._plan
+        logs = f"{self._run.path}/logs" if self._run.is_local else None
         job = {
             "config": self._config,
             "plan": plan,
@@ -111,7 +119,7 @@ class Driver:
                 storage_path=f"{self._run.path}/.ray",
                 storage_filesystem=None if self._run.is_local else self._run.filesystem,
                 failure_config=FailureConfig(max_failures=self._config.ray.max_failures),
-                callbacks=[ReportFailures(channel, f"{self._run.path}/logs" if self._run.is_local else None)],  # type: ignore[list-item]  # Ray annotates its old Callback
+                callbacks=[ReportFailures(channel, logs), SaveBeforeResize(channel)],  # type: ignore[list-item]  # Ray annotates its old Callback
             ),
         )
 
@@ -121,15 +129,20 @@ class Driver:
             if kind == "ready":
                 self._recovered(message["step"])
                 for reason in message["broken"]:
-                    progress.say(f"[yellow]note[/]  {reason} Going on from step {message['step']:,}.")
+                    progress.note(f"{reason} Going on from step {message['step']:,}.")
                 self._seconds.setdefault("load", message["seconds"])
                 self._seconds.setdefault("to_first_step", time.perf_counter() - self._began)
             elif kind == "step":
                 self._last_step = message["step"]
             elif kind == "failed":
-                self._failed(message["cause"], progress)
+                self._note(self._failures, message["cause"])
+                cause, step = message["cause"], self._last_step
+                progress.note(f"{cause} after step {step:,}: going back to the last checkpoint")
+            elif kind == "interruption":
+                self._note(self._interruptions, message["cause"])
+                progress.note(f"{message['cause']}: saving after step {self._last_step:,}")
             elif kind == "warning":
-                progress.say(f"[yellow]note[/]  {message['message']}")
+                progress.note(f"{message['message']}")
             elif kind == "fatal":
                 self._fatal = self._fatal or message["message"]
             elif kind == "logged":
@@ -145,18 +158,17 @@ class Driver:
             elif kind == "done":
                 self._done = message
 
-    def _failed(self, cause: str, progress) -> None:
-        self._failures.append({"step": self._last_step, "cause": cause, "at": time.perf_counter()})
-        progress.say(f"[yellow]note[/]  {cause} after step {self._last_step:,}: going back to the last checkpoint")
+    def _note(self, events: list[dict[str, Any]], cause: str) -> None:
+        events.append({"step": self._last_step, "cause": cause, "at": time.perf_counter()})
 
     def _recovered(self, step: int) -> None:
-        if self._failures and "resumed_from" not in self._failures[-1]:
-            failure = self._failures[-1]
-            failure |= {
-                "resumed_from": step,
-                "steps_redone": failure["step"] - step,
-                "seconds_to_recover": round(time.perf_counter() - failure["at"], 2),
-            }
+        for event in (*self._failures[-1:], *self._interruptions[-1:]):
+            if "resumed_from" not in event:
+                event |= {
+                    "resumed_from": step,
+                    "steps_redone": max(0, self._last_step - step),
+                    "seconds_to_recover": round(time.perf_counter() - event["at"], 2),
+                }
 
     def _track(self, entry: dict[str, Any], progress) -> None:
         self._trackers.log(entry)
@@ -200,7 +212,10 @@ class Driver:
         done = {name: value for name, value in self._done.items() if name not in ("samples",)}
         status = "refused" if self._refusal else done.pop("status", "interrupted" if fit.is_running() else "failed")
         self._seconds["total"] = time.perf_counter() - self._began
-        failures = [{key: value for key, value in one.items() if key != "at"} for one in self._failures]
+        survived = {
+            name: [{key: value for key, value in event.items() if key != "at"} for event in events]
+            for name, events in (("failures", self._failures), ("interruptions", self._interruptions))
+        }
         return {
             "status": status,
             "reason": self._refusal or self._fatal or (str(fit.error) if fit.error else None),
@@ -208,7 +223,7 @@ class Driver:
             "planned_steps": self._plan.num_steps,
             **done,
             "seconds": {name: round(value, 2) for name, value in self._seconds.items()},
-            "failures": failures,
+            **survived,
             "adapter": f"{self._run.path}/adapter" if done else None,
         }
 

@@ -18,7 +18,8 @@ class ReportFailures(UserCallback):
         self._channel, self._log_folder = channel, log_folder
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._channel.tell.remote({"kind": "failed", "cause": self._cause(worker_exceptions)})
+        if not any(map(_was_preempted, worker_exceptions.values())):  # announced: see worker/notice.py
+            self._channel.tell.remote({"kind": "failed", "cause": self._cause(worker_exceptions)})
 
     def _cause(self, errors: dict[int, Exception]) -> str:
         stuck = self._take_stacks()
@@ -46,8 +47,18 @@ def likely_cause(errors: dict[int, Exception]) -> str:
         if ranks := [rank for rank, cause in causes.items() if cause == end]:
             return f"{', '.join(f'worker {rank}' for rank in ranks)} {end}"
     own = {rank: cause for rank, cause in causes.items() if not COLLATERAL.search(cause)}
-    rank, cause = next(iter((own or causes).items()))
+    if not own:
+        rank, cause = next(iter(causes.items()))
+        return f"worker {rank} lost its connection to another worker ({cause})"
+    rank, cause = next(iter(own.items()))
     return f"worker {rank}: {cause}"
+
+
+def _was_preempted(error: Exception) -> bool:
+    from ray.exceptions import RayActorError
+
+    inner = getattr(error, "health_check_failure", None) or error
+    return isinstance(inner, RayActorError) and inner.preempted
 
 
 def _describe(error: Exception) -> str:

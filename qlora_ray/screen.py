@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -44,7 +45,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run)
         table.add_row(name, value)
     console.print(table)
     for note in plan.notes:
-        console.print(f"[yellow]note[/]  {note}")
+        say_note(note)
     console.print()
 
 
@@ -68,6 +69,11 @@ def _show_data(data: DataStats) -> str:
         f"{data.num_samples:,} samples ({formats}){in_rows}, {data.num_tokens:,} tokens "
         f"({data.num_label_tokens / data.num_tokens:.0%} trained on), {data.num_validation_samples:,} held out"
     )
+
+
+def say_note(text: str) -> None:
+    """A line marked as worth reading."""
+    console.print(f"[yellow]note[/]  {escape(text)}")
 
 
 class Progress:
@@ -112,7 +118,11 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        console.print(text)
+        console.print(text, markup=False)
+
+    def note(self, text: str) -> None:
+        """A line that stays, marked as worth reading."""
+        say_note(text)
 
 
 def show_result(summary: dict[str, Any], run) -> None:
@@ -134,8 +144,8 @@ def show_result(summary: dict[str, Any], run) -> None:
     if summary.get("first_loss") is not None:
         console.print(f"loss {summary['first_loss']:.4f} -> {summary['last_loss']:.4f} in {summary['steps']:,} steps")
     _show_samples(run, summary)
-    console.print(f"adapter  {run.path}/adapter")
-    console.print(f"report   {run.path}/report.html")
+    console.print(f"adapter  {escape(run.path)}/adapter")
+    console.print(f"report   {escape(run.path)}/report.html")
 
 
 def _show_samples(run, summary: dict[str, Any]) -> None:
@@ -153,7 +163,5 @@ def _show_samples(run, summary: dict[str, Any]) -> None:
 
 
 def _shortened(text: str, length: int = 200) -> str:
-    from rich.markup import escape
-
     text = text.strip()
     return escape(text if len(text) <= length else text[: length - 1] + "…")

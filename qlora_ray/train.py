@@ -118,11 +118,17 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) 
         hardware = started.result()
         facts, data = prepared.result()
     plan = make_plan(config, data.stats, facts, hardware, deepspeed_json)
-    identity = run_identity(config, data.stats.fingerprint, facts)
-    check_resumable(run, identity, resume)
+    identity = run_identity(config, data.stats.fingerprint, facts, plan)
+    ground = {
+        "versions": versions(),
+        "hardware": {"use_gpu": plan.use_gpu, "accelerators": list(hardware.accelerator_types)},
+    }
+    before = check_resumable(run, identity, resume)
     storage.check_space(folder, storage_bytes(config, plan))
     screen.show_plan(plan, config, data.stats, facts, run)
-    write_run_files(run, config, plan, data.stats, identity)
+    for note in differences(before, ground):
+        screen.say_note(note)
+    write_run_files(run, config, plan, data.stats, identity, ground, before)
     write_rejected(run, data)
     summary = Driver(config, plan, run, data, debug, began).fit()
     screen.show_result(summary, run)
@@ -196,7 +202,7 @@ def find_run(config: Config, config_name: str, storage, resume: bool):
     return run
 
 
-def run_identity(config: Config, data_fingerprint: str, facts) -> dict[str, Any]:
+def run_identity(config: Config, data_fingerprint: str, facts, plan) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
     return {
         "data": data_fingerprint,
@@ -204,15 +210,20 @@ def run_identity(config: Config, data_fingerprint: str, facts) -> dict[str, Any]
         "lora": config.model.model_dump(include={"lora_r", "lora_alpha", "target_modules", "lora_variant"}),
         "quantization": config.quantization.model_dump(),
         "seed": config.training.seed,
+        "batch": {"rows": plan.micro_batch_size, "micro_batches": plan.micro_batches_per_step},
     }
 
 
-def check_resumable(run, identity: dict[str, Any], resume: bool) -> None:
-    """Refuse to go on with another base, data or LoRA shape than the run began with. Raises ConfigError."""
+def check_resumable(run, identity: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """The manifest of the run to go on with, {} for a new one.
+
+    Raises ConfigError for another base, data, LoRA shape or batch than the run began with.
+    """
     if not resume:
-        return
+        return {}
     try:
-        before = json.loads((run / "manifest.json").read_bytes())["identity"]
+        manifest = json.loads((run / "manifest.json").read_bytes())
+        before = manifest["identity"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"--resume: {run.path}/manifest.json cannot be read ({error}). Start a new run.") from None
     for what, value in identity.items():
@@ -221,9 +232,23 @@ def check_resumable(run, identity: dict[str, Any], resume: bool) -> None:
                 f"--resume: {run.path} was begun with another {what}: {before[what]}, now {value}. "
                 "Restore the old setting, or start a new run."
             )
+    return manifest
 
 
-def write_run_files(run, config: Config, plan, stats, identity: dict[str, Any]) -> None:
+def differences(before: dict[str, Any], ground: dict[str, Any]) -> list[str]:
+    """What a resumed run finds changed below it: such a run keeps its data order, but not each bit of its result."""
+    notes = []
+    for what, now in ground.items():
+        then = before.get(what) or now
+        changed = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+        if changed:
+            notes.append(
+                f"Begun with other {what}: {', '.join(changed)}. Data order is kept, each bit is not promised."
+            )
+    return notes
+
+
+def write_run_files(run, config: Config, plan, stats, identity: dict[str, Any], ground, before) -> None:
     """config.yaml, plan.json and manifest.json: what was asked, what was derived, and with what."""
     import dataclasses
 
@@ -231,7 +256,8 @@ def write_run_files(run, config: Config, plan, stats, identity: dict[str, Any]) 
     (run / "plan.json").write_bytes(json.dumps(plan.as_dict(), indent=1).encode())
     manifest = {
         "identity": identity,
-        "versions": versions(),
+        **ground,
+        "before": [*before.get("before", []), {name: before.get(name) for name in ground}] if before else [],
         "git_commit": git_commit(),
         "data": dataclasses.asdict(stats),
         "base_revision": config.model.revision,

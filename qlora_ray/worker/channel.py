@@ -13,19 +13,25 @@ class Channel:
     def __init__(self) -> None:
         self._messages: list[dict] = []
         self._stop = False
+        self._hold: str | None = None
+        self._is_holding = False
         self._fatal: str | None = None
         self._furthest_step = 0
         self._failures: list[tuple[int, str]] = []  # furthest step at that time, cause
 
-    def tell(self, message: dict) -> bool:
-        """Keep a message for the driver; answers whether the run shall stop."""
+    def tell(self, message: dict) -> tuple[bool, str | None]:
+        """Keep a message for the driver; answers whether the run shall stop, and why the workers shall hold, if so."""
         self._messages.append(message)
         self._furthest_step = max(self._furthest_step, message.get("step", 0))
         if message["kind"] == "failed":
             self._failures.append((self._furthest_step, message["cause"]))
         elif message["kind"] == "fatal":
             self._fatal = message["message"]
-        return self._stop
+        elif message["kind"] == "ready":
+            self._hold, self._is_holding = None, False
+        elif message["kind"] == "holding":
+            self._is_holding = True
+        return self._stop, self._hold
 
     def take(self) -> list[dict]:
         """All messages since the last call, oldest first."""
@@ -35,6 +41,14 @@ class Channel:
     def stop(self) -> None:
         """Ask the run to stop after its current step, leaving a checkpoint."""
         self._stop = True
+
+    def hold(self, why: str) -> None:
+        """Ask the workers to save after their current step, and to wait for their end."""
+        self._hold = why
+
+    def is_holding(self) -> bool:
+        """Whether they have saved and wait."""
+        return self._is_holding
 
     def reason_to_give_up(self) -> str | None:
         """Why a worker group that is about to start should not: what failed would fail again."""

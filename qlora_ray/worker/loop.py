@@ -54,6 +54,7 @@ def run(
     team = Team(channel)
     log_folder = setup.send_output_to_log(run_folder, team.rank, debug)
     watchdog = Watchdog(config.watchdog, log_folder, team.rank)
+    setup.choose_kernels(config)
     try:
         if reason := team.reason_to_give_up():
             raise Stop(reason)
@@ -103,7 +104,10 @@ def _train(
             state = replace(state, step=state.step + 1)
             meter.add(state.step, nats)
             state = _count_skipped(state, is_finite, config, counts, writer, team)
-            stopping, deadline = team.agree(state.step, watchdog.deadline("step"))
+            orders = team.agree(
+                state.step, watchdog.deadline("step"), watchdog.longest("step") + watchdog.longest("save")
+            )
+            stopping, deadline = orders.stop, orders.deadline
             last = state.step == plan.num_steps or stopping
             if state.step == 1 or state.step % config.logging.every_steps == 0 or last:
                 state = _log(state, meter, engine, learning_rate, order)
@@ -112,9 +116,15 @@ def _train(
                 state = _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, team)
             early = _is_patience_over(state, config)
             meter.skip_time("evaluation")
-        if state.step % plan.checkpoint_every_steps == 0 or last or early:
+        ordered = orders.save or orders.hold_until
+        if state.step % plan.checkpoint_every_steps == 0 or last or early or ordered:
             with watchdog.phase("save"):
                 saver.save(state)
+                if ordered:
+                    saver.finish()
+            if orders.hold_until and not last:
+                team.tell(kind="holding")
+                _wait_for_the_end(orders.hold_until)
             meter.skip_time("checkpoint")
     with watchdog.phase("save"):
         saver.finish()
@@ -240,6 +250,12 @@ def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, 
         best_eval_step=state.step if improved else state.best_eval_step,
         evaluations_without_improvement=0 if improved else state.evaluations_without_improvement + 1,
     )
+
+
+def _wait_for_the_end(until: float) -> None:
+    """Do nothing until Ray Train ends this worker group: what would be computed now would be lost."""
+    while time.time() < until:
+        time.sleep(0.1)
 
 
 def _is_patience_over(state: State, config: Config) -> bool:

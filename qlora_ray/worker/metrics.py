@@ -135,6 +135,7 @@ class Meter:
             "tokens_per_second": tokens / seconds,
             "samples_per_second": sum(map(self._counts.samples, self._steps)) / seconds,
             "peak_memory_gib": memory,
+            "num_workers": self._team.size,
             "num_tokens": tokens,
             "num_label_tokens": sum(map(self._counts.label_tokens, self._steps)),
             "sample_digests": [self._counts.digest(step) for step in self._steps],  # of the steps up to this one

@@ -52,6 +52,14 @@ def send_output_to_log(run_folder: Folder, rank: int, debug: bool) -> str | None
     return folder.path
 
 
+def choose_kernels(config: Config) -> None:
+    """Allow only kernels that add in a fixed order, where training.deterministic asks for it."""
+    if config.training.deterministic:
+        # cuBLAS reads it when it starts (docs.nvidia.com/cuda/cublas, "Results reproducibility").
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+
+
 def check_shared(run_folder: Folder, team: Team) -> None:
     """Refuse a storage path that some worker does not see, before the model loads. Every worker must call this.
 

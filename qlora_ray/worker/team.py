@@ -1,6 +1,8 @@
 """The workers of a run as seen by one of them: small host-side collectives, and the line to the driver."""
 
 import datetime
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -8,7 +10,20 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from qlora_ray.worker.notice import Notice
+
+HOLD_SECONDS = 90  # longer than the controller waits for the checkpoint
 TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What all workers do after a step."""
+
+    stop: bool  # save, and end the run
+    save: bool
+    hold_until: float  # save, and wait for the end of this worker group, at most until this time.time(); 0: go on
+    deadline: float  # of the next step, in seconds
 
 
 class Team:
@@ -20,6 +35,7 @@ class Team:
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._channel = channel
         self._answer: Any = None
+        self._notice = Notice(lambda cause: self.tell(kind="interruption", cause=cause))
 
     def tell(self, **message: Any) -> None:
         """Send a message to the driver; rank 0 speaks for all."""
@@ -39,21 +55,25 @@ class Team:
         if self.rank == 0 and self._answer is not None:
             ray.get(self._answer, timeout=60)
 
-    def agree(self, step: int, deadline: float) -> tuple[bool, float]:
-        """Whether the driver has asked to stop, and rank 0's `deadline`: the same on every worker.
+    def agree(self, step: int, deadline: float, seconds_to_save: float) -> "Orders":
+        """What comes next, with rank 0's `deadline` of a step: the same on every worker.
 
-        Every worker must call this after each step.
+        `seconds_to_save`: what a step and a checkpoint take together. Every worker must call this after each step.
         """
-        stop = False
+        stop, why = False, None
         if self.rank == 0:
             if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-                stop = ray.get(self._answer)
+                stop, why = ray.get(self._answer)
                 self._answer = None
             if self._answer is None and not stop:
                 self.tell(kind="step", step=step)
-        agreed = torch.tensor([float(stop), deadline], dtype=torch.float64)
+        save, hold_until = self._notice.look(seconds_to_save) if self.rank == 0 else (False, 0.0)
+        if why is not None:
+            self.tell(kind="interruption", step=step, cause=why)
+            hold_until = time.time() + HOLD_SECONDS
+        agreed = torch.tensor([stop, save, hold_until, deadline], dtype=torch.float64)
         dist.broadcast(agreed, src=0, group=self._group)
-        return bool(agreed[0]), float(agreed[1])
+        return Orders(bool(agreed[0]), bool(agreed[1]), float(agreed[2]), float(agreed[3]))
 
     def sum(self, *values: float) -> list[float]:
         """Sum over the workers, in rank order, in float64. Every worker must call this."""

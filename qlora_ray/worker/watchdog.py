@@ -39,6 +39,10 @@ class Watchdog:
         self._durations.setdefault(name, []).append(time.perf_counter() - began)
         del self._durations[name][:-100]
 
+    def longest(self, name: str) -> float:
+        """Seconds of the slowest of a kind seen of late; 0 before the first."""
+        return max(self._durations.get(name, [0.0]))
+
     def deadline(self, name: str) -> float:
         """Seconds that a phase may take: as configured until three were seen, then ten times the slowest."""
         seen = self._durations.get(name, [])

@@ -23,19 +23,6 @@ def settings(storage, name, *more):
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def whole(storage):
-    """An uninterrupted run."""
-    ended = door.run(*settings(storage, "whole"))
-    assert ended.returncode == 0, ended.stderr
-    return storage / "whole"
-
-
 def process_of(driver: subprocess.Popen, title: str) -> psutil.Process:
     """The newest of a run's Ray processes with this title."""
     found = [p for p in psutil.Process(driver.pid).children(recursive=True) if title in "".join(p.cmdline())]
