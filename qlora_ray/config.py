@@ -192,7 +192,7 @@ class DeepSpeedConfig(Section):
 class RayConfig(Section):
     address: str | None = None
     """Address of a running cluster ("auto" inside one); default: a private Ray on this machine."""
-    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    num_workers: int | tuple[int, int] = 1
     """Ray Train workers, one GPU each (or CPU shares). The ZeRO group is all of them. [min, max]: as many as there is
     room for, more or fewer as nodes come and go; the result does not depend on how many."""
     elastic_resize_monitor_interval_s: float = Field(30, gt=0)
@@ -216,12 +216,14 @@ class RayConfig(Section):
     def max_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
-    @field_validator("num_workers")
+    @field_validator("num_workers", mode="before")
     @classmethod
-    def _least_workers_come_first(cls, num_workers):
-        if not isinstance(num_workers, int) and num_workers[0] > num_workers[1]:
-            raise ValueError("the first of [min, max] must not be the larger")
-        return num_workers
+    def _is_a_number_or_a_range(cls, num_workers):
+        ends = num_workers if isinstance(num_workers, list | tuple) else [num_workers] * 2
+        numbers = [int(end) for end in ends if re.fullmatch(r"[1-9]\d*", str(end))]
+        if len(numbers) != 2 or len(ends) != 2 or numbers[0] > numbers[1]:
+            raise ValueError("must be a number of at least 1, or [min, max]")
+        return tuple(numbers) if isinstance(num_workers, list | tuple) else numbers[0]
 
     @field_validator("run_name")
     @classmethod

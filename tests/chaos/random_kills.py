@@ -36,7 +36,7 @@ def live(settings: list[str], run: Path, num_kills: int, seed: int, timeout: flo
     try:
         while len(story.kills) < num_kills:
             victim = choose.choices(list(VICTIMS), WEIGHTS)[0]
-            time.sleep(choose.uniform(0.0, 4.0))
+            time.sleep(choose.uniform(0.0, 3.0))
             reached = max(door.losses(run), default=0)
             if driver.poll() is not None:
                 break  # done, or given up: the exit code tells
@@ -49,8 +49,10 @@ def live(settings: list[str], run: Path, num_kills: int, seed: int, timeout: flo
                 driver.wait(timeout=90)
                 end(tree)
                 driver = resumed(settings, run)
-            if wait_for_next_step(driver, run, reached, deadline):
+            first = wait_for_next_step(driver, run, reached, deadline)
+            if first is not None:
                 story.seconds_to_next_step.append(round(time.monotonic() - began, 1))
+                story.steps_redone.append(max(0, reached - first + 1))
         story.exit_code = driver.wait(timeout=max(1.0, deadline - time.monotonic()))
     finally:
         end(processes(driver))
@@ -85,16 +87,17 @@ def resumed(settings: list[str], run: Path) -> subprocess.Popen:
     return door.start(*settings, *(["--resume"] if has_checkpoint else []))
 
 
-def wait_for_next_step(driver: subprocess.Popen, run: Path, reached: int, deadline: float) -> bool:
-    """Wait until a step is done again or anew; False where the run ended first."""
+def wait_for_next_step(driver: subprocess.Popen, run: Path, reached: int, deadline: float) -> int | None:
+    """Wait until a step is done again or anew, and return the first such; None where the run ended first."""
     before = {line["step"]: line["time"] for line in door.metrics(run) if "loss" in line}
     newest = max(before.values(), default=0.0)
     while driver.poll() is None:
         assert time.monotonic() < deadline, f"no step after {reached} until the deadline"
-        if any(line["time"] > newest for line in door.metrics(run) if "loss" in line):
-            return True
+        after = [line["step"] for line in door.metrics(run) if "loss" in line and line["time"] > newest]
+        if after:
+            return min(after)
         time.sleep(0.1)
-    return False
+    return None
 
 
 def end(tree: list[psutil.Process]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from tests.integration import door
 
@@ -121,3 +122,32 @@ def test_sigterm_leaves_a_checkpoint_of_the_step_it_came_in(storage):
     assert reached <= stopped_at <= reached + 4
     assert (storage / "term" / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").exists()
     assert door.summary(storage / "term")["failures"] == []
+
+
+@pytest.mark.slow
+def test_step_whose_gradient_is_not_finite_is_skipped_and_told_with_its_samples(storage, tmp_path, monkeypatch):
+    with_fault("nan:1:7:always", tmp_path / "marker", monkeypatch)
+    run = storage / "nan"
+    ended = door.run(*settings(storage, "nan", "checkpoint.every_steps=1", "checkpoint.keep=100"))
+    assert ended.returncode == 0, ended.stderr
+    before, after = (run / "checkpoints" / f"step_{step:08d}" for step in (7, 8))
+    for file in ("adapter.safetensors", "optimizer.safetensors"):
+        assert door.sha256(before / file) == door.sha256(after / file)
+    (skipped,) = [line for line in door.metrics(run) if line.get("skipped")]
+    assert skipped["step"] == 8 and len(skipped["samples"]) >= 8
+    assert "Step 8 was skipped: its gradient is not finite. Samples " in ended.stdout
+    assert door.summary(run)["num_skipped_steps"] == 1
+    assert 8 not in door.losses(run) and len(door.losses(run)) == STEPS - 1
+
+
+@pytest.mark.slow
+def test_run_whose_gradients_stay_not_finite_stops_with_its_last_good_checkpoint(storage, tmp_path, monkeypatch):
+    with_fault("nan:0:12-29:always", tmp_path / "marker", monkeypatch)
+    run = storage / "nans"
+    ended = door.run(*settings(storage, "nans"))
+    assert ended.returncode == 1
+    assert "5 steps in a row, up to step 17, are not finite" in ended.stderr
+    assert door.summary(run)["failures"] == []
+    newest = max((run / "checkpoints").glob("step_*"))
+    weights = load_file(newest / "adapter.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())

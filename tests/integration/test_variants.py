@@ -12,6 +12,7 @@ from qlora_ray.model.base import load_base
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.engine import parameter_groups
 from qlora_ray.worker.export import write_adapter
+from qlora_ray.worker.loss import sum_of_nats
 from tests.integration import tiny_models
 
 EMBEDDED = base_model_path("embedded")
@@ -100,6 +101,24 @@ def test_state_taken_and_loaded_continues_to_the_same_bits(stage, dtype, zero, p
         assert torch.equal(ours.weights[name], theirs.weights[name]), name
         for key, value in theirs.moments[name].items():
             assert torch.equal(ours.moments[name][key], value), (name, key)
+
+
+@pytest.mark.parametrize("stage, dtype", [(0, "float32"), (2, "float32"), (3, "float32"), (3, "bfloat16")])
+def test_gradient_that_is_not_finite_changes_neither_weights_nor_moments(stage, dtype, process_group):
+    config = tiny_models.make_config(EMBEDDED)
+    hurt, whole = tiny_models.build(config, stage, dtype), tiny_models.build(config, stage, dtype)
+    for sharded in (hurt, whole):
+        tiny_models.train(sharded, range(2), 1e-3, fixed=False)
+    rows = tiny_models.batch(99)
+    hurt.engine.backward(sum_of_nats(hurt.engine, rows) * float("nan"))
+    hurt.engine.add_up(1)
+    assert hurt.engine.step(1e-3) is False and hurt.engine.grad_norm() is None
+    assert tiny_models.train(hurt, range(2, 4), 1e-3, fixed=False) == tiny_models.train(
+        whole, range(2, 4), 1e-3, fixed=False
+    )
+    ours, theirs = hurt.engine.state(), whole.engine.state()
+    assert ours.optimizer_step == theirs.optimizer_step == 4
+    assert all(torch.equal(ours.weights[name], weight) for name, weight in theirs.weights.items())
 
 
 def test_fused_training_gives_the_losses_and_the_state_of_pefts_own_path(process_group):

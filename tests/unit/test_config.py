@@ -88,7 +88,7 @@ def test_unknown_key_is_named_with_the_nearest_known(written, unknown, nearest):
         ("model.lora_dropout=1", "less than 1"),
         ("data.validation_split=1.5", "less than 1"),
         ("deepspeed.zero_stage=4", "'auto', 0, 1, 2 or 3"),
-        ("ray.num_workers=0", "greater than or equal to 1"),
+        ("ray.num_workers=0", "at least 1"),
         ("training.seed=4294967296", "less than 4294967296"),
     ],
 )
@@ -189,3 +189,12 @@ def test_schema_prints_every_key_with_its_meaning(capsys):
         key for section in sections for key, field in section["properties"].items() if "description" not in field
     ]
     assert undocumented == []
+
+
+def test_number_of_workers_is_one_or_a_range():
+    assert (Config().ray.min_workers, Config().ray.max_workers) == (1, 1)
+    elastic = Config.model_validate({"ray": {"num_workers": [1, 4]}}).ray
+    assert (elastic.min_workers, elastic.max_workers) == (1, 4)
+    for wrong in ([4, 1], [0, 2], [1], [1, 2, 3], 0):
+        with pytest.raises(pydantic.ValidationError):
+            Config.model_validate({"ray": {"num_workers": wrong}})

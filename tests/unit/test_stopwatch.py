@@ -20,3 +20,17 @@ def test_time_belongs_to_the_phase_whose_mark_ends_it():
     assert seconds.keys() == {"data", "forward"}
     assert 0.02 <= seconds["data"] < seconds["forward"] and seconds["forward"] >= 0.06
     assert watch.take() == {}
+
+
+def test_time_aside_is_taken_out_of_the_phase_around_it():
+    watch = Stopwatch(torch.device("cpu"))
+    with watch.aside("communication"):  # before the first step: belongs to nothing
+        time.sleep(0.01)
+    watch.start()
+    time.sleep(0.01)
+    with watch.aside("communication"):
+        time.sleep(0.05)
+    watch.mark("forward")
+    seconds = watch.take()
+    assert seconds.keys() == {"forward", "communication"}
+    assert 0.05 <= seconds["communication"] < 0.1 and 0.01 <= seconds["forward"] < 0.05

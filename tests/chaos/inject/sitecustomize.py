@@ -7,6 +7,7 @@ sleep            the training thread sleeps for ever
 skip             the worker leaves out a collective
 raise            the worker raises a ValueError
 oom              the worker raises torch.OutOfMemoryError
+nan              the worker's loss is not a number; <step> may be <first>-<last>
 sync-<n>         the process kills itself before its n-th fsync or rename after that step (n even: before, odd: after)
 """
 
@@ -23,7 +24,8 @@ LOOP = "qlora_ray.worker.loop"
 
 def is_due(rank: int, step: int) -> bool:
     kind, which, when, *always = FAULT.split(":")
-    if (rank, step) != (int(which), int(when)):
+    first, _, last = when.partition("-")
+    if rank != int(which) or not int(first) <= step <= int(last or first):
         return False
     if always:
         return True
@@ -73,11 +75,14 @@ def die_at_sync(number: int) -> None:
 def patch(loop) -> None:
     from torch import distributed
 
-    original = loop.optimizer_step
+    original, sum_of_nats, kind = loop.optimizer_step, loop.sum_of_nats, FAULT.split(":")[0]
 
     def optimizer_step(engine, batches, num_label_tokens, step, *rest):
-        if is_due(distributed.get_rank(), step):
-            misbehave(FAULT.split(":")[0])
+        is_now = is_due(distributed.get_rank(), step)
+        if is_now and kind != "nan":
+            misbehave(kind)
+        factor = float("nan") if is_now and kind == "nan" else 1
+        loop.sum_of_nats = lambda *arguments: sum_of_nats(*arguments) * factor
         return original(engine, batches, num_label_tokens, step, *rest)
 
     loop.optimizer_step = optimizer_step
