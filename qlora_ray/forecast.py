@@ -65,8 +65,7 @@ def resident_gib(sizes: Sizes) -> dict[str, float]:
     shards = sizes.num_workers if sizes.stage == 3 else 1
     shares = sizes.num_workers if sizes.stage > 0 else 1
     master = 4 if wide == 2 else 0
-    # Weights and gradients; the float32 sum of gradients; DeepSpeed's share of it; and what the optimizer holds: float32
-    # copy and two moments.
+    # Weights and gradients; the float32 sum of gradients, and DeepSpeed's share of it; float32 copy and two moments.
     here = sizes.num_trainable * wide * 2
     ours = sizes.num_trainable * (4 / sizes.num_workers + (wide / shares if sizes.stage > 0 else 0))
     return {

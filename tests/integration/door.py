@@ -36,7 +36,8 @@ def run(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
 
 def metrics(run_dir: Path) -> list[dict]:
     path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without one that is being written
+    return [json.loads(line) for line in lines]
 
 
 def losses(run_dir: Path) -> dict[int, float]:
