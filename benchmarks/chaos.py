@@ -75,7 +75,7 @@ def random_runs(storage: Path, num_runs: int, num_kills: int) -> None:
         seconds += story.seconds_to_next_step
         redone += story.steps_redone
     print(
-        f"{kills} kills over {num_runs} runs: {same} runs with the bits of the undisturbed one; steps done again: at most "
+        f"{kills} kills over {num_runs} runs, {same} with the bits of the undisturbed one; steps done again: at most "
         f"{max(redone)}; seconds to the next step: median {statistics.median(seconds):.1f}, "
         f"95th percentile {statistics.quantiles(seconds, n=20)[-1]:.1f}"
     )

@@ -3,7 +3,7 @@
     python -m benchmarks.stock_train STORAGE_PATH NAME NUM_STEPS
 
 Checkpoints by `engine.save_checkpoint` and `ray.train.report`, restored by `ray.train.get_checkpoint`; the same command
-goes on with a run of the same name. Writes <STORAGE_PATH>/<NAME>.steps.jsonl, and at the end .sha256 of the LoRA weights.
+goes on with a run of the same name. Writes <STORAGE_PATH>/<NAME>.steps.jsonl, and at the end .sha256 of the weights.
 """
 
 import hashlib
