@@ -48,8 +48,7 @@ def likely_cause(errors: dict[int, Exception]) -> str:
             return f"{', '.join(f'worker {rank}' for rank in ranks)} {end}"
     own = {rank: cause for rank, cause in causes.items() if not COLLATERAL.search(cause)}
     if not own:
-        rank, cause = next(iter(causes.items()))
-        return f"worker {rank} lost its connection to another worker ({cause})"
+        return f"worker {next(iter(causes))} lost its connection to another worker"
     rank, cause = next(iter(own.items()))
     return f"worker {rank}: {cause}"
 

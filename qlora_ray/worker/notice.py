@@ -27,7 +27,8 @@ class Notice:
             wait = SECONDS_WITHOUT_DEADLINE
             self._deadline = info.deadline_ms / 1000 if info.deadline_ms else time.time() + wait
             left = max(0.0, self._deadline - time.time())
-            self._tell(f"a node with {len(info.preempted_ranks)} workers will be taken away in {left:.0f} s")
+            ranks = ", ".join(map(str, info.preempted_ranks))
+            self._tell(f"the node of worker {ranks} will be taken away in {left:.0f} s")
         self._has_held = self._deadline - time.time() < 2 * seconds_to_save + MARGIN_SECONDS
         return is_new, self._deadline + AFTER_DEADLINE_SECONDS if self._has_held else 0.0
 

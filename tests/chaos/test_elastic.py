@@ -7,7 +7,7 @@ import pytest
 from tests.chaos import nodes
 from tests.integration import door
 
-STEPS = 240
+STEPS = 150
 FILES = ("adapter/adapter_model.safetensors", f"checkpoints/step_{STEPS:08d}/optimizer.safetensors")
 
 
@@ -29,6 +29,7 @@ def wait_for_workers(run, number: int, driver, timeout: float = 120) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_one_two_one_workers_give_the_bits_of_a_fixed_number(tmp_path):
     ended = door.run(*settings(tmp_path, "whole"))
     assert ended.returncode == 0, ended.stderr

@@ -30,7 +30,7 @@ def test_notice_saves_at_once_and_holds_only_when_time_runs_out(told):
     save, hold_until = notices.look(40.0)  # a step and a save would take too long now
     assert not save and hold_until > time.time() + 60
     assert notices.look(40.0) == (False, 0.0)  # the node has stayed after all
-    assert messages == ["a node with 1 workers will be taken away in 60 s"]
+    assert messages == ["the node of worker 1 will be taken away in 60 s"]
 
 
 def test_short_notice_saves_and_holds_together(told):
