@@ -8,6 +8,8 @@ from typing import Any
 from qlora_ray.config import Config, ConfigError
 from qlora_ray.plan import Hardware
 
+VITAL = {"raylet", "gcs_server"}
+
 
 def set_environment(config: Config, debug: bool) -> None:
     """Settings that Ray and others read from the environment when they start."""
@@ -62,6 +64,14 @@ def start_ray(config: Config, debug: bool) -> Hardware:
     cpus = cores if not where else total.get("CPU", 0) - 1  # the data tasks' one
     nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
     return Hardware(cpus, total.get("GPU", 0), accelerators, dict(total), nodes)
+
+
+def dead_processes() -> list[str]:
+    """Names of processes of the private Ray that have died; with them, nothing can go on for long."""
+    from ray._private import worker
+
+    node = worker._global_node  # None where the cluster is not ours
+    return [name for name, _ in node.dead_processes() if name in VITAL] if node and node.is_head() else []
 
 
 def release_workers(config: Config) -> None:

@@ -53,14 +53,16 @@ class Driver:
     def _fit(self, channel: Any) -> dict[str, Any]:
         import ray
 
-        from qlora_ray import report, screen
+        from qlora_ray import cluster, report, screen
 
         fit = _Fit(lambda: self._make_trainer(channel), channel, self._config)
         with screen.Progress(self._plan) as progress:
             try:
-                while fit.is_running():
+                while fit.is_running() and not (dead := cluster.dead_processes()):
                     self._listen(ray.get(channel.take.remote(), timeout=60), progress)
                     time.sleep(POLL_SECONDS)
+                if fit.is_running():
+                    self._fatal = f"Ray on this machine has lost its {' and '.join(dead)}."
             except KeyboardInterrupt:
                 progress.say("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
                 self._stop(channel, fit, progress)
@@ -210,7 +212,8 @@ class Driver:
 
     def _summary(self, fit: "_Fit") -> dict[str, Any]:
         done = {name: value for name, value in self._done.items() if name not in ("samples",)}
-        status = "refused" if self._refusal else done.pop("status", "interrupted" if fit.is_running() else "failed")
+        ended = "interrupted" if fit.is_running() and not self._fatal else "failed"
+        status = "refused" if self._refusal else done.pop("status", ended)
         self._seconds["total"] = time.perf_counter() - self._began
         survived = {
             name: [{key: value for key, value in event.items() if key != "at"} for event in events]

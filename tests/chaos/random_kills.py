@@ -27,6 +27,7 @@ class Story:
     seconds_to_next_step: list[float] = field(default_factory=list)
     steps_redone: list[int] = field(default_factory=list)
     exit_code: int | None = None
+    last_words: str = ""  # on stderr, of a run that failed
 
 
 def live(settings: list[str], run: Path, num_kills: int, seed: int, timeout: float = 600) -> Story:
@@ -53,7 +54,8 @@ def live(settings: list[str], run: Path, num_kills: int, seed: int, timeout: flo
             if first is not None:
                 story.seconds_to_next_step.append(round(time.monotonic() - began, 1))
                 story.steps_redone.append(max(0, reached - first + 1))
-        story.exit_code = driver.wait(timeout=max(1.0, deadline - time.monotonic()))
+        _, words = driver.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        story.exit_code, story.last_words = driver.returncode, words[-2000:]
     finally:
         end(processes(driver))
     return story

@@ -58,3 +58,25 @@ def test_two_one_two_one_workers_give_the_bits_of_a_fixed_number(tmp_path):
     assert lost["seconds_to_recover"] <= 30 and lost["steps_redone"] <= 20
     assert "from 1 to 2 workers" in grown["cause"] and grown["steps_redone"] == 0
     assert "will be taken away" in drained["cause"] and drained["steps_redone"] <= 2
+
+
+@pytest.mark.slow
+def test_head_that_dies_and_comes_back_with_its_storage_costs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
+    monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
+    short = ("training.max_steps=40", "training.eval_every_steps=100")
+    ended = door.run(*settings(tmp_path, "whole", *short))
+    assert ended.returncode == 0, ended.stderr
+    run = tmp_path / "headless"
+    with nodes.cluster(2) as cluster:
+        where = (f"ray.address={cluster.address}", f"ray.resources_per_worker={nodes.SLOT}")
+        driver = door.start(*settings(tmp_path, run.name, *short, *where))
+        door.wait_for_step(run, 6, driver)
+        cluster.head_node.kill_gcs_server()
+        time.sleep(2)
+        cluster.head_node.start_gcs_server()
+        out, err = driver.communicate(timeout=150)
+    assert driver.returncode == 0, out + err
+    assert door.summary(run)["failures"] == []
+    file = "adapter/adapter_model.safetensors"
+    assert door.sha256(run / file) == door.sha256(tmp_path / "whole" / file)
