@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,23 +51,29 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--kills", type=int, default=7)
     parser.add_argument("--control", action="store_true")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, for machines with many cores")
     arguments = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
     with tempfile.TemporaryDirectory() as folder:
         if arguments.control:
-            control(Path(folder))
+            control(Path(folder), arguments.parallel)
         else:
-            random_runs(Path(folder), arguments.runs, arguments.kills)
+            random_runs(Path(folder), arguments.runs, arguments.kills, arguments.parallel)
 
 
-def random_runs(storage: Path, num_runs: int, num_kills: int) -> None:
-    more = ("training.max_steps=60", "ray.max_failures=20")
+def random_runs(storage: Path, num_runs: int, num_kills: int, parallel: int) -> None:
+    more = ("training.max_steps=60", "ray.max_failures=20", "ray.use_gpu=false")
     files = ("adapter/adapter_model.safetensors", "checkpoints/step_00000060/optimizer.safetensors")
     assert door.run(*settings(storage, "whole", *more)).returncode == 0
     kills, seconds, redone, same = 0, [], [], 0
-    for seed in range(num_runs):
+
+    def live(seed: int) -> tuple[int, Path, random_kills.Story]:
         run = storage / f"run-{seed}"
-        story = random_kills.live(settings(storage, run.name, *more), run, num_kills, seed)
+        return seed, run, random_kills.live(settings(storage, run.name, *more), run, num_kills, seed)
+
+    with ThreadPoolExecutor(parallel) as pool:
+        stories = pool.map(live, range(num_runs))
+    for seed, run, story in stories:
         equal = story.exit_code == 0 and all(
             door.sha256(run / file) == door.sha256(storage / "whole" / file) for file in files
         )
@@ -81,13 +88,18 @@ def random_runs(storage: Path, num_runs: int, num_kills: int) -> None:
     )
 
 
-def control(storage: Path) -> None:
+def control(storage: Path, parallel: int) -> None:
     sides = [_ours(storage), _stock(storage)]
     expected: dict[str, str | None] = {}
     print("| fault | " + " | ".join(side.name for side in sides) + " |\n|---|" + "---|" * len(sides))
-    for number, fault in enumerate(FAULTS):
-        cells = [_outcome(side, f"run{number}", fault, expected) for side in sides]
-        print(f"| {fault} | " + " | ".join(cells) + " |", flush=True)
+    with ThreadPoolExecutor(parallel) as pool:
+        for some in (FAULTS[:1], FAULTS[1:]):  # the undisturbed ones first: the others are compared with them
+            cells = [
+                [pool.submit(_outcome, side, f"run{FAULTS.index(fault)}", fault, expected) for side in sides]
+                for fault in some
+            ]
+            for fault, row in zip(some, cells, strict=True):
+                print(f"| {fault} | " + " | ".join(cell.result() for cell in row) + " |", flush=True)
 
 
 def _outcome(side: Side, name: str, fault: str, expected: dict[str, str | None]) -> str:
@@ -151,7 +163,8 @@ def _flip_a_bit(path: Path) -> None:
 
 def _ours(storage: Path) -> Side:
     def start(name: str, resume: bool) -> subprocess.Popen:
-        more = ["training.eval_every_steps=1000", "watchdog.frozen_seconds=20", "watchdog.min_seconds=20"]
+        more = ["training.eval_every_steps=1000", "watchdog.frozen_seconds=20", "watchdog.min_seconds=20",
+                "ray.use_gpu=false"]  # fmt: skip
         return door.start(*settings(storage, name, *more), *(["--resume"] if resume else []))
 
     def result(name: str) -> str | None:

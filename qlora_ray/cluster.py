@@ -26,6 +26,8 @@ def set_environment(config: Config, debug: bool) -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
+    if not address(config):  # nobody drains the only node
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     if config.ray.min_workers < config.ray.max_workers:  # a node that is gone is not waited for long
         settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
     for name, value in settings.items():

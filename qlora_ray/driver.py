@@ -91,6 +91,7 @@ class Driver:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        from qlora_ray import cluster
         from qlora_ray.elastic import SaveBeforeResize
         from qlora_ray.failures import ReportFailures
         from qlora_ray.worker import train_worker
@@ -106,8 +107,19 @@ class Driver:
             "channel": channel,
             "debug": self._debug,
         }
+        # Each starts a process beside the workers: one for data that Ray Train delivers, which is none, and one that
+        # asks a dashboard, which a private Ray has not (see cluster.release_workers).
+        needless = {"DatasetsCallback"} | (
+            set() if cluster.address(self._config) else {"PlacementGroupCleanerCallback"}
+        )
+
+        class Trainer(TorchTrainer):
+            def _create_default_callbacks(self):
+                made = super()._create_default_callbacks()  # type: ignore[misc]  # Ray annotates its old trainer
+                return [one for one in made if type(one).__name__ not in needless]
+
         # Ray's own bookkeeping gets a fresh name each time: what it leaves behind can never block a run of ours.
-        return TorchTrainer(
+        return Trainer(
             train_worker,
             train_loop_config=job,
             scaling_config=ScalingConfig(
