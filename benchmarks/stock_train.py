@@ -69,6 +69,7 @@ def main() -> None:
     from qlora_ray.config import base_model_path
 
     storage, name, num_steps = os.path.abspath(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     ray.init(num_cpus=3, include_dashboard=False)
     job = {"base": base_model_path("embedded"), "num_steps": num_steps, "steps": f"{storage}/{name}.steps.jsonl",
            "sha256": f"{storage}/{name}.sha256"}  # fmt: skip
