@@ -9,7 +9,7 @@ import torch
 
 from qlora_ray.model.attention import dense_mask
 from qlora_ray.model.head import make_head_return_nats
-from qlora_ray.model.layer import FusedLayer
+from qlora_ray.model.layer import FusedLayer, Passed
 from qlora_ray.model.projection import LoraProjection, Single, member, ops_for, why_not
 from qlora_ray.model.recompute import Choice
 from qlora_ray.model.stash import HostStash
@@ -24,8 +24,9 @@ def fuse(model: torch.nn.Module) -> str:
     device = next(model.parameters()).device
     stash = HostStash(device) if device.type == "cuda" else None
     reasons: Counter[str] = Counter()
+    passed = Passed()
     layers = [module for module in model.modules() if type(module).__name__ in LLAMA_LIKE]
-    fused = [layer for layer in layers if _fuse_layer(layer, layers.index(layer), stash, reasons)]
+    fused = [layer for layer in layers if _fuse_layer(layer, layers.index(layer), stash, passed, reasons)]
     inside = {id(part) for layer in fused for part in layer.modules()}
     num_projections = 0
     for module in model.modules():
@@ -71,7 +72,7 @@ def _is_lora(module: torch.nn.Module) -> bool:
     return isinstance(module, LoraLayer)
 
 
-def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, reasons: Counter[str]) -> bool:
+def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, passed: Passed, reasons: Counter) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     projections += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -84,7 +85,7 @@ def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, rea
         why.add("no projection is adapted")
     if why:
         return False  # counted projection by projection
-    fused = FusedLayer(layer, index, stash)
+    fused = FusedLayer(layer, index, stash, passed)
     plain = layer.forward
     adapter = next(projection for projection in projections if _is_lora(projection))
 
@@ -142,7 +143,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, inverse = ctx.saved_tensors
-        dx = ops_for(x.device).rms_norm_backward(
-            grad.reshape(x.shape).contiguous(), x, ctx.norm.weight.data, inverse, None
+        dx = torch.empty_like(x)
+        ops_for(x.device).rms_norm_backward(
+            grad.reshape(x.shape).contiguous(), x, ctx.norm.weight.data, inverse, None, dx
         )
         return dx.view(grad.shape), None

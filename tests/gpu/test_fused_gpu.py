@@ -49,7 +49,9 @@ def test_norm_and_its_gradient(dtype, width):
     for ops in (ops_triton, ops_plain):
         total, out = added.clone(), torch.zeros(70, width + 16, device="cuda", dtype=dtype)
         inverse = ops.rms_norm(x, total, weight, 1e-5, out[:, :width])
-        outcomes.append((out, total, ops.rms_norm_backward(out[:, :width], total, weight, inverse, x)))
+        back = torch.zeros(70, width + 24, device="cuda", dtype=dtype)
+        ops.rms_norm_backward(out[:, :width], total, weight, inverse, x, back[:, :width])
+        outcomes.append((out, total, back))
     for ours, plain in zip(*outcomes, strict=True):
         assert_close(ours, plain, dtype)
 
@@ -74,17 +76,15 @@ def test_rotation_and_its_gradient(dtype, heads, few, size):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rank", [None, 8, 16, 40, 256])
-def test_swiglu_and_its_gradient(dtype, rank):
+def test_swiglu_and_its_gradient(dtype):
     from qlora_ray.model import ops_plain, ops_triton
 
     gate_up, grad = random(70, 2 * 1000, dtype=dtype), random(70, 1000, dtype=dtype)
-    dz, a = (random(70, rank, dtype=dtype), random(rank, 1000, dtype=dtype)) if rank else (None, None)
     outcomes = []
     for ops in (ops_triton, ops_plain):
         out, h, back = torch.zeros_like(grad), grad.clone(), gate_up.clone()
         ops.swiglu(gate_up, out)
-        ops.swiglu_backward(h, dz, a, back)
+        ops.swiglu_backward(h, back)
         outcomes.append((out, h, back))
     for ours, plain in zip(*outcomes, strict=True):
         assert_close(ours, plain, dtype)

@@ -6,6 +6,7 @@ from peft import PeftModel
 
 from qlora_ray.model.adapter import trainable
 from qlora_ray.model.fused import fuse, fused_layers, keep, leaf_modules
+from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.recompute import Choice, Keep
 from tests import fused_models
 from tests.integration import tiny_models
@@ -67,6 +68,21 @@ def test_weights_held_dequantized_change_no_bit(folders):
     expected = fused_models.nats_and_gradients(fresh, tiny_models.batch())[1]
     after = fused_models.nats_and_gradients(model, tiny_models.batch())[1]
     assert all(torch.equal(expected[name], after[name]) for name in expected)
+
+
+def test_gradients_pass_from_layer_to_layer_without_a_copy(folders, monkeypatch):
+    plain, is_handed_on = FusedLayer._with_room, []
+
+    def with_room(layer, dy):
+        buffer = plain(layer, dy)
+        is_handed_on.append(buffer.data_ptr() == dy.data_ptr())
+        return buffer
+
+    monkeypatch.setattr(FusedLayer, "_with_room", with_room)
+    model = fused_models.build(folders["llama"], torch.bfloat16)
+    for _ in range(2):
+        fused_models.nats_and_gradients(model, tiny_models.batch())
+    assert is_handed_on == [False, True] * 2  # the last layer's comes from the final norm
 
 
 def test_partly_adapted_layers_are_fused_too(folders):
