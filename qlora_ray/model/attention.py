@@ -20,8 +20,15 @@ def mask_of_borders(borders: torch.Tensor, device: torch.device) -> torch.Tensor
     return borders.to(device, torch.int32, non_blocking=True).expand(1, 1, longest, -1)
 
 
-def dense_mask(mask: torch.Tensor, num_rows: int, length: int) -> torch.Tensor:
+def no_mask(device: torch.device) -> torch.Tensor:
+    """The same for rows of one sample, (1, 1, 0, 0): else transformers looks for packed rows, and waits for the GPU."""
+    return torch.empty(1, 1, 0, 0, dtype=torch.int32, device=device)
+
+
+def dense_mask(mask: torch.Tensor, num_rows: int, length: int) -> torch.Tensor | None:
     """What transformers makes of packed rows, from `mask_of_borders`: (B, 1, T, T), whether a query sees a key."""
+    if not mask.numel():
+        return None
     place = torch.arange(num_rows * length, device=mask.device)
     sample = torch.searchsorted(mask[0, 0, 0], place, right=True, out_int32=True).view(num_rows, 1, length)
     is_same = sample[:, :, :, None] == sample[:, :, None, :]
@@ -33,6 +40,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
     PyTorch picks the kernel; without a mask that is cuDNN's on Hopper, FlashAttention on other GPUs since Ampere.
     """
+    if mask is not None and not mask.numel():
+        mask = None
     if mask is not None and mask.dtype == torch.int32:
         within = _attend_flash if _has_flash(q) else _attend_one_by_one
         output = within(_as_rows(q), _as_rows(k), _as_rows(v), mask, scale)

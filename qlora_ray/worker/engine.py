@@ -1,6 +1,7 @@
 """The only home of DeepSpeed: builds the ZeRO engine, steps it, and takes its state apart by parameter name."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
         if self._is_sharded:
             _keep_resident(self._engine.optimizer, wholes)
+            _walk_past_leaves(self._engine)
             if not self._engine.fp16_enabled():
                 # ZeRO-3 would compute the norm again and wait for it; `step` knows it.
                 self._engine.optimizer._get_norm_groups = lambda: [torch.ones(())]
@@ -272,6 +274,29 @@ def _gather_as_one(model: torch.nn.Module) -> None:
         _remember_parameters(module)
     _remember_parameters(model)
     model.enable_input_require_grads()  # else the first layer's backward is never announced to ZeRO-3
+
+
+def _walk_past_leaves(engine: Any) -> None:
+    """DeepSpeed visits every module before and after a forward pass: thousands, while the GPU has nothing to do.
+
+    It marks them, so that a parameter that one module takes from another is found. Leaf modules are gathered whole.
+    """
+    model = engine.module
+    inside = {id(part) for leaf in leaf_modules(model) for part in leaf.modules() if part is not leaf}
+    visited = [module for module in model.modules() if id(module) not in inside]
+
+    def walking_less(walk: Callable[..., Any]) -> Callable[..., Any]:
+        def walk_less(*arguments: Any) -> Any:
+            model.__dict__["modules"] = lambda: iter(visited)
+            try:
+                return walk(*arguments)
+            finally:
+                del model.__dict__["modules"]
+
+        return walk_less
+
+    engine._forward_prologue = walking_less(engine._forward_prologue)
+    engine._forward_epilogue = walking_less(engine._forward_epilogue)
 
 
 def _without_tracing() -> None:

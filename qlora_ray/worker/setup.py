@@ -59,6 +59,7 @@ def choose_kernels(config: Config) -> None:
         # cuBLAS reads it when it starts (docs.nvidia.com/cuda/cublas, "Results reproducibility").
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else every buffer is written once more
 
 
 def check_shared(run_folder: Folder, team: Team) -> None:

@@ -172,6 +172,17 @@ def test_borders_reach_the_layers_and_make_pefts_mask_where_adapters_are_off(fol
     assert torch.equal(by_borders, by_mask)
 
 
+def test_rows_of_one_sample_need_no_look_for_packed_ones(folders, monkeypatch):
+    from transformers import masking_utils
+
+    model = fused_models.build(folders["llama"], torch.float32)
+    by_mask = fused_models.nats_and_gradients(model, tiny_models.batch() | {"position_ids": torch.arange(24)[None]})
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", None)
+    without = fused_models.nats_and_gradients(model, tiny_models.batch())
+    assert without[0] == by_mask[0]
+    assert all(torch.equal(without[1][name], value) for name, value in by_mask[1].items())
+
+
 def test_samples_longer_than_a_sliding_window_take_its_mask(tmp_path):
     folder = tiny_models.save("mistral", tmp_path, sliding_window=9)
     model = fused_models.build(folder, torch.float32)
