@@ -52,6 +52,7 @@ def main() -> None:
         print(ran.stdout[-1500:], ran.stderr[-1500:], log.read_text()[-4000:] if log.exists() else "", file=sys.stderr)
         sys.exit(ran.returncode)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [entry for entry in metrics if "loss" in entry]
     steady = [entry for entry in metrics if entry["step"] > EVERY]
     rate = statistics.median(entry["tokens_per_second"] for entry in steady)
     chosen = [line for line in log.read_text().splitlines() if "layers:" in line or "fused:" in line]

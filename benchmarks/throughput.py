@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -112,7 +113,9 @@ def ours(arguments, shape: dict):
     from qlora_ray.plan import deepspeed_defaults
     from qlora_ray.worker.engine import Engine
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29531", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29531 + os.getpid() % 1000), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"
+    )
     torch.distributed.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
     settings = deepspeed_defaults(config, int(stage), 1, "bfloat16", num_trainable)
     engine = Engine(model, config.training, {**settings, "train_micro_batch_size_per_gpu": arguments.batch_size})
@@ -213,6 +216,8 @@ def measure(arguments) -> dict:
     step = make(arguments, shape)
     cuda = arguments.device == "cuda"
     load_seconds = time.perf_counter() - began
+    while arguments.go and not Path(arguments.go).exists():
+        time.sleep(0.2)
     generator = torch.Generator().manual_seed(SEED)
     size = (arguments.batch_size, arguments.length)
     batches = [torch.randint(3, shape["vocab_size"], size, generator=generator) for _ in range(4)]
@@ -330,6 +335,16 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _start(arguments, shape: str, variant: str, go: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "benchmarks.throughput", "--one", "--shapes", shape, "--variants", variant]
+    command += ["--go", go]
+    for name in ("batch_size", "length", "steps", "warmup", "device", "checkpoints"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    if arguments.profile and variant == arguments.variants[-1]:
+        command += ["--profile", arguments.profile]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-8b"], choices=SHAPES)
@@ -343,6 +358,8 @@ def main() -> None:
     parser.add_argument("--checkpoints", default="/tmp/throughput_checkpoints", help="where Unsloth's input is written")
     parser.add_argument("--out", default="runs/throughput.json")
     parser.add_argument("--profile", help="write the last variant's kernel table here")
+    parser.add_argument("--together", action="store_true", help="load all at once, then time one after the other")
+    parser.add_argument("--go", help=argparse.SUPPRESS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -353,28 +370,29 @@ def main() -> None:
             arguments.checkpoint = f"{arguments.checkpoints}/{arguments.shape}"
         print("RESULT " + json.dumps(measure(arguments)))
         return
-    results = []
-    for shape in arguments.shapes:
-        if any(variant.startswith("unsloth") for variant in arguments.variants):
+    results, folder = [], tempfile.mkdtemp()
+    cases = [(shape, variant) for shape in arguments.shapes for variant in arguments.variants]
+    if any(variant.startswith("unsloth") for variant in arguments.variants):
+        for shape in arguments.shapes:
             save_checkpoint(shape, arguments.checkpoints, arguments.device)
-        for variant in arguments.variants:
-            command = [sys.executable, "-m", "benchmarks.throughput", "--one", "--shapes", shape, "--variants", variant]
-            for name in ("batch_size", "length", "steps", "warmup", "device", "checkpoints"):
-                command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-            if arguments.profile and variant == arguments.variants[-1]:
-                command += ["--profile", arguments.profile]
-            ran = subprocess.run(command, capture_output=True, text=True)
-            found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
-            if not found:
-                print(f"{shape} {variant}: failed\n{ran.stdout[-1500:]}\n{ran.stderr[-3000:]}", file=sys.stderr)
-                continue
-            results.append(json.loads(found[0].removeprefix("RESULT ")))
-            r = results[-1]
-            print(
-                f"{shape} {variant}: {r['tokens_per_second']:,.0f} tokens/s, {r['peak_gib'] or 0:.2f} GiB, loss "
-                f"{r['loss_last']:.4f}, host {r['host_seconds']}",
-                flush=True,
-            )
+    running = {}
+    for number, case in enumerate(cases):
+        for other, one in enumerate(cases[number:], number):
+            if one not in running and (arguments.together or other == number):
+                running[one] = _start(arguments, *one, go=f"{folder}/{other}")
+        Path(folder, str(number)).touch()
+        out, err = running[case].communicate()
+        found = [line for line in out.splitlines() if line.startswith("RESULT ")]
+        if not found:
+            print(f"{' '.join(case)}: failed\n{out[-1500:]}\n{err[-3000:]}", file=sys.stderr)
+            continue
+        results.append(json.loads(found[0].removeprefix("RESULT ")))
+        r = results[-1]
+        print(
+            f"{' '.join(case)}: {r['tokens_per_second']:,.0f} tokens/s, {r['peak_gib'] or 0:.2f} GiB, loss "
+            f"{r['loss_last']:.4f}, host {r['host_seconds']}",
+            flush=True,
+        )
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.out).write_text(json.dumps(results, indent=1))
     print(table(results))

@@ -100,6 +100,8 @@ class TrainingConfig(Section):
     """Compute activations again in backward instead of keeping them: less memory, more time. auto: keep what fits."""
     memory_budget_gib: float | None = Field(None, gt=0)
     """GPU memory that recompute=auto may fill, in GiB; default: nine tenths of what is free."""
+    dequantized_weights: Literal["auto", "none"] = "auto"
+    """What else fits under recompute=auto: the base's weights in 16 bits too, so that no step unpacks them."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides data order, LoRA initialization, dropout and noise."""
     eval_every_steps: int | None = Field(None, ge=1)

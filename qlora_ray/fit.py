@@ -7,7 +7,7 @@ from qlora_ray import forecast
 from qlora_ray.config import Config, ConfigError, base_model_path, find_file, load_config
 from qlora_ray.model.facts import read_facts
 from qlora_ray.model.recompute import Choice, Keep, choose
-from qlora_ray.plan import GIB, num_lora_parameters
+from qlora_ray.plan import GIB, may_hold_weights, num_lora_parameters
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 SHARE_OF_MEMORY = 0.93  # the rest is the CUDA context and the allocator's
@@ -53,7 +53,7 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     ]
     for rows in BATCH_SIZES:
         room = (SHARE_OF_MEMORY * gib - resident) * GIB
-        for choice in _choices(known, rows * length, room, workers):
+        for choice in _choices(known, rows * length, room, may_hold_weights(config)):
             peak = forecast.peak_gib(forecast.memory_gib(known, rows * length, choice, recompute_all=True))
             speed = forecast.tokens_per_second(known, length, choice, gpu)
             shown = f"{workers * speed:,.0f}" if speed else "-"
@@ -62,10 +62,10 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     return "\n".join(lines)
 
 
-def _choices(known: forecast.Sizes, num_tokens: int, room: float, workers: int) -> list[Choice | None]:
+def _choices(known: forecast.Sizes, num_tokens: int, room: float, may_hold: bool) -> list[Choice | None]:
     if known.layer is None:
         return [None]
     layers, vocab = known.base.num_layers, known.base.vocab_size
-    auto = choose(known.layer, layers, num_tokens, vocab, room, may_hold=workers == 1)
+    auto = choose(known.layer, layers, num_tokens, vocab, room, may_hold)
     leanest = forecast.all_layers(known, Keep.HOST)
     return [auto] if auto == leanest else [auto, leanest]

@@ -60,6 +60,7 @@ class Plan:
     notes: tuple[str, ...]
     tokens_per_micro_batch: int  # at most, padding included
     layer_shape: LayerShape | None  # of the fused decoder layers
+    may_hold_weights: bool  # whether these may keep dequantized weights between steps
     memory_forecast_gib: dict[str, float]  # per worker
     deepspeed: dict[str, Any]
 
@@ -111,6 +112,7 @@ def make_plan(
         notes=_notes(config, base, data, steps_per_epoch),
         tokens_per_micro_batch=num_tokens,
         layer_shape=known.layer,
+        may_hold_weights=may_hold_weights(config),
         memory_forecast_gib=_memory_forecast(config, known, num_tokens, recompute),
         deepspeed=deepspeed_defaults(config, zero_stage, accumulation, compute_dtype, trainable),
     )
@@ -147,8 +149,16 @@ def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, budget_by
     """What the fused layers keep, given the bytes that activations may take on this worker's GPU."""
     if plan.recompute != "auto" or plan.layer_shape is None:
         return Choice((Keep.ALL if plan.recompute == "none" else Keep.HOST,) * num_layers)
-    alone = plan.num_workers == 1  # several share the base; each holding all of it would undo that
-    return choose(plan.layer_shape, num_layers, plan.tokens_per_micro_batch, vocab_size, budget_bytes, may_hold=alone)
+    tokens = plan.tokens_per_micro_batch
+    return choose(plan.layer_shape, num_layers, tokens, vocab_size, budget_bytes, plan.may_hold_weights)
+
+
+def may_hold_weights(config: Config) -> bool:
+    """Whether fused layers may keep their weights dequantized between steps, where there is room.
+
+    Several workers share the base: each holding all of it would undo that.
+    """
+    return config.training.dequantized_weights == "auto" and config.ray.max_workers == 1
 
 
 def _recompute(config: Config, use_gpu: bool, known: Sizes) -> str:
@@ -167,8 +177,8 @@ def _memory_forecast(config: Config, known: Sizes, num_tokens: int, recompute: s
     choice = forecast.all_layers(known, level)
     if recompute == "auto" and config.training.memory_budget_gib:
         room = config.training.memory_budget_gib * GIB - sum(forecast.resident_gib(known).values()) * GIB
-        alone = config.ray.max_workers == 1
-        choice = choose(known.layer, known.base.num_layers, num_tokens, known.base.vocab_size, room, may_hold=alone)
+        may_hold = may_hold_weights(config)
+        choice = choose(known.layer, known.base.num_layers, num_tokens, known.base.vocab_size, room, may_hold)
     return forecast.memory_gib(known, num_tokens, choice)
 
 

@@ -57,3 +57,27 @@ def nats_and_gradients(model: PeftModel, batch: dict[str, torch.Tensor]) -> tupl
 def error(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
     """Largest relative error of a matrix: |g - exact| / |exact|."""
     return max(float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact)
+
+
+def packed_batch() -> dict[str, torch.Tensor]:
+    """Two rows of 24 tokens: samples of 7, 12 and 5, and of 20 with padding."""
+    batch = {name: values for name, values in tiny_models.batch().items() if name != "attention_mask"}
+    lengths = ((7, 12, 5), (20, 4))
+    batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    batch["sample_borders"] = torch.tensor([0, 7, 19, 24, 44, 48], dtype=torch.int32)
+    batch["labels"][batch["position_ids"] == 0] = -100
+    batch["labels"][1, 20:] = -100
+    return batch
+
+
+def alone(model: PeftModel, packed: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    """`nats_and_gradients` of a packed batch, from each of its samples in a row of its own."""
+    nats, gradients, borders = 0.0, {}, packed["sample_borders"].tolist()
+    for start, end in zip(borders, borders[1:], strict=False):
+        one = {name: packed[name].reshape(1, -1)[:, start:end] for name in ("input_ids", "labels")}
+        if (one["labels"][:, 1:] == -100).all():
+            continue
+        its_nats, some = nats_and_gradients(model, one)
+        nats += its_nats
+        gradients = {name: gradients.get(name, 0) + value for name, value in some.items()}
+    return nats, gradients

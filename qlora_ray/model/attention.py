@@ -1,8 +1,38 @@
-"""Causal attention for training."""
+"""Causal attention for training, over rows of one sample or of several that must not see each other."""
 
-# B rows, T tokens per row, H heads of E values
+# B rows, T tokens per row, M = B x T, H heads of E values, S samples
+import logging
+from functools import cache
+
 import torch
 import torch.nn.functional as F
+
+MAX_FLASH_HEAD = 256  # largest E of PyTorch's FlashAttention
+logger = logging.getLogger(__name__)
+
+
+def mask_of_borders(borders: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Borders of the samples (S + 1,), in tokens through all rows, as `attend` takes them in the place of a mask.
+
+    (1, 1, L, S + 1) int32 with L the longest sample: transformers hands a mask of four dimensions on as it is.
+    """
+    longest = int(borders.diff().max())
+    return borders.to(device, torch.int32, non_blocking=True).expand(1, 1, longest, -1)
+
+
+def no_mask(device: torch.device) -> torch.Tensor:
+    """The same for rows of one sample, (1, 1, 0, 0): else transformers looks for packed rows, and waits for the GPU."""
+    return torch.empty(1, 1, 0, 0, dtype=torch.int32, device=device)
+
+
+def dense_mask(mask: torch.Tensor, num_rows: int, length: int) -> torch.Tensor | None:
+    """What transformers makes of packed rows, from `mask_of_borders`: (B, 1, T, T), whether a query sees a key."""
+    if not mask.numel():
+        return None
+    place = torch.arange(num_rows * length, device=mask.device)
+    sample = torch.searchsorted(mask[0, 0, 0], place, right=True, out_int32=True).view(num_rows, 1, length)
+    is_same = sample[:, :, :, None] == sample[:, :, None, :]
+    return is_same & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -10,6 +40,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
     PyTorch picks the kernel; without a mask that is cuDNN's on Hopper, FlashAttention on other GPUs since Ampere.
     """
+    if mask is not None and not mask.numel():
+        mask = None
+    if mask is not None and mask.dtype == torch.int32:
+        within = _attend_flash if _has_flash(q) else _attend_one_by_one
+        output = within(_as_rows(q), _as_rows(k), _as_rows(v), mask, scale)
+        return output.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not (mask is None and _kernels_share_keys(q)):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -17,8 +53,49 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1)
 
 
+def _attend_flash(q, k, v, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """All samples in one kernel: q (M, H, E), k and v (M, fewer, E) -> (M, H, E)."""
+    longest, borders = mask.shape[2], mask[0, 0, 0]
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, borders, borders, longest, longest, 0.0, True, False, scale=scale
+    )[0]
+
+
+def _attend_one_by_one(q, k, v, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    borders = mask[0, 0, 0].tolist()
+    outputs = []
+    for start, end in zip(borders, borders[1:], strict=False):
+        one_q, one_k, one_v = (part[start:end].transpose(0, 1)[None] for part in (q, k, v))  # (1, H, length, E)
+        outputs.append(_as_rows(attend(one_q, one_k, one_v, None, scale)))
+    return torch.cat(outputs)
+
+
+def _as_rows(heads: torch.Tensor) -> torch.Tensor:
+    return heads.transpose(1, 2).flatten(0, 1)  # (B, H, T, E) -> (M, H, E)
+
+
+def _has_flash(q: torch.Tensor) -> bool:
+    if q.device.type != "cuda":
+        return False
+    fits = q.dtype != torch.float32 and q.shape[-1] <= MAX_FLASH_HEAD and q.shape[-1] % 8 == 0
+    has = fits and _is_ampere(q.device) and torch.backends.cuda.is_flash_attention_available()
+    if not has:
+        _say_once(f"packed rows: no FlashAttention for {q.dtype} heads of {q.shape[-1]} here; one sample at a time")
+    return has
+
+
+@cache
+def _say_once(line: str) -> None:
+    logger.info("%s", line)
+
+
+@cache
+def _is_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _kernels_share_keys(q: torch.Tensor) -> bool:
     """Whether a fast kernel takes fewer key heads than query heads; else PyTorch would make the whole T x T matrix."""
     if q.device.type != "cuda":
         return True
-    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return q.dtype != torch.float32 and _is_ampere(q.device)

@@ -1,13 +1,15 @@
 """Puts the fused arithmetic under a PEFT model: module tree, parameter names and state dict stay as they are."""
 
 import logging
+import sys
 from collections import Counter
 from typing import Any
 
 import torch
 
+from qlora_ray.model.attention import dense_mask
 from qlora_ray.model.head import make_head_return_nats
-from qlora_ray.model.layer import FusedLayer
+from qlora_ray.model.layer import FusedLayer, Passed
 from qlora_ray.model.projection import LoraProjection, Single, member, ops_for, why_not
 from qlora_ray.model.recompute import Choice
 from qlora_ray.model.stash import HostStash
@@ -22,8 +24,9 @@ def fuse(model: torch.nn.Module) -> str:
     device = next(model.parameters()).device
     stash = HostStash(device) if device.type == "cuda" else None
     reasons: Counter[str] = Counter()
+    passed = Passed()
     layers = [module for module in model.modules() if type(module).__name__ in LLAMA_LIKE]
-    fused = [layer for layer in layers if _fuse_layer(layer, layers.index(layer), stash, reasons)]
+    fused = [layer for layer in layers if _fuse_layer(layer, layers.index(layer), stash, passed, reasons)]
     inside = {id(part) for layer in fused for part in layer.modules()}
     num_projections = 0
     for module in model.modules():
@@ -69,7 +72,7 @@ def _is_lora(module: torch.nn.Module) -> bool:
     return isinstance(module, LoraLayer)
 
 
-def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, reasons: Counter[str]) -> bool:
+def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, passed: Passed, reasons: Counter) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     projections += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -82,13 +85,15 @@ def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, rea
         why.add("no projection is adapted")
     if why:
         return False  # counted projection by projection
-    fused = FusedLayer(layer, index, stash)
+    fused = FusedLayer(layer, index, stash, passed)
     plain = layer.forward
     adapter = next(projection for projection in projections if _is_lora(projection))
 
     def forward(hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **more: Any):
         mask_is_known = attention_mask is None or attention_mask.dim() == 4
         if past_key_values is not None or not mask_is_known or adapter.disable_adapters or adapter.merged:
+            if attention_mask is not None and attention_mask.dtype == torch.int32:
+                attention_mask = dense_mask(attention_mask, *hidden_states.shape[:2])
             more |= {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
             return plain(hidden_states, attention_mask=attention_mask, **more)
         return fused(hidden_states, *position_embeddings, attention_mask)
@@ -114,9 +119,12 @@ def _fuse_projection(module: torch.nn.Module, reasons: Counter[str]) -> int:
 
 
 def _fuse_ends(model: torch.nn.Module) -> None:
-    """The final norm, and the head with its loss."""
+    """The final norm, the head with its loss, and up to which length samples of a row are kept apart by borders."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     norm, head = causal_lm.model.norm, causal_lm.get_output_embeddings()
+    kinds, window = getattr(causal_lm.config, "layer_types", None), getattr(causal_lm.config, "sliding_window", None)
+    is_sliding = bool(window) if kinds is None else "sliding_attention" in kinds
+    causal_lm.longest_sample_by_borders = window if is_sliding else sys.maxsize
     norm.forward = lambda hidden: _Norm.apply(hidden, norm)
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
         make_head_return_nats(head)
@@ -135,7 +143,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, inverse = ctx.saved_tensors
-        dx = ops_for(x.device).rms_norm_backward(
-            grad.reshape(x.shape).contiguous(), x, ctx.norm.weight.data, inverse, None
+        dx = torch.empty_like(x)
+        ops_for(x.device).rms_norm_backward(
+            grad.reshape(x.shape).contiguous(), x, ctx.norm.weight.data, inverse, None, dx
         )
         return dx.view(grad.shape), None

@@ -32,20 +32,26 @@ class Kept:
     z_down: torch.Tensor | None = None  # (M, R)
 
 
+class Passed:
+    """What one layer's backward leaves to the next one's: the buffer (M, D + room) that its gradient lies in."""
+
+    buffer: torch.Tensor | None = None
+
+
 class FusedLayer:
     """The arithmetic of one decoder layer. Holds modules, never their weights."""
 
-    def __init__(self, layer: torch.nn.Module, index: int, stash: HostStash | None):
+    def __init__(self, layer: torch.nn.Module, index: int, stash: HostStash | None, passed: Passed):
         attention, mlp = layer.self_attn, layer.mlp
         self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self.qkv = Group([member(attention.q_proj), member(attention.k_proj), member(attention.v_proj)])
         self.out = Single(member(attention.o_proj))
         self.gate_up = Group([member(mlp.gate_proj), member(mlp.up_proj)], apart=True)
-        self.down = Group([member(mlp.down_proj)])
+        self.down = Group([member(mlp.down_proj)], spare_rows=member(mlp.down_proj).rank)
         self.down_back = Single(member(mlp.down_proj), held_by=self.down)
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.num_heads = [rows // self.head_dim for rows in self.qkv.rows]  # of q, k, v
-        self.index, self.stash, self.keep = index, stash, Keep.ALL
+        self.index, self.stash, self.passed, self.keep = index, stash, passed, Keep.ALL
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The LoRA matrices, in the order of `backward`'s gradients."""
@@ -126,23 +132,42 @@ class FusedLayer:
             kept.x = self.stash.take(self.index)
         self.complete(kept, shape, angles, mask)
         ops = ops_for(dy.device)
-        h, dz = self.down_back.input_gradients(dy)  # dh (M, I)
-        ops.swiglu_backward(h, dz, self.down_back.lora_a, kept.gate_up)  # dh becomes h, gate_up its gradient
+        width, buffer = dy.shape[1], self._with_room(dy)
+        h, dz = self.down_back.input_gradient(buffer)  # dh (M, I)
+        ops.swiglu_backward(h, kept.gate_up)  # dh becomes h, gate_up its gradient
         of_down = self.down_back.parameter_gradients(dy, dz, h, kept.z_down)
-        del h, dz
-        of_gate_up, dx1 = self._through_group(self.gate_up, kept.gate_up, kept.n2, 1, kept.x1, kept.inverse2, dy)
+        del h, dz, buffer
+        of_gate_up, buffer1 = self._through_group(
+            self.gate_up, kept.gate_up, kept.n2, 1, kept.x1, kept.inverse2, dy, self.out.room
+        )
+        dx1 = buffer1[:, :width]
         kept.gate_up = kept.n2 = kept.x1 = None
         q, k, v, output = kept.attention
         flat = output.detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H x E)
-        d_output, of_out = self.out.backward(dx1, flat, kept.z_o)
+        d_output, dz = self.out.input_gradient(buffer1)
+        of_out = self.out.parameter_gradients(dx1, dz, flat, kept.z_o)
         d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
         d_qkv = dy.new_empty(dy.shape[0], sum(self.qkv.rows))
         ops.rotate_backward(dq, dk, dv, *angles, d_qkv)
         del q, k, v, output, flat, d_output, dq, dk, dv
         kept.attention = None
-        of_qkv, dx = self._through_group(self.qkv, d_qkv, kept.n1, 0, kept.x, kept.inverse1, dx1)
-        return dx, *of_qkv, *of_out, *of_gate_up, *of_down
+        of_qkv, buffer = self._through_group(
+            self.qkv, d_qkv, kept.n1, 0, kept.x, kept.inverse1, dx1, self.down_back.room
+        )
+        self.passed.buffer = buffer if self.index else None
+        return buffer[:, :width], *of_qkv, *of_out, *of_gate_up, *of_down
+
+    def _with_room(self, dy: torch.Tensor) -> torch.Tensor:
+        """The buffer that dy lies in if the layer above made it, else a copy with as much room."""
+        rows, width = dy.shape
+        buffer, self.passed.buffer = self.passed.buffer, None
+        shape = (rows, width + self.down_back.room)
+        if buffer is not None and buffer.shape == shape and buffer.data_ptr() == dy.data_ptr():
+            return buffer
+        buffer = dy.new_empty(shape)
+        buffer[:, :width] = dy
+        return buffer
 
     def _normalize(self, which: int, x, added, buffer: torch.Tensor, group: Group) -> torch.Tensor:
         norm = self.norms[which]
@@ -151,12 +176,15 @@ class FusedLayer:
         group.fill(buffer)
         return inverse
 
-    def _through_group(self, group: Group, d_out, buffer, which: int, x, inverse, residual):
-        """Back through a group of projections and the norm before it: (LoRA gradients, gradient of x)."""
+    def _through_group(self, group: Group, d_out, buffer, which: int, x, inverse, residual, room: int):
+        """Back through a group of projections and the norm before it: (LoRA gradients, gradient of x with room)."""
         both = group.backward(d_out)
         gradients = group.parameter_gradients(d_out, both[:, group.inputs :], buffer)
         weight = self.norms[which].weight.data
-        dx = ops_for(x.device).rms_norm_backward(both[:, : group.inputs], x, weight, inverse, residual)
+        dx = x.new_empty(x.shape[0], x.shape[1] + room)
+        ops_for(x.device).rms_norm_backward(
+            both[:, : group.inputs], x, weight, inverse, residual, dx[:, : group.inputs]
+        )
         return gradients, dx
 
 
@@ -176,6 +204,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         kept, ctx.kept = ctx.kept, None
-        flat = dy.reshape(-1, dy.shape[-1]).contiguous()
+        flat = dy.reshape(-1, dy.shape[-1])
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
         dx, *gradients = ctx.fused.backward(kept, flat, ctx.shape, ctx.angles, ctx.mask)
         return dx.view(ctx.shape), None, None, None, None, None, *gradients

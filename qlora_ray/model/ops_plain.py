@@ -35,13 +35,14 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, residual: torch.Tensor | None
-) -> torch.Tensor:
-    """Gradient of x (M, D), plus the gradient that reaches x past the norm."""
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
+    """out: gradient of x (M, D), plus the gradient that reaches x past the norm."""
     wide = grad.float() * weight.float()
     normalized = x.float() * inverse[:, None]
     dx = inverse[:, None] * (wide - normalized * (wide * normalized).mean(-1, keepdim=True))
-    return (dx if residual is None else dx + residual.float()).to(x.dtype)
+    out.copy_(dx if residual is None else dx + residual.float())
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -68,10 +69,8 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(F.silu(gate) * up)
 
 
-def swiglu_backward(grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor | None, gate_up: torch.Tensor) -> None:
-    """Back from grad + dz a, (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
-    if dz is not None and a is not None:
-        grad.addmm_(dz, a)
+def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
+    """Back from grad (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
     gate, up = (part.float() for part in gate_up.chunk(2, -1))
     sigmoid = gate.sigmoid()
     silu = (gate * sigmoid).to(grad.dtype)

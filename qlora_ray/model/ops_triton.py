@@ -10,7 +10,6 @@ from qlora_ray.model import ops_plain
 
 WEIGHTS_PER_SCALE = 64  # bitsandbytes' block size
 SCALES_PER_SCALE = 256  # and that of double quantization
-MAX_FUSED_RANK = 32  # of a LoRA whose share of a gradient is added on the way
 
 
 def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -108,22 +107,23 @@ def _rms_norm(x, added, weight, out, inverse, width, stride, eps, ADD: tl.conste
 
 
 def rms_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, residual: torch.Tensor | None
-) -> torch.Tensor:
-    """Gradient of x (M, D), plus the gradient that reaches x past the norm."""
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
+    """out: gradient of x (M, D), plus the gradient that reaches x past the norm."""
     rows, width = x.shape
-    dx = torch.empty_like(x)
+    past = x if residual is None else residual
     _rms_norm_backward[(rows,)](
-        grad, x, weight, inverse, x if residual is None else residual, dx, width, grad.stride(0),
+        grad, x, weight, inverse, past, out, width, grad.stride(0), past.stride(0), out.stride(0),
         residual is not None, triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
-    return dx
 
 
 @triton.jit
 def _rms_norm_backward(
-    grad, x, weight, inverse, residual, dx, width, stride, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad, x, weight, inverse, residual, dx, width, stride, past_stride, out_stride, RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = column < width
@@ -134,8 +134,8 @@ def _rms_norm_backward(
     normalized = value.to(tl.float32) * scale
     result = scale * (wide - normalized * (tl.sum(wide * normalized, 0) / width))
     if RESIDUAL:
-        result += tl.load(residual + row * width + column, mask=there, other=0.0).to(tl.float32)
-    tl.store(dx + row * width + column, result.to(value.dtype), mask=there)
+        result += tl.load(residual + row * past_stride + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(dx + row * out_stride + column, result.to(value.dtype), mask=there)
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -234,34 +234,22 @@ def _swiglu(gate_up, out, width, stride, BLOCK: tl.constexpr):
     tl.store(out + row * stride + column, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=there)
 
 
-def swiglu_backward(grad: torch.Tensor, dz: torch.Tensor | None, a: torch.Tensor | None, gate_up: torch.Tensor) -> None:
-    """Back from grad + dz a, (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
+def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
+    """Back from grad (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
     rows, width = grad.shape
-    if dz is not None and dz.shape[1] > MAX_FUSED_RANK:
-        grad.addmm_(dz, a)
-        dz = None
-    high, wide = 2, 1024  # few rows: what of `a` a program reads stays in registers
-    _swiglu_backward[(triton.cdiv(width, wide), triton.cdiv(rows, high))](
-        grad, grad if dz is None else dz, grad if dz is None else a, gate_up, rows, width, grad.stride(0),
-        0 if dz is None else dz.shape[1], high, wide,
-    )  # fmt: skip
+    block = 1024
+    _swiglu_backward[(rows, triton.cdiv(width, block))](grad, gate_up, width, grad.stride(0), block)
 
 
 @triton.jit
-def _swiglu_backward(
-    grad, dz, a, gate_up, rows, width, stride, RANK: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr
-):
-    row = (tl.program_id(1) * HIGH + tl.arange(0, HIGH)).to(tl.int64)[:, None]
-    column = (tl.program_id(0) * WIDE + tl.arange(0, WIDE))[None, :]
-    there = (row < rows) & (column < width)
+def _swiglu_backward(grad, gate_up, width, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < width
     gate_place = gate_up + row * 2 * width + column
     stored = tl.load(gate_place, mask=there, other=0.0)
     gate, up = stored.to(tl.float32), tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
     wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    if RANK > 0:
-        for r in tl.static_range(RANK):  # not tl.dot: turning its result into this layout costs more than the products
-            left = tl.load(dz + row * RANK + r, mask=row < rows, other=0.0).to(tl.float32)  # (HIGH, 1)
-            wide += left * tl.load(a + r * width + column, mask=column < width, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = (gate * sigmoid).to(stored.dtype).to(tl.float32)
     tl.store(gate_place, (wide * up * sigmoid * (1 + gate * (1 - sigmoid))).to(stored.dtype), mask=there)

@@ -89,8 +89,9 @@ class Group:
     one product together; with `apart` each has its own, which is faster for wide ones.
     """
 
-    def __init__(self, members: list[Member], apart: bool = False):
+    def __init__(self, members: list[Member], apart: bool = False, spare_rows: int = 0):
         self.members = members
+        self.spare_rows = spare_rows  # below held weights, for `Single`
         self.adapted = [m for m in members if m.lora]
         self.rows = [m.base.out_features for m in members]
         self.inputs = members[0].base.in_features
@@ -155,8 +156,13 @@ class Group:
         column = 0
         for number, members in enumerate(self.products):
             is_new = number >= len(self.held)
-            shape = (sum(m.base.out_features for m in members), self.inputs + self.rank)
-            weight, row = like.new_empty(shape) if is_new else self.held[number], 0
+            rows = sum(m.base.out_features for m in members)
+            if is_new:
+                spare = self.spare_rows if self.hold_weights else 0
+                whole = like.new_empty(rows + spare, self.inputs + self.rank)
+            else:
+                whole = self.held[number]
+            weight, row = whole[:rows], 0
             for m in members:
                 part = weight[row : row + m.base.out_features]
                 if is_new:
@@ -166,7 +172,7 @@ class Group:
                     ops_for(like.device).place(b, m.scale if m.lora else 0.0, column, part[:, self.inputs :])
                 row, column = row + m.base.out_features, column + m.rank
             if self.hold_weights and is_new:
-                self.held.append(weight)
+                self.held.append(whole)
             yield weight
 
     def _bias(self, members: list[Member]) -> torch.Tensor | None:
@@ -178,35 +184,39 @@ class Group:
 
 
 class Single:
-    """One projection whose input comes in a buffer of its own, which is not copied."""
+    """One projection whose input comes in a buffer of its own, which is not copied.
+
+    Its gradient may have room beside it: [dy, s dy B] [W; A] is then the whole gradient of x in one product.
+    """
 
     def __init__(self, only: Member, held_by: Group | None = None):
         self.member = only
         self.shape = (only.base.out_features, only.base.in_features)
+        self.room = -(-only.rank // 8) * 8  # columns beside dy (M, N); rows stay aligned to 16 bytes
         self.hold_weights = False
         self._held: torch.Tensor | None = None
         self._holder = held_by
-
-    @property
-    def lora_a(self) -> torch.Tensor | None:
-        return self.member.a.data if self.member.lora else None
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self.member.a, self.member.b] if self.member.lora else []
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(M, N), and x A^T (M, R) for backward."""
-        weight, bias = self._weight(x), self.member.base.bias
+        weight, bias = self._weight(x)[: self.shape[0]], self.member.base.bias
         y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         if not self.member.lora:
             return y, None
         z = torch.mm(x, self.member.a.data.t())
         return y.addmm_(z, self.member.b.data.t(), alpha=self.member.scale), z
 
-    def input_gradients(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """dy W (M, K) and s dy B (M, R): the gradient of x is the first plus the second times A."""
-        dz = _scaled_product(self.member.scale, dy, self.member.b.data) if self.member.lora else None
-        return torch.mm(dy, self._weight(dy)), dz
+    def input_gradient(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradient of x (M, K); and s dy B (M, R), written beside dy. buffer (M, N + room) holds dy."""
+        rows, rank, weight = self.shape[0], self.member.rank, self._weight(buffer)
+        dy, dz = buffer[:, :rows], buffer[:, rows : rows + rank]
+        if rank:
+            torch.addmm(dz, dy, self.member.b.data, beta=0, alpha=self.member.scale, out=dz)
+            weight[rows:] = self.member.a.data
+        return torch.mm(buffer[:, : rows + rank], weight), dz if rank else None
 
     def parameter_gradients(
         self, dy: torch.Tensor, dz: torch.Tensor | None, x: torch.Tensor, z: torch.Tensor | None
@@ -217,19 +227,21 @@ class Single:
         return [torch.mm(dz.t(), x), _scaled_product(self.member.scale, dy.t(), z)]
 
     def backward(self, dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None):
-        """Gradients of x (M, K) and of A and B."""
-        dx, dz = self.input_gradients(dy)
-        if dz is not None:
+        """Gradients of x (M, K) and of A and B, of a dy (M, N) without room."""
+        dx, dz = torch.mm(dy, self._weight(dy)[: self.shape[0]]), None
+        if self.member.lora:
+            dz = _scaled_product(self.member.scale, dy, self.member.b.data)
             dx.addmm_(dz, self.member.a.data)
         return dx, self.parameter_gradients(dy, dz, x, z)
 
     def _weight(self, like: torch.Tensor) -> torch.Tensor:
+        """W, and rows for A below it: (N + R, K)."""
         if self._holder is not None and self._holder.held:
             return self._holder.held[0][:, : self.shape[1]]
         if self._held is not None:
             return self._held
-        weight = like.new_empty(self.shape)
-        ops_for(like.device).dequantize(self.member.base.weight, weight)
+        weight = like.new_empty(self.shape[0] + self.member.rank, self.shape[1])
+        ops_for(like.device).dequantize(self.member.base.weight, weight[: self.shape[0]])
         if self.hold_weights:
             self._held = weight
         return weight

@@ -17,7 +17,8 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
 
     input_ids and labels; for packed rows position_ids, which start at 0 with each sample and with the padding: without
     a mask, transformers keeps attention within each such run (transformers/masking_utils.py,
-    find_packed_sequence_indices). For others attention_mask.
+    find_packed_sequence_indices). Also sample_borders: where these runs begin, counted through all rows, and the end,
+    (S + 1,) int32 on the CPU. For others attention_mask.
     """
     offsets = rows["input_ids"].combine_chunks().offsets.to_numpy()
     lengths = np.diff(offsets)
@@ -35,7 +36,11 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
         if name in batch:
             values = rows[name].combine_chunks()
             batch[name][is_token] = values.values.to_numpy()[values.offsets[0].as_py() : values.offsets[-1].as_py()]
-    return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
+    tensors = {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
+    if "position_ids" in batch:
+        borders = np.append(np.flatnonzero(batch["position_ids"] == 0), is_token.size)
+        tensors["sample_borders"] = torch.from_numpy(borders.astype(np.int32))
+    return tensors
 
 
 def slices(table: pa.Table, size: int) -> Iterator[pa.Table]:

@@ -1,6 +1,7 @@
 """The only home of DeepSpeed: builds the ZeRO engine, steps it, and takes its state apart by parameter name."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,14 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
         if self._is_sharded:
             _keep_resident(self._engine.optimizer, wholes)
+            _walk_past_leaves(self._engine)
+            if not self._engine.fp16_enabled():
+                # ZeRO-3 would compute the norm again and wait for it; `step` knows it.
+                self._engine.optimizer._get_norm_groups = lambda: [torch.ones(())]
+        is_fused = self._is_sharded and wholes[0].is_cuda and not self._engine.optimizer.offload_optimizer
+        self._verdict: torch.Tensor | None = None  # whether a gradient is finite, where a step can be launched before
+        if is_fused and not self._engine.fp16_enabled():
+            self._verdict = torch.empty((), dtype=torch.bool, pin_memory=True)
         self._sum = OrderedSum(self._flat.numel, wholes[0].device)
         self._grad_norm: torch.Tensor | None = None
         model.register_forward_pre_hook(lambda *_: self._flat.attach())  # after ZeRO's own
@@ -95,7 +104,13 @@ class Engine:
         """
         gradient = self._sum.take()
         self._grad_norm = torch.linalg.vector_norm(gradient) / self._loss_scale()
-        if not self._engine.fp16_enabled() and not torch.isfinite(self._grad_norm):
+        is_finite = torch.isfinite(self._grad_norm)
+        if self._verdict is not None:
+            # The optimizer leaves everything as it is where found_inf is 1, so it can be launched before that is known.
+            self._torch_optimizer().found_inf = (~is_finite).float()
+            self._verdict.copy_(is_finite, non_blocking=True)
+            known = torch.cuda.current_stream().record_event()
+        elif not self._engine.fp16_enabled() and not is_finite:
             return False
         if self._max_grad_norm:
             gradient *= (self._max_grad_norm / (self._grad_norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
@@ -104,6 +119,9 @@ class Engine:
         for group, ratio in zip(self._engine.optimizer.param_groups, self._lr_ratios, strict=True):
             group["lr"] = learning_rate * ratio
         self._engine.step()
+        if self._verdict is not None:
+            known.synchronize()
+            return bool(self._verdict)
         # DeepSpeed skips a float16 step that overflows and scales the loss down: an error only where it cannot.
         return not getattr(self._engine.optimizer, "overflow", False) or self._loss_scale() > 1
 
@@ -256,6 +274,29 @@ def _gather_as_one(model: torch.nn.Module) -> None:
         _remember_parameters(module)
     _remember_parameters(model)
     model.enable_input_require_grads()  # else the first layer's backward is never announced to ZeRO-3
+
+
+def _walk_past_leaves(engine: Any) -> None:
+    """DeepSpeed visits every module before and after a forward pass: thousands, while the GPU has nothing to do.
+
+    It marks them, so that a parameter that one module takes from another is found. Leaf modules are gathered whole.
+    """
+    model = engine.module
+    inside = {id(part) for leaf in leaf_modules(model) for part in leaf.modules() if part is not leaf}
+    visited = [module for module in model.modules() if id(module) not in inside]
+
+    def walking_less(walk: Callable[..., Any]) -> Callable[..., Any]:
+        def walk_less(*arguments: Any) -> Any:
+            model.__dict__["modules"] = lambda: iter(visited)
+            try:
+                return walk(*arguments)
+            finally:
+                del model.__dict__["modules"]
+
+        return walk_less
+
+    engine._forward_prologue = walking_less(engine._forward_prologue)
+    engine._forward_epilogue = walking_less(engine._forward_epilogue)
 
 
 def _without_tracing() -> None:

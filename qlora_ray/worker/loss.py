@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_ray.data.tokenize import IGNORE_INDEX
+from qlora_ray.model.attention import mask_of_borders, no_mask
 from qlora_ray.model.head import expecting, returns_nats
 
 
@@ -15,10 +16,17 @@ def sum_of_nats(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> to
     """Cross-entropy of a micro-batch summed over its unmasked tokens: a float32 scalar, in nats.
 
     Rows are padded on the right: under causal attention no real token sees padding, so the model needs no mask, and
-    attention takes its fastest kernels.
+    attention takes its fastest kernels. Samples of a packed row are kept apart by their borders where the model can do
+    that, else by the mask that transformers makes of position_ids.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    head = getattr(model, "module", model).get_output_embeddings()
+    module, borders, ids = getattr(model, "module", model), batch.get("sample_borders"), batch["input_ids"]
+    longest_apart = getattr(module, "longest_sample_by_borders", 0)
+    if borders is not None and int(borders.diff().max()) <= longest_apart:
+        inputs["attention_mask"] = mask_of_borders(borders, ids.device)
+    elif "position_ids" not in batch and ids.shape[1] <= longest_apart:
+        inputs["attention_mask"] = no_mask(ids.device)
+    head = module.get_output_embeddings()
     if returns_nats(head):
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T), the last without a successor
         with expecting(head, labels):

@@ -14,6 +14,7 @@ from qlora_ray.data.tokenize import load_tokenizer
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.fused import fuse, fused_layers, keep
+from qlora_ray.model.recompute import Choice
 from qlora_ray.plan import Plan, choose_recomputation
 from qlora_ray.storage import Folder
 from qlora_ray.worker.batches import to_tensors
@@ -58,6 +59,7 @@ def choose_kernels(config: Config) -> None:
         # cuBLAS reads it when it starts (docs.nvidia.com/cuda/cublas, "Results reproducibility").
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else every buffer is written once more
 
 
 def check_shared(run_folder: Folder, team: Team) -> None:
@@ -128,7 +130,7 @@ def build_engine(
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
     sample = to_tensors(open_rows(rows, "train").gather(np.array([0])), pad_token_id, device)
-    sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items()}
+    sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items() if values.dim() == 2}
     if debug and team.rank == 0:
         logging.getLogger(__name__).info("parameters:\n%s", parameter_table(model, plan))
     before = _loss(model, sample)
@@ -142,7 +144,7 @@ def build_engine(
     return engine
 
 
-def keep_what_fits(model: torch.nn.Module, config: Config, plan: Plan, device: torch.device) -> None:
+def keep_what_fits(model: torch.nn.Module, config: Config, plan: Plan, device: torch.device) -> Choice:
     """Choose what the fused layers keep for backward. Call it when everything but activations has its memory."""
     num_layers = len(fused_layers(model))
     budget = 0.0
@@ -157,6 +159,7 @@ def keep_what_fits(model: torch.nn.Module, config: Config, plan: Plan, device: t
     choice = choose_recomputation(plan, num_layers, model.config.vocab_size, budget)
     keep(model, choice)
     logging.getLogger(__name__).info("%s (%.1f GiB for activations)", choice, budget / 2**30)
+    return choice
 
 
 def check_same_loss(before: float, after: float, plan: Plan) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qlora_ray.config import EMBEDDED_BASE
+from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from tests.integration import tiny_models
 
 pytestmark = pytest.mark.gpu
@@ -38,3 +39,36 @@ def test_state_taken_and_loaded_continues_the_training(stage, dtype, nccl):
     assert begun + tiny_models.train(second, range(3, 6), 1e-3, fixed=False) == pytest.approx(losses, rel=1e-4)
     for name, weight in whole.engine.weights().items():
         torch.testing.assert_close(second.engine.weights()[name], weight, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage, dtype", [(3, "bfloat16"), (3, "float32"), (0, "bfloat16")])
+def test_step_whose_gradient_is_not_finite_changes_nothing(stage, dtype, nccl):
+    sharded = tiny_models.build(tiny_models.make_config(EMBEDDED_BASE), stage, dtype, device="cuda")
+    tiny_models.train(sharded, range(2), 1e-3)
+    before = sharded.engine.state()
+    rows = {name: values.to("cuda") for name, values in tiny_models.batch().items()}
+    sharded.engine.backward(sum_of_nats(sharded.engine, rows) * float("inf"))
+    sharded.engine.add_up(1)
+    assert sharded.engine.step(1e-3) is False and sharded.engine.grad_norm() is None
+    after = sharded.engine.state()
+    assert after.optimizer_step == before.optimizer_step == 2
+    for name, weight in before.weights.items():
+        assert torch.equal(after.weights[name], weight)
+        assert all(torch.equal(after.moments[name][key], before.moments[name][key]) for key in before.moments[name])
+    assert all(loss == loss for loss in tiny_models.train(sharded, range(2, 4), 1e-3))
+
+
+def test_a_step_does_not_wait_for_the_gpu_before_it_is_launched(nccl, recwarn):
+    sharded = tiny_models.build(tiny_models.make_config(EMBEDDED_BASE), 3, "bfloat16", device="cuda")
+    tiny_models.train(sharded, range(2), 1e-3)
+    rows = {name: values.to("cuda") for name, values in tiny_models.batch().items()}
+    recwarn.clear()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        sharded.engine.backward(sum_of_nats(sharded.engine, rows) / num_label_tokens(rows))
+        sharded.engine.add_up(1)
+        assert sharded.engine.step(1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno} {w.message}" for w in recwarn if "called a synch" in str(w.message)]
+    assert not waits, waits

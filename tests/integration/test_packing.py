@@ -110,6 +110,7 @@ def test_positions_restart_with_each_sample_and_with_the_padding(packed):
         [*range(19), *range(2), *range(11)],
         [*range(14), *range(1), *range(7), *range(10)],
     ]
+    assert packed["sample_borders"].tolist() == [0, 19, 21, 32, 46, 47, 54, 64]
     assert "attention_mask" not in packed
 
 

@@ -128,7 +128,9 @@ def test_fused_training_gives_the_losses_and_the_state_of_pefts_own_path(process
     ours, theirs = fused.engine.state(), plain.engine.state()
     assert list(ours.weights) == list(theirs.weights)
     for name, weight in theirs.weights.items():
-        torch.testing.assert_close(ours.weights[name], weight, rtol=1e-3, atol=2e-4)  # of steps of 1e-3
+        # Single values may differ: where a gradient is next to 0, AdamW makes a step of its rounding.
+        assert (ours.weights[name] - weight).norm() < 1e-3 * weight.norm(), name
+        torch.testing.assert_close(ours.weights[name], weight, rtol=1e-3, atol=4e-4)  # B takes steps of 4e-3
         assert ours.moments[name]["exp_avg"].shape == weight.shape
 
 

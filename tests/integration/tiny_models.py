@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -28,9 +29,9 @@ FAMILIES: dict[str, dict] = {
 }  # fmt: skip
 
 
-def save(family: str, folder: Path) -> str:
+def save(family: str, folder: Path, **more: Any) -> str:
     """Write a random model of a family, with the embedded base's tokenizer; returns the folder."""
-    sizes = FAMILIES[family] if family == "gpt2" else {**SIZES, **FAMILIES[family]}
+    sizes = FAMILIES[family] if family == "gpt2" else {**SIZES, **FAMILIES[family], **more}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     model.save_pretrained(folder)

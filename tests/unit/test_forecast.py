@@ -96,6 +96,17 @@ def test_plan_door_answers_within_a_second_and_loads_nothing_heavy(tmp_path):
     assert float(used) < 1
 
 
+def test_dequantized_weights_are_held_where_they_fit_one_worker_has_all_and_nobody_forbids_it(tmp_path):
+    base = tiny_models.save("llama", tmp_path)
+    asked = {"model": {"base_model": base}}
+    held = "hold dequantized weights"
+    assert held in fit.answer(Config.model_validate(asked), 80, "H100")
+    assert held not in fit.answer(Config.model_validate(asked | {"ray": {"num_workers": 2}}), 80, "H100")
+    forbidden = asked | {"training": {"dequantized_weights": "none"}}
+    assert held not in fit.answer(Config.model_validate(forbidden), 80, "H100")
+    assert held not in fit.answer(Config.model_validate(asked), 0.001, "H100")
+
+
 def test_plan_door_says_what_does_not_fit(tmp_path):
     base = tiny_models.save("llama", tmp_path)
     config = Config.model_validate({"model": {"base_model": base}})

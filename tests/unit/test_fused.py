@@ -6,6 +6,7 @@ from peft import PeftModel
 
 from qlora_ray.model.adapter import trainable
 from qlora_ray.model.fused import fuse, fused_layers, keep, leaf_modules
+from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.recompute import Choice, Keep
 from tests import fused_models
 from tests.integration import tiny_models
@@ -69,6 +70,21 @@ def test_weights_held_dequantized_change_no_bit(folders):
     assert all(torch.equal(expected[name], after[name]) for name in expected)
 
 
+def test_gradients_pass_from_layer_to_layer_without_a_copy(folders, monkeypatch):
+    plain, is_handed_on = FusedLayer._with_room, []
+
+    def with_room(layer, dy):
+        buffer = plain(layer, dy)
+        is_handed_on.append(buffer.data_ptr() == dy.data_ptr())
+        return buffer
+
+    monkeypatch.setattr(FusedLayer, "_with_room", with_room)
+    model = fused_models.build(folders["llama"], torch.bfloat16)
+    for _ in range(2):
+        fused_models.nats_and_gradients(model, tiny_models.batch())
+    assert is_handed_on == [False, True] * 2  # the last layer's comes from the final norm
+
+
 def test_partly_adapted_layers_are_fused_too(folders):
     adapted = {"target_modules": ["q_proj", "up_proj"]}
     model = fused_models.build(folders["llama"], torch.float32, **adapted)
@@ -125,12 +141,52 @@ def test_padding_on_the_right_needs_no_mask(folders):
     assert fused_models.error(gradients_padded, gradients) < 1e-5
 
 
-def test_packed_samples_are_those_in_rows_of_their_own(folders):
+@pytest.mark.parametrize("family", FUSED)
+def test_packed_samples_are_those_in_rows_of_their_own(folders, family):
+    model = fused_models.build(folders[family], torch.float32)
+    packed = fused_models.packed_batch()
+    by_borders = fused_models.nats_and_gradients(model, packed)
+    by_mask = fused_models.nats_and_gradients(model, {n: v for n, v in packed.items() if n != "sample_borders"})
+    nats, gradients = fused_models.alone(model, packed)
+    for found in (by_borders, by_mask):
+        assert found[0] == pytest.approx(nats, rel=1e-6)
+        assert fused_models.error(found[1], gradients) < 1e-5
+
+
+def test_borders_reach_the_layers_and_make_pefts_mask_where_adapters_are_off(folders, monkeypatch):
+    from qlora_ray.model import attention
+    from qlora_ray.worker.loss import sum_of_nats
+
+    model, seen, packed = fused_models.build(folders["llama"], torch.float32), [], fused_models.packed_batch()
+    plain = attention._attend_one_by_one
+    monkeypatch.setattr(attention, "_attend_one_by_one", lambda *some: seen.append(some[3].shape) or plain(*some))
+    with torch.no_grad():
+        sum_of_nats(model, packed)
+        assert seen == [(1, 1, 20, 6)] * 2  # the longest sample, and one border more than there are samples
+        with model.disable_adapter():
+            by_borders = sum_of_nats(model, fused_models.packed_batch())
+            by_mask = sum_of_nats(
+                model, {n: v for n, v in fused_models.packed_batch().items() if n != "sample_borders"}
+            )
+    assert len(seen) == 2
+    assert torch.equal(by_borders, by_mask)
+
+
+def test_rows_of_one_sample_need_no_look_for_packed_ones(folders, monkeypatch):
+    from transformers import masking_utils
+
     model = fused_models.build(folders["llama"], torch.float32)
-    batch = tiny_models.batch()
-    ids, labels = batch["input_ids"].reshape(1, -1), batch["labels"].reshape(1, -1)  # both rows in one
-    positions = torch.arange(24).repeat(2)[None]
-    apart = fused_models.nats_and_gradients(model, batch)
-    packed = fused_models.nats_and_gradients(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
-    assert packed[0] == pytest.approx(apart[0], rel=1e-6)
-    assert fused_models.error(packed[1], apart[1]) < 1e-5
+    by_mask = fused_models.nats_and_gradients(model, tiny_models.batch() | {"position_ids": torch.arange(24)[None]})
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", None)
+    without = fused_models.nats_and_gradients(model, tiny_models.batch())
+    assert without[0] == by_mask[0]
+    assert all(torch.equal(without[1][name], value) for name, value in by_mask[1].items())
+
+
+def test_samples_longer_than_a_sliding_window_take_its_mask(tmp_path):
+    folder = tiny_models.save("mistral", tmp_path, sliding_window=9)
+    model = fused_models.build(folder, torch.float32)
+    assert model.longest_sample_by_borders == 9
+    windowed = fused_models.nats_and_gradients(model, fused_models.packed_batch())[0]
+    exact = fused_models.nats_and_gradients(fused_models.build_reference(folder), fused_models.packed_batch())[0]
+    assert windowed == pytest.approx(exact, rel=1e-6)
