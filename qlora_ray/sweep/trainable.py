@@ -76,7 +76,7 @@ class TrialActor(tune.Trainable):
                 return None
             exploit.pin(self._run / "pins", self._process.run, step)
         self._reported = step
-        self._last = {name: found[0][name] for name in (metric, "loss", "eval_loss", "step") if name in found[0]}
+        self._last = {"step": step, metric: found[0][metric]}
         return {**self._last, **self._exploited(), "is_last": len(found) == 1}
 
     def _after_the_end(self, code: int, report: dict[str, Any] | None) -> dict[str, Any]:

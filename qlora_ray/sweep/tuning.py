@@ -52,9 +52,9 @@ class WriteLedger(NotPickled, tune.Callback):
         if result.get("status") == "interrupted":
             self.interrupted.add(name)
         if self._metric in result and result.get("is_new", True) and result["step"] > record.reported:
-            told = {key: result[key] for key in ("step", self._metric, "loss", "eval_loss") if key in result}
-            self._ledger.append("report", trial=name, **told)
-            self._changed(name, f"step {told['step']}: {self._metric} {told[self._metric]:.4f}")
+            step, value = result["step"], result[self._metric]
+            self._ledger.append("report", trial=name, step=step, **{self._metric: value})
+            self._changed(name, f"step {step}: {self._metric} {value:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         name, result = trial.config["trial"], trial.last_result or {}
@@ -149,7 +149,7 @@ def domain(parameter: Parameter) -> Any:
     return made[parameter.kind](low, high + 1 if parameter.kind == "randint" else high)
 
 
-def search_of(config: Config, ledger: Ledger) -> tuple[Any, dict[str, Any], int]:
+def search_of(config: Config, ledger: Ledger, max_concurrent: int) -> tuple[Any, dict[str, Any], int]:
     """Ray Tune's search algorithm, its param_space, and how many trials it shall give."""
     sweep = space.sweep_of(config)
     live = ledger.live()
@@ -160,7 +160,7 @@ def search_of(config: Config, ledger: Ledger) -> tuple[Any, dict[str, Any], int]
         return LedgerSearch(config, ledger), {}, left
     points = [{"trial": one.name, **one.parameters} for one in live]
     listed = {key: tune.choice(list({repr(point[key]): point[key] for point in points}.values())) for key in points[0]}
-    return BasicVariantGenerator(points_to_evaluate=points), listed, len(points)
+    return BasicVariantGenerator(points_to_evaluate=points, max_concurrent=max_concurrent), listed, len(points)
 
 
 def make_tuner(
@@ -170,14 +170,14 @@ def make_tuner(
     """The Tuner of all that is left to do. `node` is the driver's, where data files and models are."""
     from qlora_ray.sweep.trainable import TrialActor
 
-    search, param_space, num_samples = search_of(config, ledger)
+    search, param_space, num_samples = search_of(config, ledger, max_concurrent)
     sweep = space.sweep_of(config)
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(TrialActor, job=job), {"CPU": 0, node: 0.001}),
         param_space=param_space,
         tune_config=tune.TuneConfig(
             search_alg=search, scheduler=scheduler_of(sweep, reports, ledger), num_samples=num_samples,
-            max_concurrent_trials=max_concurrent, reuse_actors=False,
+            max_concurrent_trials=max_concurrent if sweep.search == "optuna" else None, reuse_actors=False,
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: f"{trial.config['trial']}_{trial.trial_id}",
         ),
