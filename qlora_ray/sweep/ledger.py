@@ -32,7 +32,7 @@ class TrialRecord:
     name: str
     parameters: dict[str, Any]  # now
     first_parameters: dict[str, Any]
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)  # each with the parameters of that time
     exploits: list[dict[str, Any]] = field(default_factory=list)
     status: str = "waiting"  # running, done, stopped, failed
     reason: str | None = None
@@ -94,7 +94,7 @@ class Ledger:
             self.trials[event["trial"]] = TrialRecord(event["trial"], event["parameters"], event["parameters"])
         elif kind == "report":
             trial = self.trials[event["trial"]]
-            trial.reports.append(event)
+            trial.reports.append({**event, "parameters": trial.parameters})
             trial.reported = event["step"]
         elif kind == "exploit":
             trial = self.trials[event["trial"]]

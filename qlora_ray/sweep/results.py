@@ -45,15 +45,7 @@ def find_best(ledger: Ledger, sweep: SweepConfig) -> Best | None:
     if not found:
         return None
     _, name, report = min(found, key=lambda one: one[:2])
-    return Best(name, report["step"], report[sweep.metric], _parameters_at(ledger.trials[name], report))
-
-
-def _parameters_at(record: TrialRecord, report: dict[str, Any]) -> dict[str, Any]:
-    parameters = record.first_parameters
-    for exploit in record.exploits:
-        if exploit["time"] <= report["time"]:
-            parameters = exploit["parameters"]
-    return parameters
+    return Best(name, report["step"], report[sweep.metric], report["parameters"])
 
 
 def adapter_of(run: Path, sweep: SweepConfig, trial: str) -> Path | None:

@@ -37,12 +37,12 @@ def sweep(config: Config, config_name: str, resume: bool, debug: bool, began: fl
     trials = space.known_trials(config)
     configs = distinct_configs(config, trials)
     check_early(config, configs)
-    folder = storage.open_folder(config.ray.storage_path)
-    if not folder.is_local:
+    if "://" in config.ray.storage_path:
         raise ConfigError(
             f"ray.storage_path={config.ray.storage_path}: a sweep follows its trials through files that grow, which "
             "object stores do not have. Use a folder that all nodes share."
         )
+    folder = storage.open_folder(config.ray.storage_path)
     storage.check_writable(folder)
     run = Path((folder / train.name_of_run(config, config_name, folder, resume)).path)
     if resume and not (run / FILE).exists():
