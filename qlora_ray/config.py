@@ -308,14 +308,14 @@ class Parameter(Section):
         return self
 
 
-class AshaConfig(Section):
+class AshaOptions(Section):
     grace_period: int | None = Field(None, ge=1)
     """Steps that every trial gets; default: up to its first report."""
     reduction_factor: float = Field(3, gt=1)
     """Of the trials that reach a rung, one in so many goes on; rungs are grace_period times powers of this."""
 
 
-class PbtConfig(Section):
+class PbtOptions(Section):
     perturbation_interval: int | None = Field(None, ge=1)
     """Steps between exploits; default: training.eval_every_steps."""
     quantile_fraction: float = Field(0.25, gt=0, le=0.5)
@@ -339,8 +339,10 @@ class SweepConfig(Section):
     """Trials of random and optuna (default 8); a grid's number follows from its values."""
     scheduler: Literal["fifo", "asha", "pbt"] = "fifo"
     """fifo: every trial to its end. asha: bad ones are stopped early. pbt: bad ones go on from good ones' weights."""
-    asha: AshaConfig = AshaConfig()
-    pbt: PbtConfig = PbtConfig()
+    asha: AshaOptions = AshaOptions()
+    """Of sweep.scheduler=asha."""
+    pbt: PbtOptions = PbtOptions()
+    """Of sweep.scheduler=pbt."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides which trials there are."""
     max_concurrent_trials: int | None = Field(None, ge=1)

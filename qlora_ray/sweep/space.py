@@ -36,6 +36,8 @@ def known_trials(config: Config) -> list[Trial]:
     if sweep.search == "grid":
         listed = [[(key, value) for value in one.values] for key, one in sweep.parameters.items()]
         points = [dict(point) for point in itertools.product(*listed)]
+        if sweep.scheduler == "asha":  # which stops none of a row in which each is better than those before
+            random.Random(sweep.seed).shuffle(points)
     else:
         chance = random.Random(sweep.seed)
         points = [

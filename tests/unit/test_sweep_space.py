@@ -29,6 +29,14 @@ def test_grid_is_every_combination_in_order():
     assert [trial.name for trial in trials] == ["t0000", "t0001", "t0002", "t0003"]
 
 
+def test_asha_meets_a_grid_in_seeded_random_order():
+    asked = {LR: {"grid": [i / 1000 for i in range(1, 9)]}}
+    plain, mixed = (space.known_trials(config(asked, search="grid", scheduler=one)) for one in ("fifo", "asha"))
+    assert mixed == space.known_trials(config(asked, search="grid", scheduler="asha"))
+    rates = [trial.parameters[LR] for trial in mixed]
+    assert sorted(rates) == [trial.parameters[LR] for trial in plain] != rates
+
+
 def test_random_trials_are_the_same_for_a_seed_and_lie_in_their_ranges():
     asked = {
         LR: {"loguniform": [1e-4, 1e-2]},
