@@ -13,12 +13,12 @@ from rich.live import Live
 from rich.table import Table
 
 from qlora_ray.config import Config
-from qlora_ray.plan import Plan
 from qlora_ray.screen import console
-from qlora_ray.sweep import fit, results, space
+from qlora_ray.sweep import results, space
 from qlora_ray.sweep.fit import Reports
 from qlora_ray.sweep.ledger import Ledger
-from qlora_ray.sweep.process import STOP_FLAG, STOP_SECONDS
+from qlora_ray.sweep.process import STOP_FLAG, STOP_SECONDS, submitted_job
+from qlora_ray.sweep.told import show_value
 
 REFRESH_SECONDS = 1.0
 COLOURS = {"running": "cyan", "done": "green", "stopped": "yellow", "failed": "red"}
@@ -53,6 +53,8 @@ class Session:
             raise self._error
         if self._stop:
             return self._stop
+        if reason := self._too_many_failed():
+            return "failed", reason
         if results.find_best(self._ledger, self._sweep) is None:
             return "failed", "no trial has reported"
         return "done", None
@@ -69,6 +71,7 @@ class Session:
             "config": self._config.model_dump(mode="json"),
             "address": context.gcs_address,
             "cwd": str(Path.cwd()),
+            "submitted": submitted_job(),
             "metric": self._sweep.metric,
             "perturbation_interval": self._reports.perturbation_interval,
             "reported": {name: record.reported for name, record in self._ledger.trials.items()},
@@ -112,17 +115,20 @@ class Session:
             return
         sweep, trials = self._sweep, self._ledger.trials.copy()
         seconds = self._ledger.former_seconds + time.monotonic() - self._began
-        failed = [record for record in trials.values() if record.status == "failed"]
-        if len(failed) > sweep.max_failed_trials:
-            first = failed[0]
-            self._ask_to_stop(
-                "failed", f"{len(failed)} trials failed, more than sweep.max_failed_trials={sweep.max_failed_trials}; "
-                f"{first.name}: {first.reason}",
-            )  # fmt: skip
+        if reason := self._too_many_failed():
+            self._ask_to_stop("failed", reason)
         elif sweep.time_budget_seconds is not None and seconds > sweep.time_budget_seconds:
             self._ask_to_stop("done", f"sweep.time_budget_seconds={sweep.time_budget_seconds:g} is over")
         elif sweep.token_budget is not None and sum(self._tail(name).tokens for name in trials) >= sweep.token_budget:
             self._ask_to_stop("done", f"sweep.token_budget={sweep.token_budget} is used up")
+
+    def _too_many_failed(self) -> str | None:
+        failed = [record for record in self._ledger.trials.copy().values() if record.status == "failed"]
+        most = self._sweep.max_failed_trials
+        if len(failed) <= most:
+            return None
+        first = f"{failed[0].name}: {failed[0].reason}"
+        return f"{len(failed)} trials failed, more than sweep.max_failed_trials={most}; {first}"
 
     def _ask_to_stop(self, status: str, reason: str) -> None:
         self._stop, self._stop_at = (status, reason), time.monotonic()
@@ -177,67 +183,3 @@ class _Tail:
                 self.tokens += entry.get("num_tokens", 0)
                 self.loss = entry.get("loss", self.loss)
                 self.eval_loss = entry.get("eval_loss", self.eval_loss)
-
-
-def show_value(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def show_plan(config: Config, run: Path, plans: list[Plan], reports: Reports, room: int, why: str) -> None:
-    """What will be done, as a table."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    for name, value in plan_rows(config, plans, reports, room, why).items():
-        table.add_row(name, value)
-    table.add_row("sweep", str(run))
-    console.print(table)
-    console.print()
-
-
-def plan_rows(config: Config, plans: list[Plan], reports: Reports, room: int, why: str) -> dict[str, str]:
-    """The lines that --plan and the start of a sweep share."""
-    sweep, largest = space.sweep_of(config), max(plans, key=lambda plan: plan.num_workers)
-    kind = "GPU" if largest.use_gpu else "CPU"
-    steps, all_steps = fit.expected_steps(config, reports), reports.num_steps * space.num_trials(config)
-    saved = f", {all_steps:,} without stopping" if steps < all_steps else ""
-    resources = " + ".join(f"{each:g} {name}" for name, each in largest.resources_per_worker.items())
-    return {
-        "trials": f"{space.num_trials(config)} ({sweep.search}), each {reports.num_steps:,} steps at most",
-        "decides": f"{sweep.metric} every {reports.every:,} steps, {_scheduler(config, reports)}",
-        "at a time": f"{room} ({why})",
-        "a trial": f"{largest.num_workers} x 1 {kind} ({resources} each), ZeRO stage {largest.zero_stage}",
-        "steps": f"about {steps:,}{saved}",
-    }
-
-
-def _scheduler(config: Config, reports: Reports) -> str:
-    sweep = space.sweep_of(config)
-    if sweep.scheduler == "asha":
-        rungs = ", ".join(f"{trials} to step {step:,}" for step, trials in fit.rungs(config, reports))
-        return f"asha ({rungs})"
-    if sweep.scheduler == "pbt":
-        return f"pbt (exploits every {reports.perturbation_interval:,} steps)"
-    return "fifo (every trial runs to its end)"
-
-
-def show_result(summary: dict[str, Any], run: Path, config: Config) -> None:
-    """How the sweep ended, and where its results are."""
-    import sys
-
-    counts = ", ".join(f"{count} {status}" for status, count in summary["trials"].items())
-    console.print(f"\ntrials   {counts}; {summary['steps']:,} steps of {summary['steps_without_stopping']:,}")
-    if best := summary["best"]:
-        parameters = ", ".join(f"{key}={show_value(value)}" for key, value in best["parameters"].items())
-        console.print(
-            f"best     {best['trial']}: {summary['metric']} {best['value']:.4f} at step {best['step']:,} ({parameters})"
-        )
-    if summary["adapter"]:
-        console.print(f"adapter  {summary['adapter']}")
-    console.print(f"report   {run}/sweep.html")
-    if summary["status"] == "failed":
-        print(f"error: the sweep failed: {summary['reason']}", file=sys.stderr)
-    elif summary["reason"]:
-        console.print(f"Ended early: {summary['reason']}. The same command with --resume and ray.run_name={run.name} "
-                      "goes on.")  # fmt: skip

@@ -1,5 +1,6 @@
 """tune --plan: trials, resources, cost, before anything starts. Uses no Ray; small data is tokenized to count rows."""
 
+import glob
 import os
 import tempfile
 
@@ -7,35 +8,32 @@ from rich.table import Table
 
 from qlora_ray import cluster, forecast, screen, storage, train
 from qlora_ray.config import Config
-from qlora_ray.data.check import check_records
-from qlora_ray.data.prepare import prepare
 from qlora_ray.model.facts import read_facts
-from qlora_ray.plan import Hardware, Plan, make_plan, packs
-from qlora_ray.sweep import board, fit, space
+from qlora_ray.plan import Hardware, Plan
+from qlora_ray.sweep import fit, space, told
 
 REFERENCE_GPU = "H100"
 
 
 def show(config: Config) -> None:
     """Print the trials, what runs at a time, and what it may cost. Raises ConfigError as a start would."""
-    from qlora_ray.sweep.run import check_early, distinct_configs
+    from qlora_ray.sweep.run import check_early, check_records_once, distinct_configs, prepare_trials
 
     trials = space.known_trials(config)
     configs = distinct_configs(config, trials)
     check_early(config, configs)
-    for one in configs:
-        check_records(one)
+    check_records_once(configs)
     hardware, known = hardware_of(config)
     with tempfile.TemporaryDirectory() as temporary:
-        plans = [_plan(one, temporary, hardware) for one in configs]
+        plans = prepare_trials(configs, storage.open_folder(temporary), hardware, inline=True)
     reports = fit.reports_of(config, plans)
     room, why = fit.concurrent_trials(config, plans, hardware)
     table = Table("trial", *space.sweep_of(config).parameters, "steps")
     for trial, plan in zip(trials, plans, strict=False):
-        table.add_row(trial.name, *map(board.show_value, trial.parameters.values()), f"{plan.num_steps:,}")
+        table.add_row(trial.name, *map(told.show_value, trial.parameters.values()), f"{plan.num_steps:,}")
     if trials:
         screen.console.print(table)
-    rows = board.plan_rows(config, plans, reports, room, why)
+    rows = told.plan_rows(config, plans, reports, room, why)
     rows |= _cost(config, configs[0], plans[0], fit.expected_steps(config, reports))
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
@@ -43,26 +41,18 @@ def show(config: Config) -> None:
         facts.add_row(name, value)
     screen.console.print(facts)
     if not known:
-        screen.say_note("ray.address: the cluster was not asked; the numbers are of this machine's cores.")
+        screen.say_note("ray.address: the cluster was not asked, so how many trials run at a time is not known.")
 
 
 def hardware_of(config: Config) -> tuple[Hardware, bool]:
-    """This machine as a private Ray would see it, without GPUs; and whether that is where the trials would run."""
+    """What trials would run on, and whether that is known: a cluster is not asked, and taken to hold one trial."""
     cores = len(os.sched_getaffinity(0))
     if not cluster.address(config):
-        return Hardware(cores, 0), True
-    needed = config.ray.max_workers * config.ray.resources_per_worker.get("CPU", 1)
-    return Hardware(max(cores, needed), 0), False
-
-
-def _plan(config: Config, folder: str, hardware: Hardware) -> Plan:
-    base = storage.open_folder(folder)
-    facts = read_facts(train.local_base(config))
-    data = prepare(config, base, packs(config, facts))
-    resources = {**config.ray.resources_per_worker}
-    if config.ray.use_gpu is True or resources.get("GPU"):  # of a cluster that is not asked
-        hardware = Hardware(hardware.num_cpus, config.ray.max_workers * resources.get("GPU", 1))
-    return make_plan(config, data.stats, facts, hardware, train.read_deepspeed_json(config))
+        return Hardware(cores, len(glob.glob("/dev/nvidia[0-9]*"))), True
+    needed = {name: config.ray.max_workers * each for name, each in config.ray.resources_per_worker.items()}
+    gpus = needed.pop("GPU", config.ray.max_workers if config.ray.use_gpu is True else 0)
+    cpus = needed.pop("CPU", config.ray.max_workers)
+    return Hardware(max(cores, cpus), gpus, other_resources=needed), False
 
 
 def _cost(config: Config, one: Config, plan: Plan, steps: int) -> dict[str, str]:

@@ -6,6 +6,7 @@
     t0003/          its run directory
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,18 +20,23 @@ import yaml
 from qlora_ray import checkpoints
 from qlora_ray.config import ConfigError
 from qlora_ray.storage import open_folder
+from qlora_ray.sweep import leash
 
 STOP_SECONDS = 120  # to finish a step and save
 STOP_FLAG = "stop"  # a file in the sweep's run directory: all trials leave a checkpoint and end
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # ray/_private/runtime_env/constants.py: ray.init reads it
 MAX_DEATHS = 3  # in a row, without a new checkpoint
 
 
 class TrialProcess:
     """Starts the process, again where it was killed, and reads what it writes."""
 
-    def __init__(self, trials: Path, name: str, config: dict[str, Any], cwd: str | None):
+    def __init__(self, trials: Path, name: str, config: dict[str, Any], cwd: str | None, submitted: str | None = None):
+        """`submitted` is what `ray job submit` gave the sweep: its trials then run the same uploaded code."""
         self.run = trials / name
+        self._lock = str(trials / f".{name}.lock")
         self._trials, self._name, self._config = trials, name, config
+        self._environment = {**os.environ, **({SUBMITTED: submitted} if submitted else {})}
         self._cwd = cwd if cwd and os.path.isdir(cwd) else None
         self._process: subprocess.Popen | None = None
         self._deaths, self._step_of_death = 0, -1
@@ -39,18 +45,23 @@ class TrialProcess:
 
     def start(self) -> None:
         """Start, or go on from the newest checkpoint. Raises BrokenCheckpoint where none is whole."""
-        resume = self.newest_step() is not None
-        if not resume and self.run.exists():  # killed before its first checkpoint
-            shutil.rmtree(self.run)
+        with self.alone():
+            resume = self.newest_step() is not None
+            if not resume and self.run.exists():  # killed before its first checkpoint
+                shutil.rmtree(self.run)
         config = self._trials / f"{self._name}.yaml"
         config.write_text(yaml.safe_dump(self._config, sort_keys=False), "utf-8")
-        lock = str(self._trials / f".{self._name}.lock")
-        command = [sys.executable, "-m", "qlora_ray.sweep.leash", str(os.getpid()), lock, "-c", str(config)]
+        command = [sys.executable, "-m", "qlora_ray.sweep.leash", str(os.getpid()), self._lock, "-c", str(config)]
         with open(self._trials / f"{self._name}.log", "a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 command + ["--resume"] * resume, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._cwd,
+                env=self._environment,
                 start_new_session=True,  # Ctrl-C is for the sweep, which then asks its trials to stop
             )  # fmt: skip
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """While no process of this trial runs, one that another actor started and that is being ended included."""
+        return leash.held(self._lock)
 
     def is_started(self) -> bool:
         return self._process is not None
@@ -121,6 +132,12 @@ class TrialProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def submitted_job() -> str | None:
+    """The runtime environment that `ray job submit` gave this process, for processes that shall have the same."""
+    given = os.environ.get(SUBMITTED)
+    return json.dumps({"runtime_env": json.loads(given).get("runtime_env") or {}}) if given else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from qlora_ray.data.prepare import prepare
 from qlora_ray.data.spread import run_on_ray
 from qlora_ray.model.facts import read_facts
 from qlora_ray.plan import Hardware, Plan, check_workers_fit, make_plan, packs, refuse_early, storage_bytes
-from qlora_ray.sweep import board, exploit, fit, page, results, space
+from qlora_ray.sweep import board, exploit, fit, page, results, space, told
 from qlora_ray.sweep.ledger import FILE, Ledger
 from qlora_ray.sweep.space import Trial
 from qlora_ray.trackers import check_installed
@@ -48,8 +48,7 @@ def sweep(config: Config, config_name: str, resume: bool, debug: bool, began: fl
     if resume and not (run / FILE).exists():
         raise ConfigError(f"--resume: {run} has no {FILE}. Leave --resume out to start the sweep.")
     train.refuse_taken_name(folder / run.name, resume)
-    for one in configs:
-        check_records(one)
+    check_records_once(configs)
     cluster.set_environment(config, debug)
     os.environ |= TUNE_SETTINGS
     _share_cores(config, configs)
@@ -83,17 +82,30 @@ def check_early(config: Config, configs: list[Config]) -> None:
         train.check_files(one)
 
 
-def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware) -> list[Plan]:
-    """Tokenize what trials read, once for all that read the same; returns the plan of each config."""
-    plans, prepared = [], {}
+def check_records_once(configs: list[Config]) -> None:
+    """Look at the records, once for all trials that read the same. Raises ConfigError."""
+    for one in {repr(one.data): one for one in configs}.values():
+        check_records(one)
+
+
+def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware, inline: bool = False) -> list[Plan]:
+    """Tokenize what trials read, once for all that read the same; returns the plan of each config.
+
+    With `inline` it is done in this process, without Ray.
+    """
+    runner = None if inline else lambda: run_on_ray
+    plans, prepared, bases = [], {}, {}
     for one in configs:
-        facts = read_facts(train.local_base(one))
+        base = one.model.base_model, one.model.revision
+        if base not in bases:
+            bases[base] = read_facts(train.local_base(one))
+        facts = bases[base]
         packing = packs(one, facts)
         key = repr(
             (one.data, one.model.base_model, one.model.revision, one.training.seed, one.training.max_length, packing)
         )
         if key not in prepared:
-            prepared[key] = prepare(one, folder, packing, lambda: run_on_ray, screen.console.out)
+            prepared[key] = prepare(one, folder, packing, runner, screen.console.out)
         plans.append(make_plan(one, prepared[key].stats, facts, hardware, train.read_deepspeed_json(one)))
     return plans
 
@@ -115,7 +127,7 @@ def _run(
     storage.check_space(storage.open_folder(str(run.parent)), needed)
     ledger = open_ledger(config, run, trials)
     try:
-        board.show_plan(config, run, plans, reports, room, why)
+        told.show_plan(config, run, plans, reports, room, why)
         session = board.Session(config, run, ledger, reports, room, began)
         with contextlib.nullcontext() if debug else screen.chatter_goes_to(f"{run}/sweep.log"):
             status, reason = session.run()
@@ -124,7 +136,7 @@ def _run(
         page.write(run, config, ledger, summary)
         if not ledger.live():
             shutil.rmtree(run / "pins", ignore_errors=True)
-        board.show_result(summary, run, config)
+        told.show_result(summary, run, config)
         return {"done": 0, "interrupted": 130}.get(status, 1)
     finally:
         ledger.close()

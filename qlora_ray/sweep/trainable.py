@@ -30,7 +30,7 @@ class TrialActor(tune.Trainable):
         values["ray"] |= {
             "address": job["address"], "storage_path": str(self._run / "trials"), "run_name": self._name,
         }  # fmt: skip
-        self._process = TrialProcess(self._run / "trials", self._name, values, job["cwd"])
+        self._process = TrialProcess(self._run / "trials", self._name, values, job["cwd"], job["submitted"])
         self._reported = job["reported"].get(self._name, 0)
         self._last: dict[str, Any] = {}
 
@@ -57,9 +57,9 @@ class TrialActor(tune.Trainable):
             return self._ends("failed", str(error))
 
     def _begin(self) -> None:
-        run = self._process.run
-        if exploit.read(run):
-            exploit.finish(run)
+        with self._process.alone():
+            if exploit.read(self._process.run):
+                exploit.finish(self._process.run)
         if self._process.summary().get("status") != "done":  # else its sweep died before it knew
             self._process.start()
 
@@ -106,7 +106,8 @@ class TrialActor(tune.Trainable):
         pointer = json.loads(Path(checkpoint_dir, POINTER).read_text())
         if pointer["trial"] != self._name:
             pins, run = self._run / "pins", self._process.run
-            exploit.take_over(pins, run, pointer["trial"], pointer["step"], self._parameters)
+            with self._process.alone():
+                exploit.take_over(pins, run, pointer["trial"], pointer["step"], self._parameters)
         self._reported = pointer["step"]
 
     def cleanup(self) -> None:

@@ -15,7 +15,7 @@ from qlora_ray.sweep import exploit, space
 from qlora_ray.sweep.fit import Reports
 from qlora_ray.sweep.ledger import Ledger, TrialRecord
 
-MAX_ACTOR_DEATHS = 3
+MAX_ACTOR_DEATHS = 20  # of a trial, in all; processes of trials are watched by their actor
 
 
 class NotPickled:

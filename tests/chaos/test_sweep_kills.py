@@ -12,7 +12,7 @@ from tests.integration import door, sweeps
 SPACE = '{"training.learning_rate": {"grid": [0.003, 0.0003]}, "model.lora_r": {"grid": [4, 8]}}'
 SETTINGS = (
     f"sweep.parameters={SPACE}", "sweep.search=grid", "sweep.num_trials=null", "sweep.scheduler=fifo",
-    "training.max_steps=30", "ray.max_failures=9",
+    "training.max_steps=100", "ray.max_failures=9",
 )  # fmt: skip
 NUM_KILLS, SEED = 10, 1
 TITLES = {"trial": "qlora_ray.sweep.leash", "worker": "ray::RayTrainWorker", "actor": "ray::TrialActor"}
@@ -29,17 +29,31 @@ def victims(driver, title: str) -> list[psutil.Process]:
     return found
 
 
+def wait_for_a_step(sweep, driver) -> None:
+    """Until some trial has gone on since now."""
+
+    def lines():
+        return sum(len(door.metrics(run)) for run in (sweep / "trials").glob("t????"))
+
+    before, deadline = lines(), time.monotonic() + 240
+    while lines() <= before:
+        before = min(before, lines())  # steps since the last checkpoint are done again
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_random_kills_change_nothing_in_the_ledgers_outcome(tmp_path):
-    ended = sweeps.run(tmp_path, "whole", *SETTINGS, timeout=400)
+    ended = sweeps.run(tmp_path, "whole", *SETTINGS, timeout=600)
     assert ended.returncode == 0, ended.stderr
     chance, killed, sweep = random.Random(SEED), [], tmp_path / "hurt"
     driver = sweeps.start(tmp_path, "hurt", *SETTINGS)
     ended_before: dict[str, float] = {}
     while len(killed) < NUM_KILLS:
         kind = chance.choice(["driver", "trial", "worker", "actor"])
-        time.sleep(chance.uniform(4, 12))
+        wait_for_a_step(sweep, driver)
+        time.sleep(chance.uniform(0, 3))
         if kind != "driver":
             found = victims(driver, TITLES[kind])
             if not found:
@@ -58,7 +72,7 @@ def test_ten_random_kills_change_nothing_in_the_ledgers_outcome(tmp_path):
             driver = sweeps.start(tmp_path, "hurt", *SETTINGS, *["--resume"] * (sweep / "trials.jsonl").exists())
         killed.append(kind)
         assert driver.poll() is None or kind == "driver", driver.communicate()
-    out, err = driver.communicate(timeout=400)
+    out, err = driver.communicate(timeout=900)
     assert driver.returncode == 0, out + err
     print(killed)
     assert sweeps.outcome(sweep) == sweeps.outcome(tmp_path / "whole")
