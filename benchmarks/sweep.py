@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 3e-2]
 SMALL = ["evaluation.num_prompts=0", "evaluation.num_samples=0", "checkpoint.every_steps=15", "logging.every_steps=5"]
 STEPS = 45
 
@@ -40,10 +40,12 @@ def grid(rates: list[float], scheduler: str) -> list[str]:
 def compare_asha(storage: Path) -> None:
     common = [f"training.max_steps={STEPS}", "training.eval_every_steps=5"]
     print("| scheduler | best learning rate | eval_loss | steps | of the grid | seconds |\n|---|---|---|---|---|---|")
+    whole = 0
     for scheduler in ("fifo", "asha"):
         summary, seconds = timed("tune", storage, scheduler, *grid(RATES, scheduler), *common)
         best, steps = summary["best"], summary["steps"]
-        rate, share = best["parameters"]["training.learning_rate"], steps / (len(RATES) * STEPS)
+        whole = whole or steps
+        rate, share = best["parameters"]["training.learning_rate"], steps / whole
         print(f"| {scheduler} | {rate:g} | {best['value']:.5f} | {steps} | {share:.0%} | {seconds:.0f} |", flush=True)
 
 

@@ -51,7 +51,7 @@ def start_ray(config: Config, debug: bool) -> Hardware:
     threads = max(1, cores // config.ray.max_workers)
     try:
         ray.init(
-            address=where,
+            address=where or "local",  # without it Ray would join any cluster that someone started on this machine
             log_to_driver=debug,
             logging_level=logging.INFO if debug else logging.ERROR,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}},
