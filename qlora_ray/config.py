@@ -366,6 +366,8 @@ class SweepConfig(Section):
                 )
             if self.search != "grid" and parameter.kind == "grid":
                 raise ValueError(f"sweep.search={self.search}: {key} is a grid. Use choice, or sweep.search=grid.")
+            if self.search == "optuna" and any(isinstance(value, list | dict) for value in parameter.values):
+                raise ValueError(f"sweep.search=optuna: {key} lists a list. It knows texts and numbers; use random.")
         if self.search == "grid" and self.num_trials is not None:
             raise ValueError("sweep.num_trials: a grid has as many trials as combinations. Leave it out.")
         if self.search == "optuna" and self.scheduler == "pbt":

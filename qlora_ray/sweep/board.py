@@ -74,6 +74,7 @@ class Session:
             "submitted": submitted_job(),
             "metric": self._sweep.metric,
             "perturbation_interval": self._reports.perturbation_interval,
+            "parameters": {name: record.parameters for name, record in self._ledger.trials.items()},
             "reported": {name: record.reported for name, record in self._ledger.trials.items()},
         }
         try:

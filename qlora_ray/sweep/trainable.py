@@ -24,7 +24,8 @@ class TrialActor(tune.Trainable):
         assert job is not None  # Ray Tune gives what with_parameters was given
         self._job, self._run = job, Path(job["run"])
         self._name = config["trial"]
-        self._parameters = {key: value for key, value in config.items() if key != "trial"}
+        told = {key: value for key, value in config.items() if key != "trial"}  # by pbt and optuna
+        self._parameters = told or job["parameters"][self._name]
         base = Config.model_validate(job["config"])
         values = space.config_of(base, self._parameters).model_dump(mode="json", exclude={"sweep"})
         values["ray"] |= {

@@ -158,9 +158,12 @@ def search_of(config: Config, ledger: Ledger, max_concurrent: int) -> tuple[Any,
         from qlora_ray.sweep.optuna_search import LedgerSearch
 
         return LedgerSearch(config, ledger), {}, left
+    found: Any = BasicVariantGenerator(max_concurrent=max_concurrent)
+    if sweep.scheduler != "pbt":  # the actor has the parameters of each name: Ray Tune cannot hold lists in them
+        return found, {"trial": tune.grid_search([one.name for one in live])}, 1
     points = [{"trial": one.name, **one.parameters} for one in live]
-    listed = {key: tune.choice(list({repr(point[key]): point[key] for point in points}.values())) for key in points[0]}
-    return BasicVariantGenerator(points_to_evaluate=points, max_concurrent=max_concurrent), listed, len(points)
+    found = BasicVariantGenerator(points_to_evaluate=points, max_concurrent=max_concurrent)
+    return found, {key: tune.choice([point[key] for point in points]) for key in points[0]}, len(points)
 
 
 def make_tuner(

@@ -12,7 +12,7 @@ from qlora_ray.sweep.fit import Reports
 from qlora_ray.sweep.importance import common_step, importance
 from qlora_ray.sweep.ledger import Ledger
 from qlora_ray.sweep.results import find_best
-from qlora_ray.sweep.tuning import scheduler_of
+from qlora_ray.sweep.tuning import scheduler_of, search_of
 
 LR = "training.learning_rate"
 
@@ -53,6 +53,28 @@ def test_asha_of_a_resumed_sweep_decides_as_the_one_that_was_killed_would_have(l
     new = SimpleNamespace(trial_id="new", config={"trial": "new"})
     told.on_trial_add(None, new)
     assert told.on_trial_result(None, new, {"step": 10, "eval_loss": 2.5}) == TrialScheduler.STOP
+
+
+def test_ray_tune_gets_each_trial_that_has_not_ended_once(ledger):
+    from ray.tune.search.variant_generator import generate_variants
+
+    for i, modules in enumerate([["q_proj"], "all-linear", ["q_proj", "v_proj"]]):
+        ledger.append("trial", trial=f"t{i:04d}", parameters={"model.target_modules": modules})
+    ledger.append("end", trial="t0001", status="done", reason=None)
+    _, param_space, num_samples = search_of(asked(), ledger, 2)
+    given = [config for _, config in generate_variants(param_space)]
+    assert given == [{"trial": "t0000"}, {"trial": "t0002"}] and num_samples == 1
+
+
+def test_pbt_gets_each_trial_with_the_parameters_that_it_has_now(ledger):
+    for i in range(3):
+        ledger.append("trial", trial=f"t{i:04d}", parameters={LR: 1e-3 * (i + 1)})
+    ledger.append("exploit", trial="t0002", donor="t0000", step=10, sha256={}, parameters={LR: 9e-3})
+    generator, param_space, num_samples = search_of(asked(scheduler="pbt"), ledger, 2)
+    assert generator._points_to_evaluate == [
+        {"trial": "t0000", LR: 1e-3}, {"trial": "t0001", LR: 2e-3}, {"trial": "t0002", LR: 9e-3},
+    ]  # fmt: skip
+    assert set(param_space) == {"trial", LR} and num_samples == 3
 
 
 def test_optuna_is_asked_for_no_trial_twice_and_remembers_what_ended(ledger):
