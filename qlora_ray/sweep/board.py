@@ -12,6 +12,7 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
+from qlora_ray import cluster
 from qlora_ray.config import Config
 from qlora_ray.screen import console
 from qlora_ray.sweep import results, space
@@ -91,6 +92,9 @@ class Session:
         with live:
             interruptions = 0
             while thread.is_alive():
+                if dead := cluster.dead_processes():
+                    self._stop = "failed", f"Ray's {', '.join(dead)} died"
+                    return
                 try:
                     self._tell(live)
                     self._check_budgets()
