@@ -6,6 +6,7 @@ import sys
 
 DOORS = {
     "train": "fine-tune a 4-bit LoRA",
+    "tune": "search hyperparameters: many train runs, scheduled by Ray Tune",
     "plan": "what fits on N GPUs of M GiB, and how fast",
     "data": "show what the model will see: counts, lengths, rows with their mask",
     "generate": "ask a trained adapter: a prompt, a chat, or a file over many workers",

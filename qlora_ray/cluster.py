@@ -51,7 +51,7 @@ def start_ray(config: Config, debug: bool) -> Hardware:
     threads = max(1, cores // config.ray.max_workers)
     try:
         ray.init(
-            address=where,
+            address=where or "local",  # without it Ray would join any cluster that someone started on this machine
             log_to_driver=debug,
             logging_level=logging.INFO if debug else logging.ERROR,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}},
@@ -76,16 +76,16 @@ def dead_processes() -> list[str]:
     return [name for name, _ in node.dead_processes() if name in VITAL] if node and node.is_head() else []
 
 
-def release_workers(config: Config) -> None:
+def release_workers() -> None:
     """Free what the workers of a dead Ray Train controller hold, or the next would wait for their CPUs for ever.
 
-    Ray Train's own cleaner asks the dashboard, which a private Ray does not run; there all placement groups are ours.
+    Ray Train's own cleaner asks the dashboard, which not every cluster runs.
     """
     import ray
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-    if address(config):
-        return
+    job = ray.get_runtime_context().get_job_id()
     for name, group in placement_group_table().items():
-        if group["state"] != "REMOVED":
+        # The id of a placement group ends with that of its job (ray/common/id.h): those of other runs are left alone.
+        if name.endswith(job) and group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))

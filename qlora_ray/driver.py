@@ -91,7 +91,6 @@ class Driver:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        from qlora_ray import cluster
         from qlora_ray.elastic import SaveBeforeResize
         from qlora_ray.failures import ReportFailures
         from qlora_ray.worker import train_worker
@@ -108,10 +107,8 @@ class Driver:
             "debug": self._debug,
         }
         # Each starts a process beside the workers: one for data that Ray Train delivers, which is none, and one that
-        # asks a dashboard, which a private Ray has not (see cluster.release_workers).
-        needless = {"DatasetsCallback"} | (
-            set() if cluster.address(self._config) else {"PlacementGroupCleanerCallback"}
-        )
+        # asks a dashboard, which not every cluster runs (see cluster.release_workers).
+        needless = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
         class Trainer(TorchTrainer):
             def _create_default_callbacks(self):
@@ -275,7 +272,7 @@ class _Fit:
             except RayActorError as error:
                 self.error = error
                 self._channel.tell.remote({"kind": "failed", "cause": f"Ray Train's controller {DEATH}"})
-                cluster.release_workers(self._config)
+                cluster.release_workers()
 
     def is_running(self) -> bool:
         return self._thread.is_alive()

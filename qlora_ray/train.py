@@ -27,6 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Slurm, Kubernetes and clouds send first
     try:
         config, name = read_arguments(arguments)
+        if config.sweep is not None:
+            raise ConfigError(
+                f"sweep: -c {arguments.config} describes a sweep of many runs. Start it with python -m qlora_ray.tune, "
+                "or train its base config alone with sweep=null."
+            )
         return _train(config, name, arguments.resume, arguments.debug, began)
     except KeyboardInterrupt:
         print("Interrupted before the first step.", file=sys.stderr)
@@ -181,6 +186,15 @@ def find_run(config: Config, config_name: str, storage, resume: bool):
     """The run directory to make or, with resume, to go on with. Raises ConfigError."""
     from qlora_ray import checkpoints
 
+    run = storage / name_of_run(config, config_name, storage, resume)
+    if resume and checkpoints.newest_whole(run) is None:
+        raise ConfigError(f"--resume: {run.path} has no checkpoint. Leave --resume out to start the run.")
+    refuse_taken_name(run, resume)
+    return run
+
+
+def name_of_run(config: Config, config_name: str, storage, resume: bool) -> str:
+    """ray.run_name; without one a new name from config and time, or with resume the newest such. Raises ConfigError."""
     name = config.ray.run_name
     prefix = re.sub(r"[^A-Za-z0-9._-]", "-", config_name)[:40]
     if name is None and resume:
@@ -192,14 +206,15 @@ def find_run(config: Config, config_name: str, storage, resume: bool):
         name = runs[-1]
     if name is None:
         name = f"{prefix}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    run = storage / name
-    if resume and checkpoints.newest_whole(run) is None:
-        raise ConfigError(f"--resume: {run.path} has no checkpoint. Leave --resume out to start the run.")
+    return name
+
+
+def refuse_taken_name(run, resume: bool) -> None:
+    """Raise ConfigError where a new run would lie in an old one's directory."""
     if not resume and run.exists():
         raise ConfigError(
-            f"ray.run_name={name}: {run.path} is there already. Add --resume to go on, or name another run."
+            f"ray.run_name={run.name}: {run.path} is there already. Add --resume to go on, or name another run."
         )
-    return run
 
 
 def run_identity(config: Config, data_fingerprint: str, facts, plan) -> dict[str, Any]:

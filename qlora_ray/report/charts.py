@@ -54,7 +54,7 @@ def loss_chart(run: RunRecord) -> "Figure":
 
     steps, losses = series(run.metrics, "loss")
     eval_steps, eval_losses = series(run.metrics, "eval_loss")
-    figure = go.Figure(layout=_layout(height=380, x_title="step"))
+    figure = go.Figure(layout=layout(height=380, x_title="step"))
     figure.add_scatter(x=steps, y=losses, name="training", opacity=0.4, line={"color": BLUE, "width": 1})
     figure.add_scatter(x=steps, y=smooth(losses), name="training, smoothed", line={"color": BLUE, "width": 2.25})
     if eval_steps:
@@ -75,7 +75,7 @@ def loss_chart(run: RunRecord) -> "Figure":
 def curve_chart(curve: Curve, steps: list[int], values: list[float]) -> "Figure":
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout=_layout(height=210))
+    figure = go.Figure(layout=layout(height=210))
     hover = f"step %{{x:,}}<br><b>%{{y:{curve.hover_format}}}</b><extra></extra>"
     raw_style = {"opacity": 0.4, "line": {"color": BLUE, "width": 1}} if curve.is_noisy else {"line": {"color": BLUE}}
     figure.add_scatter(x=steps, y=values, hovertemplate=hover, **raw_style)
@@ -90,7 +90,7 @@ def seconds_chart(phases: dict[str, float]) -> "Figure":
 
     names, total = list(phases), sum(phases.values())
     shares = [seconds / total for seconds in phases.values()]
-    figure = go.Figure(layout=_layout(height=40 + 38 * len(phases)))
+    figure = go.Figure(layout=layout(height=40 + 38 * len(phases)))
     figure.add_bar(
         x=list(phases.values()), y=[html.escape(name.replace("_", " ")) for name in names], orientation="h",
         text=[show_duration(seconds) for seconds in phases.values()], customdata=shares,
@@ -106,7 +106,7 @@ def memory_chart(found: dict[str, Any]) -> "Figure":
     """The forecast, part on part, over what was measured."""
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout=_layout(height=170, x_title="GiB a worker"))
+    figure = go.Figure(layout=layout(height=170, x_title="GiB a worker"))
     style = {"orientation": "h", "width": 0.56, "hovertemplate": "%{fullData.name}: %{x:.3f} GiB<extra></extra>"}
     for colour, (part, value) in zip(PALETTE, found["parts"].items(), strict=False):
         figure.add_bar(y=["forecast"], x=[value], name=html.escape(part.replace("_", " ")), marker={"color": colour},
@@ -123,7 +123,7 @@ def overlay_chart(runs: list[RunRecord], metric: str, number_format: str, title:
     """One metric of several runs in one chart; None where no run has it."""
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout=_layout(height=320, x_title="step"))
+    figure = go.Figure(layout=layout(height=320, x_title="step"))
     for i, run in enumerate(runs):
         steps, values = series(run.metrics, metric)
         if not steps:
@@ -161,7 +161,7 @@ def show_duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _layout(height: int, x_title: str = "") -> dict[str, Any]:
+def layout(height: int, x_title: str = "") -> dict[str, Any]:
     title = {"title": {"text": x_title, "standoff": 8}} if x_title else {}
     axis = {"zeroline": False, "automargin": True, "fixedrange": False}
     return {

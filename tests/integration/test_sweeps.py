@@ -1,0 +1,113 @@
+"""Whole sweeps through the door: real Ray Tune, each trial a real run, on CPU."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from qlora_ray.model.record import FILE
+from tests.integration import door, sweeps
+
+RATES = '{"training.learning_rate": {"grid": [0.003, 1.0e+30]}}'
+
+
+def test_sweep_ends_with_the_best_adapter_and_one_trial_that_failed_on_its_own(tmp_path):
+    ended = sweeps.run(
+        tmp_path, "grid", f"sweep.parameters={RATES}", "sweep.search=grid", "sweep.num_trials=null",
+        "sweep.scheduler=fifo", "training.max_steps=10", "training.warmup_ratio=0", "training.lr_schedule=constant",
+    )  # fmt: skip
+    sweep = tmp_path / "grid"
+    assert ended.returncode == 0, ended.stderr
+    outcome = sweeps.outcome(sweep)
+    assert {name: status for name, (_, status, _) in outcome.items()} == {"t0000": "done", "t0001": "failed"}
+    assert list(outcome["t0000"][2]) == [5, 10]
+    (failed,) = [event for event in sweeps.events(sweep, "end") if event["status"] == "failed"]
+    assert "not finite" in failed["reason"] and failed["reason"] in json.dumps(door.summary(sweep)["failed"])
+    best = door.summary(sweep)["best"]
+    assert best["trial"] == "t0000" and best["value"] == min(outcome["t0000"][2].values())
+    for file in ("adapter_model.safetensors", FILE):
+        assert door.sha256(sweep / "adapter" / file) == door.sha256(sweep / "trials/t0000/adapter_best" / file)
+    assert "learning_rate: 0.003" in (sweep / "adapter" / "train_config.yaml").read_text()
+    page = (sweep / "sweep.html").read_text()
+    assert "http-equiv" in page and "not finite" in page and 'src="http' not in page
+    assert len(list((tmp_path / "cache").glob("*/stats.json"))) == 1  # tokenized once for all trials
+    assert not [path for path in sweep.rglob("*") if path.suffix in (".pkl", ".pt", ".pth")]
+    assert not (sweep / ".tune").exists() and sweeps.trial_processes(sweep) == []
+    assert "Traceback" not in ended.stdout + ended.stderr and "raylet" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pbt_goes_on_from_the_weights_of_the_better_trial(tmp_path):
+    rates = '{"training.learning_rate": {"grid": [0.003, 1.0e-7]}}'
+    ended = sweeps.run(
+        tmp_path, "pbt", f"sweep.parameters={rates}", "sweep.search=grid", "sweep.num_trials=null",
+        "sweep.scheduler=pbt", "sweep.pbt.quantile_fraction=0.5", "training.max_steps=40",
+        "training.eval_every_steps=10", "checkpoint.every_steps=10", "checkpoint.keep=9", timeout=550,
+    )  # fmt: skip
+    sweep = tmp_path / "pbt"
+    assert ended.returncode == 0, ended.stderr
+    exploits = sweeps.events(sweep, "exploit")
+    assert exploits
+    first = next(event for event in exploits if event["trial"] == "t0001")
+    assert first["donor"] == "t0000"
+    # The donor's own checkpoint still lies in its run directory.
+    donor = sweep / "trials" / "t0000" / "checkpoints" / f"step_{first['step']:08d}"
+    assert (
+        first["sha256"] == {name: door.sha256(donor / name) for name in first["sha256"]} and len(first["sha256"]) == 3
+    )
+    assert first["parameters"]["training.learning_rate"] != 1e-7
+    _, status, losses = sweeps.outcome(sweep)["t0001"]
+    assert status == "done"
+    after = [loss for step, loss in losses.items() if step > first["step"]]
+    before = [loss for step, loss in losses.items() if step <= first["step"]]
+    assert max(after) < 0.5 * min(before)  # from hardly trained weights to the donor's
+    config = (sweep / "trials" / "t0001" / "config.yaml").read_text()
+    last = [event for event in exploits if event["trial"] == "t0001"][-1]
+    assert f"learning_rate: {last['parameters']['training.learning_rate']}" in config
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_leaves_checkpoints_and_resume_goes_on_where_it_was(tmp_path):
+    rates = '{"training.learning_rate": {"grid": [0.003, 0.001]}}'
+    settings = (f"sweep.parameters={rates}", "sweep.search=grid", "sweep.num_trials=null", "sweep.scheduler=fifo",
+                "training.max_steps=40")  # fmt: skip
+    sweep = tmp_path / "stopped"
+    process = sweeps.start(tmp_path, "stopped", *settings)
+    deadline = time.monotonic() + 200
+    while len(sweeps.events(sweep, "report")) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 130, out + err
+    assert sweeps.events(sweep, "end") == [] and door.summary(sweep)["status"] == "interrupted"
+    assert sweeps.trial_processes(sweep) == []
+    stopped = {name: door.summary(sweep / "trials" / name) for name in ("t0000", "t0001")}
+    assert any(one["status"] == "interrupted" for one in stopped.values())
+    ended = sweeps.run(tmp_path, "stopped", *settings, "--resume")
+    assert ended.returncode == 0, ended.stderr
+    outcome = sweeps.outcome(sweep)
+    assert [status for _, status, _ in outcome.values()] == ["done", "done"]
+    assert all(list(reports) == list(range(5, 45, 5)) for _, _, reports in outcome.values())
+    again = sweeps.run(tmp_path, "stopped", *settings, "--resume")  # nothing is left to do
+    assert again.returncode == 0 and sweeps.outcome(sweep) == outcome and "started" not in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_token_budget_and_too_many_failures_end_a_sweep(tmp_path):
+    rates = '{"training.learning_rate": {"grid": [1.0e+30, 2.0e+30, 3.0e+30]}}'
+    settings = ("sweep.search=grid", "sweep.num_trials=null", "sweep.scheduler=fifo", "training.warmup_ratio=0")
+    ended = sweeps.run(tmp_path, "failing", f"sweep.parameters={rates}", *settings, "training.max_steps=10",
+                       "sweep.max_failed_trials=1")  # fmt: skip
+    assert ended.returncode == 1 and "more than sweep.max_failed_trials=1; t000" in ended.stderr
+    rates = '{"training.learning_rate": {"grid": [0.003]}}'
+    ended = sweeps.run(tmp_path, "budget", f"sweep.parameters={rates}", *settings, "training.max_steps=500",
+                       "sweep.token_budget=5000")  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    summary = door.summary(tmp_path / "budget")
+    assert "token_budget=5000 is used up" in summary["reason"] and 5000 <= summary["tokens"] < 40000
+    assert summary["adapter"] and summary["trials"] == {"unfinished": 1}
