@@ -8,6 +8,7 @@ DOORS = {
     "train": "fine-tune a 4-bit LoRA",
     "tune": "search hyperparameters: many train runs, scheduled by Ray Tune",
     "plan": "what fits on N GPUs of M GiB, and how fast",
+    "doctor": "look at every node that a run would use: versions, GPUs, network, storage",
     "data": "show what the model will see: counts, lengths, rows with their mask",
     "generate": "ask a trained adapter: a prompt, a chat, or a file over many workers",
     "evaluate": "loss, exact match, F1 and lm-eval tasks, base against adapter",

@@ -5,6 +5,7 @@ import os
 import signal
 from typing import Any
 
+from qlora_ray import authentication, environment
 from qlora_ray.config import Config, ConfigError
 from qlora_ray.plan import Hardware
 
@@ -34,31 +35,56 @@ def set_environment(config: Config, debug: bool) -> None:
         os.environ.setdefault(name, value)
     if debug:
         os.environ |= {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "TRANSFORMERS_VERBOSITY": "info"}
+    # Ray does so too, but only if nobody has imported it before.
+    if address(config) == "auto" and "RAY_AUTH_MODE" not in os.environ and authentication.token():
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def address(config: Config) -> str | None:
-    return config.ray.address or os.environ.get("RAY_ADDRESS")
+    """Where the cluster is, "auto" for the one of this machine; None for a private Ray."""
+    where = config.ray.address or os.environ.get("RAY_ADDRESS")
+    return None if where == "local" else where
+
+
+def check_outlives_job(config: Config) -> None:
+    """Refuse to write a run into a Ray job's upload, which no other node sees and Ray deletes. Raises ConfigError."""
+    path = config.ray.storage_path
+    if environment.in_job(os.environ) and "://" not in path and not os.path.isabs(os.path.expanduser(path)):
+        raise ConfigError(
+            f"ray.storage_path={path}: in a Ray job this folder would lie in the job's upload, which Ray deletes. "
+            "Give a folder that all nodes share, such as /shared/runs, or a URI such as s3://bucket/runs."
+        )
 
 
 def start_ray(config: Config, debug: bool) -> Hardware:
-    """Connect to the cluster, or start a private Ray on this machine; returns its Hardware."""
+    """Connect to the cluster, or start a private Ray on this machine; returns its Hardware. Raises ConfigError."""
+    authentication.keep_token_private()
+    where = address(config)
+    if where:
+        authentication.check_cluster(_resolved(where), config.ray.allow_unauthenticated)
     import ray
 
     cores = len(os.sched_getaffinity(0))
-    where = address(config)
     # One CPU more than there are cores, for the data tasks: Ray Data starts none where the workers hold every CPU.
     private: dict[str, Any] = {} if where else {"num_cpus": cores + 1, "include_dashboard": False}
-    threads = max(1, cores // config.ray.max_workers)
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // config.ray.max_workers)))
     try:
         ray.init(
             address=where or "local",  # without it Ray would join any cluster that someone started on this machine
             log_to_driver=debug,
             logging_level=logging.INFO if debug else logging.ERROR,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}},
+            runtime_env={"env_vars": environment.carried(os.environ) if where else {"OMP_NUM_THREADS": threads}},
             **private,
         )
     except ConnectionError as error:
         raise ConfigError(f"ray.address={where}: no Ray cluster answers there: {error}") from error
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise
+        raise ConfigError(
+            f"ray.address={where}: the cluster runs other versions than this machine. "
+            f"{' '.join(str(error).split())} Install the same on both, or submit the run as a Ray job."
+        ) from error
     # Ray has put its own handler there, which prints a stack and dies.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     total = ray.cluster_resources()
@@ -66,6 +92,21 @@ def start_ray(config: Config, debug: bool) -> Hardware:
     cpus = cores if not where else total.get("CPU", 0) - 1  # the data tasks' one
     nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
     return Hardware(cpus, total.get("GPU", 0), accelerators, dict(total), nodes)
+
+
+def _resolved(where: str) -> str:
+    """host:port of the cluster that Ray would take. Raises ConfigError."""
+    if where != "auto":
+        return where
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        found = None
+    if found is None:
+        raise ConfigError("ray.address=auto: no Ray runs on this machine. Start one with `ray start`, or leave it out.")
+    return found
 
 
 def dead_processes() -> list[str]:

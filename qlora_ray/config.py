@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from qlora_ray.environment import hide_secrets
+
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 EMBEDDED_BASE = "embedded"
 
@@ -194,6 +196,8 @@ class DeepSpeedConfig(Section):
 class RayConfig(Section):
     address: str | None = None
     """Address of a running cluster ("auto" inside one); default: a private Ray on this machine."""
+    allow_unauthenticated: bool = False
+    """Connect to a cluster of other machines though it asks for no token. Only on a network closed to others."""
     num_workers: int | tuple[int, int] = 1
     """Ray Train workers, one GPU each (or CPU shares). The ZeRO group is all of them. [min, max]: as many as there is
     room for, more or fewer as nodes come and go; the result does not depend on how many."""
@@ -226,6 +230,13 @@ class RayConfig(Section):
         if len(numbers) != 2 or len(ends) != 2 or numbers[0] > numbers[1]:
             raise ValueError("must be a number of at least 1, or [min, max]")
         return tuple(numbers) if isinstance(num_workers, list | tuple) else numbers[0]
+
+    @field_validator("storage_path", "address")
+    @classmethod
+    def _holds_no_password(cls, value):
+        if value and hide_secrets(value) != value:
+            raise ValueError("must hold no key or password: it would stand in logs. Set it in the nodes' environment")
+        return value
 
     @field_validator("run_name")
     @classmethod
@@ -508,7 +519,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = str(value) if isinstance(value, str | int | float) else repr(value)
+    text = hide_secrets(str(value) if isinstance(value, str | int | float) else repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -22,7 +22,12 @@ POLL_SECONDS = 0.2
 class Driver:
     """One run, from ready data to a closed run directory."""
 
-    def __init__(self, config: Config, plan: Plan, run: Folder, data: Prepared, debug: bool, began: float):
+    def __init__(
+        self, config: Config, plan: Plan, run: Folder, data: Prepared, debug: bool, began: float,
+        network: dict[str, str],
+    ):  # fmt: skip
+        """`network` is what tells the workers which interface to use, as environment variables."""
+        self._network = network
         self._config, self._plan, self._run, self._data, self._debug = config, plan, run, data, debug
         self._began = began
         self._seconds: dict[str, float] = {"prepare": time.perf_counter() - began}
@@ -130,6 +135,7 @@ class Driver:
                 storage_path=f"{self._run.path}/.ray",
                 storage_filesystem=None if self._run.is_local else self._run.filesystem,
                 failure_config=FailureConfig(max_failures=self._config.ray.max_failures),
+                worker_runtime_env={"env_vars": self._network} if self._network else None,  # type: ignore[call-arg]
                 callbacks=[ReportFailures(channel, logs), SaveBeforeResize(channel)],  # type: ignore[list-item]  # Ray annotates its old Callback
             ),
         )

@@ -67,7 +67,7 @@ def resident_gib(sizes: Sizes) -> dict[str, float]:
     master = 4 if wide == 2 else 0
     # Weights and gradients; the float32 sum of gradients, and DeepSpeed's share of it; float32 copy and two moments.
     here = sizes.num_trainable * wide * 2
-    ours = sizes.num_trainable * (4 / sizes.num_workers + (wide / shares if sizes.stage == 3 else 0))
+    ours = sizes.num_trainable * (4 / sizes.num_workers + (wide / shares if sizes.stage > 0 else 0))
     return {
         "base": ((packed + rest) / shards + scales) / GIB,
         "lora_and_optimizer": (here + ours + sizes.num_trainable * (8 + master) / shares) / GIB,

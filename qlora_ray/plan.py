@@ -119,13 +119,13 @@ def make_plan(
     return dataclasses.replace(plan, deepspeed=merge_deepspeed(plan, deepspeed_json)) if deepspeed_json else plan
 
 
-def storage_bytes(config: Config, plan: Plan) -> int:
+def storage_bytes(config: Config, num_trainable: int) -> int:
     """Bytes that a run writes at most: its checkpoints and one being written, two adapters, and a little for the rest.
 
     A checkpoint holds weight and two moments of each trained parameter in float32.
     """
-    checkpoint = plan.num_trainable_parameters * 12
-    return (config.checkpoint.keep + 1) * checkpoint + 2 * plan.num_trainable_parameters * 4 + STORAGE_FOR_THE_REST
+    checkpoint = num_trainable * 12
+    return (config.checkpoint.keep + 1) * checkpoint + 2 * num_trainable * 4 + STORAGE_FOR_THE_REST
 
 
 def packs(config: Config, base: BaseFacts) -> bool:

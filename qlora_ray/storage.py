@@ -14,6 +14,7 @@ import pyarrow.fs
 
 from qlora_ray.config import ConfigError
 
+SHARE_IT = "Use a folder that all nodes share (NFS), or a URI such as s3://."
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 

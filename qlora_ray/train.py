@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 
-from qlora_ray import __version__
 from qlora_ray.config import Config, ConfigError, base_model_path, bundled_root, find_file, load_config
 
 
@@ -80,6 +79,7 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
         cpus = config.ray.resources_per_worker.get("CPU", 1)
         check_workers_fit(config, {"CPU": cpus}, Hardware(len(os.sched_getaffinity(0)), 0))
     check_files(config)
+    cluster.check_outlives_job(config)
     folder = storage.open_folder(config.ray.storage_path)
     storage.check_writable(folder)
     run = find_run(config, config_name, folder, resume)
@@ -95,6 +95,8 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
 
 def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) -> int:
     from qlora_ray import cluster, screen, storage
+    from qlora_ray.checks.facts import versions
+    from qlora_ray.checks.quick import look_quickly
     from qlora_ray.data.prepare import prepare
     from qlora_ray.data.spread import run_on_ray
     from qlora_ray.driver import Driver
@@ -116,11 +118,12 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) 
         prepared = thread.submit(prepare_data)
         thread.submit(importlib.import_module, "ray.train.torch")  # takes 2 s, and fit needs it
         try:
-            started.set_result(cluster.start_ray(config, debug))
+            hardware = cluster.start_ray(config, debug)
+            notes, network = look_quickly(config, folder, hardware)
+            started.set_result(hardware)
         except BaseException as error:
             started.set_exception(error)  # the thread may be waiting for it
             raise
-        hardware = started.result()
         facts, data = prepared.result()
     plan = make_plan(config, data.stats, facts, hardware, deepspeed_json)
     identity = run_identity(config, data.stats.fingerprint, facts, plan)
@@ -129,13 +132,13 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) 
         "hardware": {"use_gpu": plan.use_gpu, "accelerators": list(hardware.accelerator_types)},
     }
     before = check_resumable(run, identity, resume)
-    storage.check_space(folder, storage_bytes(config, plan))
+    storage.check_space(folder, storage_bytes(config, plan.num_trainable_parameters))
     screen.show_plan(plan, config, data.stats, facts, run)
-    for note in differences(before, ground):
+    for note in [*notes, *differences(before, ground)]:
         screen.say_note(note)
     write_run_files(run, config, plan, data.stats, identity, ground, before)
     write_rejected(run, data)
-    summary = Driver(config, plan, run, data, debug, began).fit()
+    summary = Driver(config, plan, run, data, debug, began, network).fit()
     screen.show_result(summary, run)
     return {"done": 0, "interrupted": 130, "refused": 2}.get(summary["status"], 1)
 
@@ -285,25 +288,6 @@ def write_rejected(run, data) -> None:
     lines = b"".join(samples.rejected_lines() for samples in (*data.train, *data.validation))
     if lines:
         (run / "rejected.jsonl").write_bytes(lines)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a run's numbers."""
-    import platform
-    from importlib.metadata import version
-
-    names = (
-        "torch",
-        "transformers",
-        "peft",
-        "bitsandbytes",
-        "deepspeed",
-        "ray",
-        "numpy",
-        "pyarrow",
-        "tokenizers",
-    )
-    return {"qlora_ray": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def git_commit() -> str | None:

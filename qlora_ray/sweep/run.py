@@ -123,7 +123,8 @@ def _run(
 ) -> int:
     reports = fit.reports_of(config, plans)
     room, why = fit.concurrent_trials(config, plans, hardware)
-    needed = max(map(storage_bytes, [config] * len(plans), plans)) * space.num_trials(config)
+    most = max(plan.num_trainable_parameters for plan in plans)
+    needed = storage_bytes(config, most) * space.num_trials(config)
     storage.check_space(storage.open_folder(str(run.parent)), needed)
     ledger = open_ledger(config, run, trials)
     try:

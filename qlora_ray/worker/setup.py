@@ -16,7 +16,7 @@ from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.fused import fuse, fused_layers, keep
 from qlora_ray.model.recompute import Choice
 from qlora_ray.plan import Plan, choose_recomputation
-from qlora_ray.storage import Folder
+from qlora_ray.storage import SHARE_IT, Folder
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import AdapterState, Engine
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
@@ -71,8 +71,7 @@ def check_shared(run_folder: Folder, team: Team) -> None:
     if not all(sees):
         blind = [rank for rank, seen in enumerate(sees) if not seen]
         raise ConfigError(
-            f"ray.storage_path: workers {blind} do not see {run_folder.path}, which the driver wrote. "
-            "Use a folder that all nodes share (NFS), or a URI such as s3://."
+            f"ray.storage_path: workers {blind} do not see {run_folder.path}, which the driver wrote. {SHARE_IT}"
         )
 
 

@@ -36,7 +36,13 @@ def test_two_one_two_one_workers_give_the_bits_of_a_fixed_number(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "elastic"
     with nodes.cluster(2) as cluster:
         driver = door.start(
-            *settings(tmp_path, "elastic", f"ray.address={cluster.address}", f"ray.resources_per_worker={nodes.SLOT}")
+            *settings(
+                tmp_path,
+                "elastic",
+                f"ray.address={cluster.address}",
+                "ray.allow_unauthenticated=true",
+                f"ray.resources_per_worker={nodes.SLOT}",
+            )
         )
         door.wait_for_step(run, 6, driver)
         cluster.remove_node(list(cluster.worker_nodes)[0], allow_graceful=False)  # killed, as a lost machine is
@@ -69,7 +75,11 @@ def test_head_that_dies_and_comes_back_with_its_storage_costs_nothing(tmp_path, 
     assert ended.returncode == 0, ended.stderr
     run = tmp_path / "headless"
     with nodes.cluster(2) as cluster:
-        where = (f"ray.address={cluster.address}", f"ray.resources_per_worker={nodes.SLOT}")
+        where = (
+            f"ray.address={cluster.address}",
+            "ray.allow_unauthenticated=true",
+            f"ray.resources_per_worker={nodes.SLOT}",
+        )
         driver = door.start(*settings(tmp_path, run.name, *short, *where))
         door.wait_for_step(run, 6, driver)
         cluster.head_node.kill_gcs_server()

@@ -14,7 +14,9 @@ HEAVY = ("torch", "ray", "transformers", "deepspeed", "peft", "bitsandbytes", "d
 
 # Who may import whom, at the top of a module or inside a function: each line only names above it, or its own.
 MAY_IMPORT = {
-    "config": set(),
+    "environment": set(),
+    "config": {"environment"},
+    "authentication": {"config"},
     "storage": {"config"},
     "checkpoints": {"config", "storage"},
     "data": {"config", "storage"},
@@ -22,16 +24,18 @@ MAY_IMPORT = {
     "trackers": {"config"},
     "forecast": {"config", "model"},
     "plan": {"config", "data", "model", "forecast"},
-    "cluster": {"config", "plan"},
+    "cluster": {"config", "environment", "authentication", "plan"},
     "fit": {"config", "model", "forecast", "plan"},
     "screen": {"config", "data", "model", "plan"},
     "report": {"config", "storage"},
     "worker": {"config", "storage", "checkpoints", "data", "model", "plan"},
     "failures": {"worker"},
     "elastic": set(),
+    "checks": {"environment", "config", "authentication", "storage", "data", "model", "forecast", "plan", "cluster"},
     "driver": {"config", "cluster", "storage", "checkpoints", "data", "model", "plan", "screen", "report", "worker",
                "failures", "elastic", "trackers"},
-    "train": {"config", "storage", "checkpoints", "data", "model", "plan", "cluster", "screen", "driver", "trackers"},
+    "train": {"config", "storage", "checkpoints", "data", "model", "plan", "cluster", "checks", "screen", "driver",
+              "trackers"},
     "sweep": {"config", "storage", "checkpoints", "data", "model", "forecast", "plan", "cluster", "screen", "report",
               "trackers", "train"},
     "tune": {"config", "train", "sweep"},
@@ -40,6 +44,7 @@ MAY_IMPORT = {
     "evaluate": {"config", "model", "use", "generate"},
     "export": {"config", "model", "use", "generate"},
     "report.__main__": {"report"},
+    "doctor": {"config", "storage", "cluster", "checks", "screen", "train"},
     "data.__main__": {"config", "storage", "data", "model", "plan", "cluster", "train"},
     "cli": {"config"},  # the doors it opens by name
 }  # fmt: skip

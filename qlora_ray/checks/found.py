@@ -1,0 +1,52 @@
+"""What the checks are given and what they say: facts in, rows of red and green out."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    check: str
+    node: str
+    state: Literal["ok", "bad", "unknown"]
+    found: str
+    todo: str = ""  # of a line that is not green
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the run will want."""
+
+    use_gpu: bool
+    compute_dtype: str
+    num_workers: int
+    worker_gib: float | None  # of GPU memory; None: not known
+    storage_bytes: int
+    object_store_bytes: int  # of a node's rows that wait to be trained on
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of the cluster."""
+
+    driver: dict[str, Any]
+    nodes: dict[str, dict[str, Any]]  # facts by node
+    needs: Needs
+    resources: dict[str, dict[str, float]] = field(default_factory=dict)  # Ray's, by node
+    silent: dict[str, str] = field(default_factory=dict)  # why a node gave no facts
+    workers_fit: str | None = None  # why they do not
+    authentication: str = "private"  # or an answer of authentication.ask
+    token_mode: int | None = None  # of the token file
+    all_reduce: dict[str, Any] | None = None
+    stop_seconds: int | None = None  # in a Ray job, what `ray job stop` grants
+
+
+Check = Callable[[Found], Iterable[Row]]
+
+
+def look(found: Found, checks: Iterable[Check]) -> list[Row]:
+    """The rows of these checks, in their order."""
+    return [row for check in checks for row in check(found)]
