@@ -18,7 +18,7 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
     input_ids and labels; for packed rows position_ids, which start at 0 with each sample and with the padding: without
     a mask, transformers keeps attention within each such run (transformers/masking_utils.py,
     find_packed_sequence_indices). Also sample_borders: where these runs begin, counted through all rows, and the end,
-    (S + 1,) int32 on the CPU. For others attention_mask.
+    (S + 1,) int32 on the CPU. For others, and where each packed row holds one sample, attention_mask.
     """
     offsets = rows["input_ids"].combine_chunks().offsets.to_numpy()
     lengths = np.diff(offsets)
@@ -28,7 +28,8 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
         name: np.full(is_token.shape, fill, np.int64)
         for name, fill in (("input_ids", pad_token_id), ("labels", IGNORE_INDEX))
     }
-    if "position_ids" in rows.column_names:
+    is_packed = "position_ids" in rows.column_names and _has_several_samples(rows)
+    if is_packed:
         batch["position_ids"] = np.arange(width) - lengths[:, None]  # of the padding; the rest follows
     else:
         batch["attention_mask"] = is_token.astype(np.int64)
@@ -37,10 +38,16 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
             values = rows[name].combine_chunks()
             batch[name][is_token] = values.values.to_numpy()[values.offsets[0].as_py() : values.offsets[-1].as_py()]
     tensors = {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
-    if "position_ids" in batch:
+    if is_packed:
         borders = np.append(np.flatnonzero(batch["position_ids"] == 0), is_token.size)
         tensors["sample_borders"] = torch.from_numpy(borders.astype(np.int32))
     return tensors
+
+
+def _has_several_samples(rows: pa.Table) -> bool:
+    positions = rows["position_ids"].combine_chunks()
+    values = positions.values.to_numpy()[positions.offsets[0].as_py() : positions.offsets[-1].as_py()]
+    return int((values == 0).sum()) > rows.num_rows
 
 
 def slices(table: pa.Table, size: int) -> Iterator[pa.Table]:

@@ -114,5 +114,15 @@ def test_positions_restart_with_each_sample_and_with_the_padding(packed):
     assert "attention_mask" not in packed
 
 
+def test_packed_rows_of_one_sample_each_are_rows_like_any_other(samples, tmp_path):
+    import numpy as np
+
+    rows = make_rows(tmp_path, samples, [[0], [2], [3, 4]])
+    batch = to_tensors(rows.gather(np.array([0, 1])), pad_token_id=0, device=CPU)
+    assert batch.keys() == {"input_ids", "labels", "attention_mask"}
+    assert batch["attention_mask"].sum(1).tolist() == [19, 11]
+    assert "sample_borders" in to_tensors(rows.gather(np.array([0, 2])), pad_token_id=0, device=CPU)
+
+
 def test_first_token_of_a_sample_is_never_predicted(packed):
     assert set(packed["labels"][packed["position_ids"] == 0].tolist()) == {-100}
