@@ -2,7 +2,7 @@
 
     python -m benchmarks.rows_and_budgets --shape llama-8b --budgets 8 12 18 26 34 44 60
 
-Random weights of a real shape. Packed rows hold samples of real lengths (log-normal, 420 tokens on average). Writes
+Random weights of a real shape. Packed rows hold samples of log-normal length, 300 to 340 tokens on average. Writes
 JSON and prints two Markdown tables.
 """
 
