@@ -36,7 +36,7 @@ MAY_IMPORT = {
                "failures", "elastic", "trackers"},
     "train": {"config", "storage", "checkpoints", "data", "model", "plan", "cluster", "checks", "screen", "driver",
               "trackers"},
-    "sweep": {"config", "storage", "checkpoints", "data", "model", "forecast", "plan", "cluster", "screen", "report",
+    "sweep": {"config", "environment", "storage", "checkpoints", "data", "model", "forecast", "plan", "cluster", "screen", "report",
               "trackers", "train"},
     "tune": {"config", "train", "sweep"},
     "use": {"config", "storage", "data", "model", "worker", "cluster"},
