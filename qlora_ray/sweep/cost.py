@@ -34,7 +34,7 @@ def show(config: Config) -> None:
     if trials:
         screen.console.print(table)
     rows = told.plan_rows(config, plans, reports, room, why)
-    rows |= _cost(config, configs[0], plans[0], fit.expected_steps(config, reports))
+    rows |= _cost(config, configs[0], plans[0], reports.num_steps * space.num_trials(config))
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
     for name, value in rows.items():

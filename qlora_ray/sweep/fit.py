@@ -116,8 +116,8 @@ def rungs(config: Config, reports: Reports) -> list[tuple[int, int]]:
     return [*found, (reports.num_steps, trials)]
 
 
-def expected_steps(config: Config, reports: Reports) -> int:
-    """Optimizer steps of the whole sweep, with what asha is expected to save."""
+def fewest_steps(config: Config, reports: Reports) -> int:
+    """Optimizer steps of the whole sweep if asha stops all that it may. Few trials at a time: it will stop fewer."""
     total, before = 0, 0
     for step, trials in rungs(config, reports):
         total += (step - before) * trials

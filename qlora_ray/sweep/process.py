@@ -19,12 +19,12 @@ import yaml
 
 from qlora_ray import checkpoints
 from qlora_ray.config import ConfigError
+from qlora_ray.environment import JOB_CONFIG
 from qlora_ray.storage import open_folder
 from qlora_ray.sweep import leash
 
 STOP_SECONDS = 120  # to finish a step and save
 STOP_FLAG = "stop"  # a file in the sweep's run directory: all trials leave a checkpoint and end
-SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # ray/_private/runtime_env/constants.py: ray.init reads it
 MAX_DEATHS = 3  # in a row, without a new checkpoint
 
 
@@ -36,7 +36,7 @@ class TrialProcess:
         self.run = trials / name
         self._lock = str(trials / f".{name}.lock")
         self._trials, self._name, self._config = trials, name, config
-        self._environment = {**os.environ, **({SUBMITTED: submitted} if submitted else {})}
+        self._environment = {**os.environ, **({JOB_CONFIG: submitted} if submitted else {})}
         self._cwd = cwd if cwd and os.path.isdir(cwd) else None
         self._process: subprocess.Popen | None = None
         self._deaths, self._step_of_death = 0, -1
@@ -136,7 +136,7 @@ class TrialProcess:
 
 def submitted_job() -> str | None:
     """The runtime environment that `ray job submit` gave this process, for processes that shall have the same."""
-    given = os.environ.get(SUBMITTED)
+    given = os.environ.get(JOB_CONFIG)
     return json.dumps({"runtime_env": json.loads(given).get("runtime_env") or {}}) if given else None
 
 

@@ -34,15 +34,15 @@ def plan_rows(config: Config, plans: list[Plan], reports: Reports, room: int, wh
     """The lines that --plan and the start of a sweep share."""
     sweep, largest = space.sweep_of(config), max(plans, key=lambda plan: plan.num_workers)
     kind = "GPU" if largest.use_gpu else "CPU"
-    steps, all_steps = fit.expected_steps(config, reports), reports.num_steps * space.num_trials(config)
-    saved = f", {all_steps:,} without stopping" if steps < all_steps else ""
+    steps, all_steps = fit.fewest_steps(config, reports), reports.num_steps * space.num_trials(config)
+    told = f"{steps:,} if asha stops all that it may, {all_steps:,} if none" if steps < all_steps else f"{steps:,}"
     resources = " + ".join(f"{each:g} {name}" for name, each in largest.resources_per_worker.items())
     return {
         "trials": f"{space.num_trials(config)} ({sweep.search}), each {reports.num_steps:,} steps at most",
         "decides": f"{sweep.metric} every {reports.every:,} steps, {_scheduler(config, reports)}",
         "at a time": f"{room} ({why})",
         "a trial": f"{largest.num_workers} x 1 {kind} ({resources} each), ZeRO stage {largest.zero_stage}",
-        "steps": f"about {steps:,}{saved}",
+        "steps": told,
     }
 
 

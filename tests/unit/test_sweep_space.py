@@ -137,12 +137,12 @@ def test_trial_that_never_fits_is_refused_with_the_arithmetic():
         plans(asked, Hardware(2, 0))
 
 
-def test_asha_is_expected_to_save_what_its_rungs_say():
+def test_asha_can_save_what_its_rungs_say():
     asked = config({LR: {"loguniform": [1e-4, 1e-2]}}, scheduler="asha", num_trials=9, asha={"reduction_factor": 3})
     reports = fit.reports_of(asked, plans(asked))
     assert (reports.num_steps, reports.every, reports.grace_period) == (90, 10, 10)
     assert fit.rungs(asked, reports) == [(10, 9), (30, 3), (90, 1)]
-    assert fit.expected_steps(asked, reports) == 10 * 9 + 20 * 3 + 60 * 1
+    assert fit.fewest_steps(asked, reports) == 10 * 9 + 20 * 3 + 60 * 1
 
 
 @pytest.mark.parametrize(
