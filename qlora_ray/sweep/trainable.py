@@ -30,6 +30,7 @@ class TrialActor(tune.Trainable):
         values = space.config_of(base, self._parameters).model_dump(mode="json", exclude={"sweep"})
         values["ray"] |= {
             "address": job["address"], "storage_path": str(self._run / "trials"), "run_name": self._name,
+            "allow_unauthenticated": True,  # the cluster that runs this actor: the sweep has asked it
         }  # fmt: skip
         self._process = TrialProcess(self._run / "trials", self._name, values, job["cwd"], job["submitted"])
         self._reported = job["reported"].get(self._name, 0)
