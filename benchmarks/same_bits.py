@@ -1,10 +1,10 @@
 """Whether a GPU gives the same bits twice, after kills, and with another number of workers; and what that costs.
 
-    python -m benchmarks.same_bits [--layers 4] [--workers 2]
+    python -m benchmarks.same_bits [--layers 4] [--workers 2 --compare again killed shared]
 
 Trains a few layers of a real shape (random weights) through `python -m qlora_ray.train`, with and without
 training.deterministic: twice undisturbed, once with three workers killed, and once by --workers workers with the same
-global batch. Prints JSON lines and a Markdown table.
+global batch ("shared"). Prints JSON lines and a Markdown table.
 """
 
 import argparse
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", choices=["fast", "deterministic"])
+    parser.add_argument("--compare", nargs="+", choices=["again", "killed", "shared"], default=["again", "killed"])
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     shape = f"{arguments.shape}-{arguments.layers}"
@@ -37,19 +38,19 @@ def main() -> None:
         rows = []
         for kind in ("fast", "deterministic"):
             if arguments.only in (None, kind):
-                rows.append(_kind(Path(folder), base, kind, arguments.workers))
+                rows.append(_kind(Path(folder), base, kind, arguments.workers, arguments.compare))
     print("| kernels | same bits twice | after three kills | with other workers | tokens/s |\n|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(map(str, row)) + " |")
 
 
-def _kind(folder: Path, base: str, kind: str, workers: int) -> tuple:
+def _kind(folder: Path, base: str, kind: str, workers: int, compare: list[str]) -> tuple:
     def settings(name: str, num_workers: int) -> list[str]:
         return [
             "-c", "configs/quickstart.yaml", f"model.base_model={base}", "model.lora_dropout=0",
             f"ray.storage_path={folder}", f"ray.run_name={kind}-{name}", f"ray.num_workers={num_workers}",
             "training.max_length=1024", "training.batch_size=2", f"training.max_steps={STEPS}",
-            f"training.gradient_accumulation_steps={max(2, workers) // num_workers}", "data.max_bad_fraction=1",
+            f"training.gradient_accumulation_steps={2 * workers // num_workers}", "data.max_bad_fraction=1",
             "logging.every_steps=1", "checkpoint.every_steps=5", "training.eval_every_steps=1000",
             "evaluation.num_prompts=0", "ray.max_failures=9", f"training.deterministic={kind == 'deterministic'}",
         ]  # fmt: skip
@@ -59,23 +60,24 @@ def _kind(folder: Path, base: str, kind: str, workers: int) -> tuple:
         assert ended.returncode == 0, ended.stderr[-2000:]
         return _digest(folder / f"{kind}-{name}")
 
-    first, again = whole("first"), whole("again")
-    run = folder / f"{kind}-killed"
-    driver = door.start(*settings("killed", 1))
-    for step in KILL_AT:
-        door.wait_for_step(run, step, driver)
-        random_kills.kill(random_kills.processes(driver), "worker")
-    _, words = driver.communicate(timeout=200)
-    assert driver.returncode == 0, words[-2000:]
-    shared = whole("shared", workers) if workers > 1 else None
+    def killed() -> str:
+        run = folder / f"{kind}-killed"
+        driver = door.start(*settings("killed", 1))
+        for step in KILL_AT:
+            door.wait_for_step(run, step, driver)
+            random_kills.kill(random_kills.processes(driver), "worker")
+        _, words = driver.communicate(timeout=200)
+        assert driver.returncode == 0, words[-2000:]
+        return _digest(run)
+
+    first = whole("first")
+    ways = {"again": lambda: whole("again"), "killed": killed, "shared": lambda: whole("shared", workers)}
+    same = [ways[way]() == first if way in compare else "-" for way in ways]
     speed = statistics.median(
         line["tokens_per_second"] for line in door.metrics(folder / f"{kind}-first")[10:] if "loss" in line
     )
-    result = (kind, first == again, first == _digest(run), shared and first == shared, round(speed))
-    print(
-        json.dumps([*result, door.losses(folder / f"{kind}-first")[STEPS], door.summary(run)["failures"]]), flush=True
-    )
-    return result
+    print(json.dumps([kind, same, round(speed), door.losses(folder / f"{kind}-first")[STEPS]]), flush=True)
+    return (kind, *same, round(speed))
 
 
 def _digest(run: Path) -> str:
