@@ -36,6 +36,7 @@ class Session:
         self._stop: tuple[str, str] | None = None  # status and reason
         self._stop_at = 0.0
         self._error: BaseException | None = None
+        self._ended = threading.Event()
         self._rows: dict[str, _Tail] = {}
 
     def run(self) -> tuple[str, str | None]:
@@ -46,9 +47,8 @@ class Session:
         self._callback = WriteLedger(self._ledger, self._sweep.metric, lambda *said: self._said.put(said))
         asked = len(self._ledger.trials) if self._sweep.search != "optuna" else space.num_trials(self._config)
         if self._ledger.live() or len(self._ledger.trials) < asked:
-            thread = threading.Thread(target=self._fit, daemon=True, name="tune")
-            thread.start()
-            self._watch(thread)
+            threading.Thread(target=self._fit, daemon=True, name="tune").start()
+            self._watch()
             self._clean()
         if self._error is not None:
             raise self._error
@@ -85,20 +85,23 @@ class Session:
             ).fit()  # fmt: skip
         except BaseException as error:  # told by the main thread
             self._error = error
+        finally:
+            self._ended.set()
 
-    def _watch(self, thread: threading.Thread) -> None:
+    def _watch(self) -> None:
         live: Any = Live(self._table(), console=console, refresh_per_second=2, transient=False, redirect_stdout=False,
                          redirect_stderr=False) if console.is_terminal else contextlib.nullcontext()  # fmt: skip
         with live:
             interruptions = 0
-            while thread.is_alive():
+            while not self._ended.is_set():
                 if dead := cluster.dead_processes():
                     self._stop = "failed", f"Ray's {', '.join(dead)} died"
                     return
                 try:
                     self._tell(live)
                     self._check_budgets()
-                    thread.join(REFRESH_SECONDS)
+                    # Not Thread.join: interrupted, it takes the thread for ended (Python 3.11, threading.py).
+                    self._ended.wait(REFRESH_SECONDS)
                 except KeyboardInterrupt:
                     interruptions += 1
                     if interruptions > 1:
