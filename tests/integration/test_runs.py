@@ -143,7 +143,9 @@ def test_plain_loop_gives_the_losses_of_two_workers(storage):
     ended = door.run(*settings(storage, "padded", 2, 1, "training.packing=false", "training.batch_size=4"))
     assert ended.returncode == 0, ended.stderr
     run = storage / "padded"
-    assert list(door.losses(run).values()) == pytest.approx(losses_of_plain_loop(run, batch_size=4), rel=1e-5)
+    # float32 cross-entropy is good to about 1e-7 nats a token, however small the loss has become.
+    expected = losses_of_plain_loop(run, batch_size=4)
+    assert list(door.losses(run).values()) == pytest.approx(expected, rel=1e-5, abs=2e-7)
 
 
 def test_plain_loop_over_single_samples_gives_the_losses_of_two_workers_with_packed_rows(two_workers):
