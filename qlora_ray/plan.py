@@ -413,7 +413,8 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
     if base.num_expert_parameters and config.quantization.type != "none":
         share = base.num_expert_parameters / base.num_parameters
         notes.append(
-            f"{share:.0%} of the base's weights are mixture-of-experts weights: they stay 16-bit and unadapted."
+            f"{share:.0%} of the base's weights are mixture-of-experts weights: they stay 16-bit. PEFT may adapt them: "
+            "the number of trained parameters and the memory forecast leave that out."
         )
     elif config.quantization.type != "none" and base.num_linear_parameters < 0.5 * base.num_parameters:
         share = 1 - base.num_linear_parameters / base.num_parameters
