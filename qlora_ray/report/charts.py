@@ -62,9 +62,9 @@ def loss_chart(run: RunRecord) -> "Figure":
         figure.add_scatter(
             x=eval_steps, y=eval_losses, name="validation", mode="lines+markers", cliponaxis=False, **style
         )
-    for failure in run.summary.get("failures") or []:
-        if failure.get("step") is not None:
-            figure.add_vline(x=failure["step"], line={"color": GREY, "width": 1, "dash": "dot"})
+    for event in (run.summary.get("failures") or []) + (run.summary.get("interruptions") or []):
+        if event.get("step") is not None:
+            figure.add_vline(x=event["step"], line={"color": GREY, "width": 1, "dash": "dot"})
     figure.update_traces(hovertemplate="%{y:.4f}")
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
     figure.update_xaxes(range=[min(steps + eval_steps), max(steps + eval_steps)])
