@@ -65,22 +65,21 @@ def random_runs(storage: Path, num_runs: int, num_kills: int, parallel: int) -> 
     more = ("training.max_steps=60", "ray.max_failures=20", "ray.use_gpu=false")
     files = ("adapter/adapter_model.safetensors", "checkpoints/step_00000060/optimizer.safetensors")
     assert door.run(*settings(storage, "whole", *more)).returncode == 0
-    kills, seconds, redone, same = 0, [], [], 0
 
-    def live(seed: int) -> tuple[int, Path, random_kills.Story]:
+    def live(seed: int) -> tuple[random_kills.Story, bool]:
         run = storage / f"run-{seed}"
-        return seed, run, random_kills.live(settings(storage, run.name, *more), run, num_kills, seed)
-
-    with ThreadPoolExecutor(parallel) as pool:
-        stories = pool.map(live, range(num_runs))
-    for seed, run, story in stories:
+        story = random_kills.live(settings(storage, run.name, *more), run, num_kills, seed, timeout=900)
         equal = story.exit_code == 0 and all(
             door.sha256(run / file) == door.sha256(storage / "whole" / file) for file in files
         )
         print(json.dumps({"seed": seed, "same_bits": equal, **vars(story)}), flush=True)
-        kills, same = kills + len(story.kills), same + equal
-        seconds += story.seconds_to_next_step
-        redone += story.steps_redone
+        return story, equal
+
+    with ThreadPoolExecutor(parallel) as pool:
+        stories = list(pool.map(live, range(num_runs)))
+    kills, same = sum(len(story.kills) for story, _ in stories), sum(equal for _, equal in stories)
+    seconds = [one for story, _ in stories for one in story.seconds_to_next_step]
+    redone = [one for story, _ in stories for one in story.steps_redone]
     print(
         f"{kills} kills over {num_runs} runs, {same} with the bits of the undisturbed one; steps done again: at most "
         f"{max(redone)}; seconds to the next step: median {statistics.median(seconds):.1f}, "
