@@ -106,11 +106,11 @@ def _outcome(side: Side, name: str, fault: str, expected: dict[str, str | None])
     tree: list = []
     try:
         if fault == "nothing":
-            driver.wait(timeout=300)
+            assert driver.wait(timeout=300) == 0, f"{side.name} does not get to its end"
             expected[side.name] = side.result(name)
             return f"{len(side.steps(name))} steps"
         while max((line["step"] for line in side.steps(name)), default=0) < AT_STEP:
-            assert driver.poll() is None, driver.communicate()
+            assert driver.poll() is None, f"{side.name} ends by itself: exit code {driver.returncode}"
             time.sleep(0.05)
         tree = random_kills.processes(driver)
         _strike(tree, fault)

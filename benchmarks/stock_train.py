@@ -36,6 +36,7 @@ def train(job: dict) -> None:
     settings = {"train_micro_batch_size_per_gpu": ROWS, "zero_optimization": {"stage": 3},
                 "zero_allow_untested_optimizer": True}  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained, lr=1e-3), config=settings)
+    engine.train()  # left in eval mode, bitsandbytes repacks the weights of CPUs with AVX512-BF16, and saving fails
     step, checkpoint = 0, ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as folder:
