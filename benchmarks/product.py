@@ -55,12 +55,12 @@ def main() -> None:
     metrics = [entry for entry in metrics if "loss" in entry]
     steady = [entry for entry in metrics if entry["step"] > EVERY]
     rate = statistics.median(entry["tokens_per_second"] for entry in steady)
-    chosen = [line for line in log.read_text().splitlines() if "layers:" in line or "fused:" in line]
+    said = [line for line in log.read_text().splitlines() if "qlora_ray" in line and " INFO " in line]
     floor = floor_tokens_per_second(SHAPES[arguments.shape], arguments.length)
     print(json.dumps({
         "shape": arguments.shape, "overrides": arguments.overrides, "tokens_per_second": rate,
         "floor_share": rate / floor,
-        "peak_gib": max(entry.get("peak_memory_gib", 0) for entry in metrics), "chosen": chosen,
+        "peak_gib": max(entry.get("peak_memory_gib", 0) for entry in metrics), "log": said,
         "forecast_gib": json.loads((run / "plan.json").read_text())["memory_forecast_gib"],
         "seconds": json.loads((run / "summary.json").read_text())["seconds"],
         "wall_seconds": time.perf_counter() - began,

@@ -39,7 +39,8 @@ def send_output_to_log(run_folder: Folder, rank: int, debug: bool) -> str | None
 
     Returns the folder of the logs, None where the run directory is not local.
     """
-    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO)
+    level = logging.DEBUG if debug else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if not run_folder.is_local:
         return None
     folder = (run_folder / "logs").make()
@@ -112,7 +113,10 @@ def build_engine(
 ) -> Engine:  # fmt: skip
     """4-bit base, LoRA, DeepSpeed; resumed where there is a checkpoint; checked against the unsharded model."""
     dtype = getattr(torch, plan.compute_dtype)
+    log = logging.getLogger(__name__)
+    log.info("base model: loading")
     base = load_base(config.model, config.quantization, plan.compute_dtype, device)
+    log.info("base model: loaded")
     stored = count_bytes(base)
     team.tell(kind="loaded", four_bit_share=stored.four_bit_share, four_bit_gib=stored.four_bit / 2**30,
               other_gib=stored.other / 2**30)  # fmt: skip
@@ -131,9 +135,11 @@ def build_engine(
     sample = to_tensors(open_rows(rows, "train").gather(np.array([0])), pad_token_id, device)
     sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items() if values.dim() == 2}
     if debug and team.rank == 0:
-        logging.getLogger(__name__).info("parameters:\n%s", parameter_table(model, plan))
+        log.info("parameters:\n%s", parameter_table(model, plan))
     before = _loss(model, sample)
+    log.info("engine: starting")
     engine = Engine(model, config.training, plan.deepspeed)
+    log.info("engine: started")
     if resumed:
         engine.load_state(resumed)
     check_same_loss(before, _loss(engine.module, sample), plan)
