@@ -1,6 +1,7 @@
 """Runs that are killed, frozen and damaged, beside a stock Ray Train + DeepSpeed loop that meets the same.
 
     python -m benchmarks.chaos [--runs 8] [--kills 7]      ours: random kills of random processes, as tests/chaos does
+    python -m benchmarks.chaos --victim worker             the same, of workers alone: how soon does training go on?
     python -m benchmarks.chaos --control                   both, one fault a run; Markdown table
 
 CPU, two workers, ZeRO-3, NF4, a checkpoint every 5 steps. "Not noticed" means: no new step within LIMIT_SECONDS.
@@ -50,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--kills", type=int, default=7)
+    parser.add_argument("--victim", choices=random_kills.VICTIMS, help="kill no other process")
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, for machines with many cores")
     arguments = parser.parse_args()
@@ -58,17 +60,18 @@ def main() -> None:
         if arguments.control:
             control(Path(folder), arguments.parallel)
         else:
-            random_runs(Path(folder), arguments.runs, arguments.kills, arguments.parallel)
+            often = {arguments.victim: 1} if arguments.victim else random_kills.OFTEN
+            random_runs(Path(folder), arguments.runs, arguments.kills, arguments.parallel, often)
 
 
-def random_runs(storage: Path, num_runs: int, num_kills: int, parallel: int) -> None:
+def random_runs(storage: Path, num_runs: int, num_kills: int, parallel: int, often: dict[str, int]) -> None:
     more = ("training.max_steps=60", "ray.max_failures=20", "ray.use_gpu=false")
     files = ("adapter/adapter_model.safetensors", "checkpoints/step_00000060/optimizer.safetensors")
     assert door.run(*settings(storage, "whole", *more)).returncode == 0
 
     def live(seed: int) -> tuple[random_kills.Story, bool]:
         run = storage / f"run-{seed}"
-        story = random_kills.live(settings(storage, run.name, *more), run, num_kills, seed, timeout=900)
+        story = random_kills.live(settings(storage, run.name, *more), run, num_kills, seed, 900, often)
         equal = story.exit_code == 0 and all(
             door.sha256(run / file) == door.sha256(storage / "whole" / file) for file in files
         )

@@ -49,9 +49,10 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
     """Train three steps and compare peaks."""
     import torch
 
+    from qlora_ray import deepspeed_settings
     from qlora_ray.model.adapter import add_adapter, trainable
     from qlora_ray.model.fused import fuse, keep
-    from qlora_ray.plan import deepspeed_defaults, num_lora_parameters
+    from qlora_ray.plan import num_lora_parameters
     from qlora_ray.worker.engine import Engine
     from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
@@ -76,7 +77,7 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
     assert sum(parameter.numel() for parameter in trainable(model).values()) == known.num_trainable
     fuse(model)
     keep(model, choice)
-    settings = deepspeed_defaults(config, stage, 1, "bfloat16", known.num_trainable)
+    settings = deepspeed_settings.defaults(config, stage, 1, "bfloat16", known.num_trainable)
     engine = Engine(model, config.training, settings)
     engine.train()
     torch.cuda.reset_peak_memory_stats()

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_ray import forecast
+from qlora_ray import deepspeed_settings, forecast
 from qlora_ray.config import Config, ConfigError
 from qlora_ray.data.stats import DataStats
 from qlora_ray.forecast import Sizes
@@ -114,9 +114,12 @@ def make_plan(
         layer_shape=known.layer,
         may_hold_weights=may_hold_weights(config),
         memory_forecast_gib=_memory_forecast(config, known, num_tokens, recompute),
-        deepspeed=deepspeed_defaults(config, zero_stage, accumulation, compute_dtype, trainable),
+        deepspeed=deepspeed_settings.defaults(config, zero_stage, accumulation, compute_dtype, trainable),
     )
-    return dataclasses.replace(plan, deepspeed=merge_deepspeed(plan, deepspeed_json)) if deepspeed_json else plan
+    if not deepspeed_json:
+        return plan
+    merged = deepspeed_settings.merge(deepspeed_json, plan.deepspeed, plan.num_workers)
+    return dataclasses.replace(plan, deepspeed=merged)
 
 
 def storage_bytes(config: Config, num_trainable: int) -> int:
@@ -138,11 +141,9 @@ def refuse_early(config: Config, deepspeed_json: dict | None) -> None:
     accumulation, stage = _accumulation(config), _zero_stage(config)
     dtype = config.quantization.compute_dtype
     if deepspeed_json:
-        ours = deepspeed_defaults(config, stage, accumulation, dtype, num_trainable=1)
-        fixed = _fixed(ours, config.ray.max_workers)
-        if dtype == "auto":  # decided by the GPU
-            fixed = {key: value for key, value in fixed.items() if key.split(".")[0] not in ("bf16", "fp16")}
-        _refuse_contradictions(deepspeed_json, fixed)
+        ours = deepspeed_settings.defaults(config, stage, accumulation, dtype, num_trainable=1)
+        open_sections = ("bf16", "fp16") if dtype == "auto" else ()  # the GPU decides
+        deepspeed_settings.refuse_contradictions(deepspeed_json, ours, config.ray.max_workers, open_sections)
 
 
 def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, budget_bytes: float) -> Choice:
@@ -291,121 +292,6 @@ def _zero_stage(config: Config) -> int:
             f"deepspeed.offload_optimizer={ds.offload_optimizer}: needs zero_stage 1, 2 or 3, the stage is 0."
         )
     return stage
-
-
-def deepspeed_defaults(
-    config: Config, stage: int, accumulation: int, compute_dtype: str, num_trainable: int
-) -> dict[str, Any]:
-    """The DeepSpeed config of a run, before a user's JSON."""
-    ds = config.deepspeed
-    zero: dict[str, Any] = {"stage": stage}
-    if stage == 3:
-        # ZeRO-3 counts storage elements; 1e6 keeps LoRA matrices resident instead of gathering each one.
-        zero |= {"stage3_param_persistence_threshold": 1_000_000, "stage3_max_live_parameters": 1e12,
-                 "stage3_max_reuse_distance": 1e12, "stage3_prefetch_bucket_size": 1_000_000_000}  # fmt: skip
-    if stage > 1:
-        # One bucket holds all gradients; the default takes a GiB whatever their number.
-        zero["reduce_bucket_size"] = max(1_000_000, min(num_trainable, 500_000_000))
-    if ds.offload_params != "none":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-    if ds.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    return {
-        "train_micro_batch_size_per_gpu": config.training.batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.training.max_grad_norm,
-        "zero_optimization": zero,
-        "bf16": {"enabled": compute_dtype == "bfloat16"},
-        "fp16": {"enabled": compute_dtype == "float16"},
-        "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-
-
-def merge_deepspeed(plan: Plan, user: dict[str, Any]) -> dict[str, Any]:
-    """A user's DeepSpeed JSON over the plan's: "auto" is filled in, explicit values win, contradictions are refused.
-
-    Raises ConfigError with the key's dotted name.
-    """
-    fixed = _fixed(plan.deepspeed, plan.num_workers)
-    _refuse_contradictions(user, fixed)
-    return _merged(plan.deepspeed, user, fixed)
-
-
-def _fixed(ours: dict[str, Any], num_workers: int) -> dict[str, Any]:
-    """Dotted DeepSpeed keys that the YAML decides, with their values."""
-    zero = ours["zero_optimization"]
-    micro_batch_size, accumulation = ours["train_micro_batch_size_per_gpu"], ours["gradient_accumulation_steps"]
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch_size * accumulation * num_workers,
-        "zero_optimization.stage": zero["stage"],
-        "bf16.enabled": ours["bf16"]["enabled"],
-        "fp16.enabled": ours["fp16"]["enabled"],
-        "gradient_clipping": ours["gradient_clipping"],
-        "zero_optimization.offload_param.device": zero.get("offload_param", {}).get("device", "none"),
-        "zero_optimization.offload_optimizer.device": zero.get("offload_optimizer", {}).get("device", "none"),
-    }
-
-
-def _refuse_contradictions(user: dict[str, Any], fixed: dict[str, Any]) -> None:
-    ours = {
-        "train_micro_batch_size_per_gpu": "training.batch_size", "train_batch_size": "training.global_batch_size",
-        "gradient_accumulation_steps": "training.gradient_accumulation_steps",
-        "gradient_clipping": "training.max_grad_norm", "zero_optimization.stage": "deepspeed.zero_stage",
-        "bf16.enabled": "quantization.compute_dtype", "fp16.enabled": "quantization.compute_dtype",
-        "zero_optimization.offload_param.device": "deepspeed.offload_params",
-        "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
-    }  # fmt: skip
-    for key, value in _flat(user).items():
-        if key in CORRUPTING and value:
-            raise ConfigError(f"{key}={value} in the DeepSpeed JSON: {CORRUPTING[key]} Remove it.")
-        if key.split(".")[0] in NOT_THEIRS:
-            raise ConfigError(f"{key} in the DeepSpeed JSON: {NOT_THEIRS[key.split('.')[0]]} Remove it.")
-        if key in fixed and value not in ("auto", fixed[key]):
-            raise ConfigError(
-                f"{key}={value} in the DeepSpeed JSON contradicts {ours[key]}, which gives {fixed[key]}. "
-                f'Write "auto" there, or change {ours[key]}.'
-            )
-        sections = {name.split(".")[0] for name in fixed if "." in name}
-        if key in sections and value != "auto":
-            raise ConfigError(f'{key}={value} in the DeepSpeed JSON: must be an object, e.g. {{"enabled": "auto"}}.')
-
-
-CORRUPTING = {
-    "zero_optimization.zero_quantized_weights": "quantizes the packed 4-bit bytes a second time.",
-    "zero_optimization.zero_quantized_nontrainable_weights": "quantizes the packed 4-bit bytes a second time.",
-    "compile.deepcompile": "DeepCompile fails on frozen parameters.",
-    "amp.enabled": "Apex amp casts weights behind ZeRO's back; use quantization.compute_dtype.",
-    "torch_autocast.enabled": "casts a second time; use quantization.compute_dtype.",
-}
-NOT_THEIRS = {
-    "optimizer": "the optimizer comes from the YAML (training.learning_rate, training.weight_decay).",
-    "scheduler": "the schedule comes from the YAML (training.lr_schedule, training.warmup_ratio).",
-    "checkpoint": "checkpoints come from the YAML (checkpoint.*).",
-    "activation_checkpointing": "recomputation comes from the YAML (training.recompute).",
-}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _merged(base: dict[str, Any], user: dict[str, Any], fixed: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in user.items():
-        if isinstance(value, dict):
-            merged[key] = _merged(base.get(key, {}), value, fixed, f"{prefix}{key}.")
-        elif value != "auto":
-            merged[key] = value
-        elif prefix + key in fixed:
-            merged[key] = fixed[prefix + key]
-    return merged
 
 
 def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: int) -> tuple[str, ...]:

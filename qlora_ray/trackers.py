@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from qlora_ray.config import ConfigError
+from qlora_ray.deepspeed_settings import flat
 
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 CLOSE_TIMEOUT_SECONDS = 30
@@ -39,7 +40,7 @@ class Trackers:
         self.failures: list[str] = []
         self._logs = {name: logs / f"tracker_{name}.log" for name in names}
         self._processes = {name: self._start(name, run_dir) for name in names}
-        self.log(_flat(config))
+        self.log(flat(config))
 
     def log(self, entry: dict[str, Any]) -> None:
         """Send one line of metrics to each tracker that still lives."""
@@ -140,13 +141,6 @@ def _wandb(run: Path, config: dict[str, Any], lines) -> None:
         tracked.define_metric("*", step_metric="step")
         for entry in lines:
             tracked.log(entry)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 if __name__ == "__main__":

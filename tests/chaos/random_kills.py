@@ -15,7 +15,7 @@ from tests.integration import door
 # What is killed, by the title or the binary of its process, and how often: a worker is what dies in practice.
 VICTIMS = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "driver": "qlora_ray.train",
            "raylet": "raylet/raylet", "gcs": "gcs_server"}  # fmt: skip
-WEIGHTS = (6, 2, 2, 1, 1)
+OFTEN = {"worker": 6, "controller": 2, "driver": 2, "raylet": 1, "gcs": 1}
 TAKES_THE_DRIVER = {"driver", "raylet", "gcs"}  # a private Ray is one machine's: its driver ends with it
 
 
@@ -30,13 +30,15 @@ class Story:
     last_words: str = ""  # on stderr, of a run that failed
 
 
-def live(settings: list[str], run: Path, num_kills: int, seed: int, timeout: float = 600) -> Story:
+def live(
+    settings: list[str], run: Path, num_kills: int, seed: int, timeout: float = 600, often: dict[str, int] = OFTEN
+) -> Story:
     """Start a run, kill it `num_kills` times at moments drawn uniformly, resume it where that took the driver."""
     choose, story, deadline = random.Random(seed), Story(), time.monotonic() + timeout
     driver = door.start(*settings)
     try:
         while len(story.kills) < num_kills:
-            victim = choose.choices(list(VICTIMS), WEIGHTS)[0]
+            victim = choose.choices(list(often), list(often.values()))[0]
             time.sleep(choose.uniform(0.0, 3.0))
             reached = max(door.losses(run), default=0)
             if driver.poll() is not None:
