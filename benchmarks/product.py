@@ -7,14 +7,13 @@ Writes a 16-bit checkpoint of random weights once (35 s for 8B), then trains on 
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from benchmarks.throughput import SHAPES, floor_tokens_per_second, save_checkpoint
+from benchmarks.throughput import SHAPES, floor_tokens_per_second, save_checkpoint, save_rows
 
 STEPS, EVERY = 25, 5
 
@@ -29,12 +28,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     base = save_checkpoint(arguments.shape, arguments.folder, arguments.device)
-    data = Path(arguments.folder) / f"rows_{arguments.length}.jsonl"
-    words = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)]
-    with data.open("w") as file:
-        for row in range(200):
-            text = " ".join(random.Random(row).choices(words, k=arguments.length))
-            file.write(json.dumps({"instruction": "Go on.", "input": "", "output": text}) + "\n")
+    data = save_rows(arguments.folder, arguments.length)
     runs, name = Path(arguments.folder) / "runs", f"{arguments.shape}_{time.time_ns()}"
     began = time.perf_counter()
     command = [

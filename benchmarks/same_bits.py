@@ -19,7 +19,7 @@ from benchmarks import throughput
 from tests.chaos import random_kills
 from tests.integration import door
 
-STEPS, KILL_AT = 40, (8, 18, 28)
+STEPS, KILL_AT = 24, (6, 12, 18)
 
 
 def main() -> None:
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-8b", choices=throughput.SHAPES)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--length", type=int, default=2048, help="tokens of each row, all of one sample")
     parser.add_argument("--only", choices=["fast", "deterministic"])
     parser.add_argument("--compare", nargs="+", choices=["again", "killed", "shared"], default=["again", "killed"])
     parser.add_argument("--device", default="cuda")
@@ -35,23 +36,25 @@ def main() -> None:
     throughput.SHAPES[shape] = throughput.SHAPES[arguments.shape] | {"num_hidden_layers": arguments.layers}
     with tempfile.TemporaryDirectory() as folder:
         base = throughput.save_checkpoint(shape, folder, arguments.device)
+        common = [f"model.base_model={base}", f"training.max_length={arguments.length}",
+                  f"data.train_file={throughput.save_rows(folder, arguments.length)}"]  # fmt: skip
         rows = []
         for kind in ("fast", "deterministic"):
             if arguments.only in (None, kind):
-                rows.append(_kind(Path(folder), base, kind, arguments.workers, arguments.compare))
+                rows.append(_kind(Path(folder), common, kind, arguments.workers, arguments.compare))
     print("| kernels | same bits twice | after three kills | with other workers | tokens/s |\n|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(map(str, row)) + " |")
 
 
-def _kind(folder: Path, base: str, kind: str, workers: int, compare: list[str]) -> tuple:
+def _kind(folder: Path, common: list[str], kind: str, workers: int, compare: list[str]) -> tuple:
     def settings(name: str, num_workers: int) -> list[str]:
         return [
-            "-c", "configs/quickstart.yaml", f"model.base_model={base}", "model.lora_dropout=0",
+            "-c", "configs/quickstart.yaml", *common, "model.lora_dropout=0", "data.validation_split=0",
             f"ray.storage_path={folder}", f"ray.run_name={kind}-{name}", f"ray.num_workers={num_workers}",
-            "training.max_length=1024", "training.batch_size=2", f"training.max_steps={STEPS}",
+            "training.batch_size=2", f"training.max_steps={STEPS}",
             f"training.gradient_accumulation_steps={2 * workers // num_workers}", "data.max_bad_fraction=1",
-            "logging.every_steps=1", "checkpoint.every_steps=5", "training.eval_every_steps=1000",
+            "logging.every_steps=1", "checkpoint.every_steps=5",
             "evaluation.num_prompts=0", "ray.max_failures=9", f"training.deterministic={kind == 'deterministic'}",
         ]  # fmt: skip
 

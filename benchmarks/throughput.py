@@ -10,6 +10,7 @@ r=16 on all projections, no dropout, AdamW. Unsloth runs where it is installed. 
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -321,6 +322,16 @@ def save_checkpoint(shape: str, folder: str, device: str) -> str:
         model.save_pretrained(target)
         AutoTokenizer.from_pretrained(base_model_path("embedded")).save_pretrained(target)
     return str(target)
+
+
+def save_rows(folder: str, length: int) -> Path:
+    """200 records that each fill `length` tokens and more."""
+    words, path = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)], Path(folder, f"rows_{length}.jsonl")
+    with path.open("w") as file:
+        for row in range(200):
+            text = " ".join(random.Random(row).choices(words, k=length))
+            file.write(json.dumps({"instruction": "Go on.", "input": "", "output": text}) + "\n")
+    return path
 
 
 def table(results: list[dict]) -> str:

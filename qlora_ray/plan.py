@@ -109,7 +109,7 @@ def make_plan(
         checkpoint_every_steps=config.checkpoint.every_steps or min(200, max(1, num_steps // 10)),
         num_trainable_parameters=trainable,
         four_bit_share=quantized / base.num_parameters,
-        notes=_notes(config, base, data, steps_per_epoch),
+        notes=_notes(config, base, data, steps_per_epoch, use_gpu),
         tokens_per_micro_batch=num_tokens,
         layer_shape=known.layer,
         may_hold_weights=may_hold_weights(config),
@@ -294,7 +294,7 @@ def _zero_stage(config: Config) -> int:
     return stage
 
 
-def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: int) -> tuple[str, ...]:
+def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: int, use_gpu: bool) -> tuple[str, ...]:
     notes = []
     if base.num_expert_parameters and config.quantization.type != "none":
         share = base.num_expert_parameters / base.num_parameters
@@ -318,6 +318,11 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
         notes.append(
             f"Packed rows hold {each:.0f} samples each, so an epoch is only {steps_per_epoch} steps. "
             "For more and smaller ones lower training.max_length or batch_size, or set training.packing=false."
+        )
+    if use_gpu and not config.training.deterministic:
+        notes.append(
+            "GPU kernels may add in another order each time, so an interrupted run ends near the bits of one that was "
+            "not, not at them. For the same bits, 1 to 6% slower: training.deterministic=true."
         )
     if data.num_truncated:
         limit = config.training.max_length

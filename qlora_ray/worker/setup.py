@@ -39,8 +39,13 @@ def send_output_to_log(run_folder: Folder, rank: int, debug: bool) -> str | None
 
     Returns the folder of the logs, None where the run directory is not local.
     """
-    level = logging.DEBUG if debug else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    root, console = logging.getLogger(), logging.StreamHandler()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.StreamHandler):
+            root.removeHandler(handler)  # Ray Train's, which leaves the time out
+    console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(console)
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
     if not run_folder.is_local:
         return None
     folder = (run_folder / "logs").make()

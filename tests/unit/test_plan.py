@@ -243,3 +243,12 @@ def test_packing_that_leaves_few_steps_an_epoch_is_told():
     (note,) = [n for n in few.notes if "steps" in n]
     assert "hold 10 samples each, so an epoch is only 3 steps" in note
     assert not [n for n in make_plan(config(), packed, FACTS, CPUS, None).notes if "an epoch is only" in n]
+
+
+def test_plan_says_where_bits_are_not_promised():
+    def said(hardware, deterministic):
+        notes = plan(hardware, training={"deterministic": deterministic}).notes
+        return [note for note in notes if "training.deterministic=true" in note]
+
+    assert len(said(GPUS, False)) == 1
+    assert not said(GPUS, True) + said(CPUS, False)
