@@ -46,16 +46,6 @@ def address(config: Config) -> str | None:
     return None if where == "local" else where
 
 
-def check_outlives_job(config: Config) -> None:
-    """Refuse to write a run into a Ray job's upload, which no other node sees and Ray deletes. Raises ConfigError."""
-    path = config.ray.storage_path
-    if environment.in_job(os.environ) and "://" not in path and not os.path.isabs(os.path.expanduser(path)):
-        raise ConfigError(
-            f"ray.storage_path={path}: in a Ray job this folder would lie in the job's upload, which Ray deletes. "
-            "Give a folder that all nodes share, such as /shared/runs, or a URI such as s3://bucket/runs."
-        )
-
-
 def start_ray(config: Config, debug: bool) -> Hardware:
     """Connect to the cluster, or start a private Ray on this machine; returns its Hardware. Raises ConfigError."""
     authentication.keep_token_private()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.fs
 
+from qlora_ray import environment
 from qlora_ray.config import ConfigError
 
 SHARE_IT = "Use a folder that all nodes share (NFS), or a URI such as s3://."
@@ -108,12 +109,17 @@ class Folder:
 
 
 def open_folder(storage_path: str) -> Folder:
-    """The folder behind `ray.storage_path`. Raises ConfigError for a scheme or path that cannot be used."""
+    """The folder behind `ray.storage_path`. Raises ConfigError for a scheme or path that cannot be used.
+
+    A relative path counts from the current folder; in a Ray job, whose upload Ray deletes, from the home
+    folder.
+    """
+    start = Path.home() if environment.in_job(os.environ) else Path.cwd()
     try:
         if "://" in storage_path:
             filesystem, path = pyarrow.fs.FileSystem.from_uri(storage_path)
         else:
-            filesystem, path = pyarrow.fs.LocalFileSystem(), str(Path(storage_path).expanduser().resolve())
+            filesystem, path = pyarrow.fs.LocalFileSystem(), str((start / Path(storage_path).expanduser()).resolve())
     except (OSError, ValueError, pyarrow.ArrowInvalid) as error:
         raise ConfigError(f"ray.storage_path={storage_path}: {error}") from error
     return Folder(filesystem, path.rstrip("/"))

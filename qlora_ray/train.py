@@ -79,7 +79,6 @@ def _train(config: Config, config_name: str, resume: bool, debug: bool, began: f
         cpus = config.ray.resources_per_worker.get("CPU", 1)
         check_workers_fit(config, {"CPU": cpus}, Hardware(len(os.sched_getaffinity(0)), 0))
     check_files(config)
-    cluster.check_outlives_job(config)
     folder = storage.open_folder(config.ray.storage_path)
     storage.check_writable(folder)
     run = find_run(config, config_name, folder, resume)

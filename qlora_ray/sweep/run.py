@@ -42,7 +42,6 @@ def sweep(config: Config, config_name: str, resume: bool, debug: bool, began: fl
             f"ray.storage_path={config.ray.storage_path}: a sweep follows its trials through files that grow, which "
             "object stores do not have. Use a folder that all nodes share."
         )
-    cluster.check_outlives_job(config)
     folder = storage.open_folder(config.ray.storage_path)
     storage.check_writable(folder)
     run = Path((folder / train.name_of_run(config, config_name, folder, resume)).path)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -49,7 +50,8 @@ def nodes(whole):
 
 
 def submit(nodes, storage, name, *more):
-    """The command of the README, with one worker a node: 2 of a node's 3 CPUs."""
+    """The command of the README, with one worker a node: 2 of a node's 3 CPUs. Relative paths count from home."""
+    storage = os.path.relpath(storage, Path.home())
     return nodes.start(
         "ray", "job", "submit", "--working-dir", ".", "--submission-id", f"{name}{len(more)}", "--",
         "python", "-m", "qlora_ray.train", *settings(storage, name), "ray.resources_per_worker={CPU: 2}", *more,

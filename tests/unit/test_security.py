@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 import qlora_ray
-from qlora_ray import authentication, cluster, environment
+from qlora_ray import authentication, cluster, environment, storage
 from qlora_ray.config import Config, ConfigError, load_config
 
 PACKAGE, ROOT = Path(qlora_ray.__file__).parent, Path(__file__).parents[2]
@@ -213,13 +213,13 @@ def test_key_or_password_in_a_uri_is_refused_and_not_repeated(tmp_path, key):
     assert "must hold no key or password" in str(refused.value)
 
 
-def test_run_of_a_job_may_not_lie_in_the_upload_that_ray_deletes(monkeypatch):
-    cluster.check_outlives_job(Config())
+def test_run_of_a_job_does_not_lie_in_the_upload_that_ray_deletes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert storage.open_folder("runs").path == str(tmp_path / "runs")
     monkeypatch.setenv(environment.JOB_CONFIG, "{}")
-    with pytest.raises(ConfigError, match="ray.storage_path=runs: in a Ray job"):
-        cluster.check_outlives_job(Config())
-    for kept in ("/shared/runs", "~/runs", "s3://bucket/runs"):
-        cluster.check_outlives_job(Config.model_validate({"ray": {"storage_path": kept}}))
+    assert storage.open_folder("runs").path == storage.open_folder("~/runs").path == str(tmp_path / "home" / "runs")
+    assert storage.open_folder("/shared/runs").path == "/shared/runs"
 
 
 def pins(name: str) -> dict[str, str]:
