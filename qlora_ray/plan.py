@@ -184,8 +184,15 @@ def _memory_forecast(config: Config, known: Sizes, num_tokens: int, recompute: s
 
 
 def num_lora_parameters(config: Config, base: BaseFacts) -> int:
-    """Parameters of the A and B matrices: r x (rows + columns) for each adapted layer (LoRA, arXiv:2106.09685)."""
+    """Parameters of the A and B matrices: r x (rows + columns) for each adapted layer (LoRA, arXiv:2106.09685).
+
+    An expert's gate and up are one matrix to PEFT, of twice the rows, and get one LoRA of twice the rank.
+    """
     adapted = [(rows, columns) for name, rows, columns in base.linear_shapes if _is_adapted(name, config)]
+    for name, rows, columns in base.expert_shapes:
+        if _is_adapted(name, config):
+            is_one_of_two = name.endswith((".w1", ".w3", ".gate_proj", ".up_proj"))
+            adapted.append((2 * rows if is_one_of_two else rows, columns))
     return sum(config.model.lora_r * (rows + columns) for rows, columns in adapted)
 
 
@@ -298,10 +305,12 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
     notes = []
     if base.num_expert_parameters and config.quantization.type != "none":
         share = base.num_expert_parameters / base.num_parameters
-        notes.append(
-            f"{share:.0%} of the base's weights are mixture-of-experts weights: they stay 16-bit. PEFT may adapt them: "
-            "the number of trained parameters and the memory forecast leave that out."
-        )
+        notes.append(f"{share:.0%} of the base's weights are mixture-of-experts weights: they stay 16-bit.")
+        if not base.expert_shapes:
+            notes.append(
+                f"PEFT may adapt the experts of {base.model_type} models: the number of trained parameters and the "
+                "memory forecast leave that out."
+            )
     elif config.quantization.type != "none" and base.num_linear_parameters < 0.5 * base.num_parameters:
         share = 1 - base.num_linear_parameters / base.num_parameters
         notes.append(f"{share:.0%} of the base's weights are not linear layers (embeddings mostly): they stay 16-bit.")

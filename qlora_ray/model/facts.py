@@ -14,6 +14,10 @@ from qlora_ray.model.tensors import read_header
 NOT_QUANTIZED = re.compile(
     r"(embed|wte|wpe|lm_head|embed_out|score|shared\.weight|\.experts\.|router|block_sparse_moe\.gate|mlp\.gate\.weight)"
 )
+# Experts' matrices and routers, and the models where PEFT adapts both as its target modules say of the files' names
+# (peft/utils/transformers_weight_conversion.py).
+EXPERT_LINEAR = re.compile(r"(\.experts\.\d+\.\w+|block_sparse_moe\.gate|mlp\.gate)\.weight$")
+ADAPTED_EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class BaseFacts:
     linear_shapes: tuple[tuple[str, int, int], ...]  # (module name, rows, columns) of each layer that becomes 4-bit
     context_length: int | None
     fingerprint: str  # of names, shapes and sizes; contents are not read
+    expert_shapes: tuple[tuple[str, int, int], ...] = ()  # the same of experts and routers that PEFT can adapt
 
 
 def read_facts(folder: str) -> BaseFacts:
@@ -39,8 +44,10 @@ def read_facts(folder: str) -> BaseFacts:
     text = {**config, **(config.get("text_config") or {})}
     shapes = _read_shapes(path, key)
     linear = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight") and not NOT_QUANTIZED.search(n)}
+    model_type = str(config.get("model_type", "unknown"))
+    experts = {n: s for n, s in shapes.items() if model_type in ADAPTED_EXPERTS and EXPERT_LINEAR.search(n)}
     return BaseFacts(
-        model_type=str(config.get("model_type", "unknown")),
+        model_type=model_type,
         num_parameters=sum(math.prod(shape) for shape in shapes.values()),
         num_linear_parameters=sum(math.prod(shape) for shape in linear.values()),
         num_expert_parameters=sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name),
@@ -50,6 +57,7 @@ def read_facts(folder: str) -> BaseFacts:
         linear_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in linear.items()),
         context_length=text.get("max_position_embeddings") or text.get("n_positions"),
         fingerprint=_fingerprint(path, shapes),
+        expert_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in experts.items()),
     )
 
 

@@ -5,8 +5,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
+from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.facts import read_facts
+from qlora_ray.plan import num_lora_parameters
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import write_adapter
 from tests.integration import tiny_models
@@ -33,11 +35,14 @@ def test_family_trains_under_zero3_and_its_adapter_reloads_in_plain_peft(family,
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
-def test_plan_knows_what_really_becomes_4_bit(family, tmp_path):
+def test_plan_knows_what_really_becomes_4_bit_and_what_is_trained(family, tmp_path):
     folder = tiny_models.save(family, tmp_path)
     config = tiny_models.make_config(folder)
-    stored = count_bytes(load_base(config.model, config.quantization, "float32", torch.device("cpu")))
+    base = load_base(config.model, config.quantization, "float32", torch.device("cpu"))
+    stored = count_bytes(base)
     facts = read_facts(folder)
     assert facts.num_linear_parameters == stored.four_bit_parameters > 0
     assert facts.num_parameters == stored.parameters
     assert (facts.num_expert_parameters > 0) == (family in ("mixtral", "qwen3_moe"))
+    adapted = trainable(add_adapter(base, config.model, torch.float32, seed=0))
+    assert num_lora_parameters(config, facts) == sum(parameter.numel() for parameter in adapted.values())
