@@ -45,7 +45,7 @@ def read_facts(folder: str) -> BaseFacts:
     shapes = _read_shapes(path, key)
     linear = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight") and not NOT_QUANTIZED.search(n)}
     model_type = str(config.get("model_type", "unknown"))
-    experts = {n: s for n, s in shapes.items() if model_type in ADAPTED_EXPERTS and EXPERT_LINEAR.search(n)}
+    experts = {n: s for n, s in shapes.items() if len(s) == 2 and EXPERT_LINEAR.search(n)}
     return BaseFacts(
         model_type=model_type,
         num_parameters=sum(math.prod(shape) for shape in shapes.values()),
@@ -57,7 +57,9 @@ def read_facts(folder: str) -> BaseFacts:
         linear_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in linear.items()),
         context_length=text.get("max_position_embeddings") or text.get("n_positions"),
         fingerprint=_fingerprint(path, shapes),
-        expert_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in experts.items()),
+        expert_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in experts.items())
+        if model_type in ADAPTED_EXPERTS
+        else (),
     )
 
 
