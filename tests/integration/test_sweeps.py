@@ -40,11 +40,12 @@ def test_sweep_ends_with_the_best_adapter_and_one_trial_that_failed_on_its_own(t
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pbt_goes_on_from_the_weights_of_the_better_trial(tmp_path):
-    rates = '{"training.learning_rate": {"grid": [0.003, 1.0e-7]}}'
+    rates = '{"training.learning_rate": {"loguniform": [1.0e-7, 0.003]}}'
     ended = sweeps.run(
-        tmp_path, "pbt", f"sweep.parameters={rates}", "sweep.search=grid", "sweep.num_trials=null",
-        "sweep.scheduler=pbt", "sweep.pbt.quantile_fraction=0.5", "training.max_steps=40",
-        "training.eval_every_steps=10", "checkpoint.every_steps=10", "checkpoint.keep=9", timeout=550,
+        tmp_path, "pbt", f"sweep.parameters={rates}", "sweep.num_trials=2", "sweep.seed=15",
+        "sweep.scheduler=pbt", "sweep.pbt.quantile_fraction=0.5", "sweep.pbt.resample_probability=0",
+        "training.max_steps=40", "training.eval_every_steps=10", "checkpoint.every_steps=10", "checkpoint.keep=9",
+        timeout=550,
     )  # fmt: skip
     sweep = tmp_path / "pbt"
     assert ended.returncode == 0, ended.stderr
@@ -57,7 +58,9 @@ def test_pbt_goes_on_from_the_weights_of_the_better_trial(tmp_path):
     assert (
         first["sha256"] == {name: door.sha256(donor / name) for name in first["sha256"]} and len(first["sha256"]) == 3
     )
-    assert first["parameters"]["training.learning_rate"] != 1e-7
+    good, bad = (event["parameters"]["training.learning_rate"] for event in sweeps.events(sweep, "trial"))
+    assert good > 1e-3 and bad < 1e-6
+    assert first["parameters"]["training.learning_rate"] / good in (pytest.approx(0.8), pytest.approx(1.2))
     _, status, losses = sweeps.outcome(sweep)["t0001"]
     assert status == "done"
     after = [loss for step, loss in losses.items() if step > first["step"]]
