@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from qlora_ray import environment
 from qlora_ray.config import Config, Parameter, SweepConfig
 from qlora_ray.sweep import exploit, space
 from qlora_ray.sweep.fit import Reports
@@ -166,6 +168,12 @@ def search_of(config: Config, ledger: Ledger, max_concurrent: int) -> tuple[Any,
     return found, {key: tune.choice([point[key] for point in points]) for key in points[0]}, len(points)
 
 
+def keep_keys_back() -> None:
+    """Ray Tune would give its actors the driver's AWS keys, in a runtime environment that Ray logs."""
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not environment.is_secret(name, "")}
+
+
 def make_tuner(
     config: Config, job: dict[str, Any], ledger: Ledger, reports: Reports, folder: Path, callback: WriteLedger,
     may_end: Callable[[], bool], max_concurrent: int, node: str,
@@ -173,6 +181,7 @@ def make_tuner(
     """The Tuner of all that is left to do. `node` is the driver's, where data files and models are."""
     from qlora_ray.sweep.trainable import TrialActor
 
+    keep_keys_back()
     search, param_space, num_samples = search_of(config, ledger, max_concurrent)
     sweep = space.sweep_of(config)
     return tune.Tuner(

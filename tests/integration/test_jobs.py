@@ -89,6 +89,21 @@ def test_stopped_job_leaves_a_checkpoint_and_the_same_command_with_resume_goes_o
     assert_same_bits(storage / "stopped", whole)
 
 
+def test_sweep_as_a_job_ends_with_the_best_adapter(nodes, storage):
+    job = nodes.start(
+        "ray", "job", "submit", "--working-dir", ".", "--",
+        "python", "-m", "qlora_ray.tune", "-c", "configs/sweep.yaml",
+        f"ray.storage_path={storage}", "ray.run_name=sweep", "training.max_steps=4", "training.eval_every_steps=2",
+        "evaluation.num_prompts=0", "checkpoint.every_steps=2", "sweep.num_trials=2", "sweep.scheduler=fifo",
+    )  # fmt: skip
+    said, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, said
+    assert "2 done" in said
+    ended = json.loads((storage / "sweep" / "summary.json").read_text())
+    best = storage / "sweep" / "trials" / ended["best"]["trial"] / "adapter_best" / "adapter_model.safetensors"
+    assert door.sha256(storage / "sweep" / "adapter" / "adapter_model.safetensors") == door.sha256(best)
+
+
 def test_no_secret_of_user_or_nodes_is_in_anything_a_job_leaves(nodes, storage):
     """Not in the run's folder, Ray's session logs, the job's metadata or what was said."""
     secrets = [*SECRETS.values(), nodes.token_file.read_text()]

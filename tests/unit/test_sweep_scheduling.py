@@ -4,6 +4,7 @@ import statistics
 from types import SimpleNamespace
 
 import pytest
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from qlora_ray.config import make_config
@@ -12,7 +13,7 @@ from qlora_ray.sweep.fit import Reports
 from qlora_ray.sweep.importance import common_step, importance
 from qlora_ray.sweep.ledger import Ledger
 from qlora_ray.sweep.results import find_best
-from qlora_ray.sweep.tuning import scheduler_of, search_of
+from qlora_ray.sweep.tuning import keep_keys_back, scheduler_of, search_of
 
 LR = "training.learning_rate"
 
@@ -149,3 +150,10 @@ def test_trials_are_compared_where_most_of_them_reported():
 def test_mode_of_each_metric():
     assert space.mode_of(asked().sweep) == "min"
     assert space.mode_of(asked(metric="exact_match_adapter").sweep) == "max"
+
+
+def test_ray_tune_gives_no_key_of_the_driver_to_its_actors(monkeypatch):
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", class_cache.ENV_VARS_TO_PROPAGATE | {"AWS_SESSION_TOKEN"})
+    keep_keys_back()
+    assert "RAY_TRAIN_V2_ENABLED" in class_cache.ENV_VARS_TO_PROPAGATE
+    assert not {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
