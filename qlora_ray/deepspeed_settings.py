@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config, ConfigError, flat
 
 DECIDED_BY = {
     "train_micro_batch_size_per_gpu": "training.batch_size",
@@ -102,14 +102,6 @@ def _fixed(ours: dict[str, Any], num_workers: int) -> dict[str, Any]:
         "zero_optimization.offload_param.device": zero.get("offload_param", {}).get("device", "none"),
         "zero_optimization.offload_optimizer.device": zero.get("offload_optimizer", {}).get("device", "none"),
     }
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one, with dotted keys."""
-    dotted: dict[str, Any] = {}
-    for key, value in values.items():
-        dotted |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return dotted
 
 
 def _merged(base: dict[str, Any], user: dict[str, Any], fixed: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from qlora_ray.config import ConfigError
-from qlora_ray.deepspeed_settings import flat
+from qlora_ray.config import ConfigError, flat
 
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 CLOSE_TIMEOUT_SECONDS = 30

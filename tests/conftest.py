@@ -1,12 +1,15 @@
 """Fixtures shared by all tests: nothing reaches a network, and GPU tests skip where there is none."""
 
 import os
+import signal
 
 import pytest
 
 os.environ.update(
     HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", TOKENIZERS_PARALLELISM="false"
 )
+# A suite started in the background ignores Ctrl-C, and so would every process that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
