@@ -83,14 +83,14 @@ def check_shared(run_folder: Folder, team: Team) -> None:
 
 def out_of_memory_message(config: Config, plan: Plan, rank: int, error: Exception) -> str:
     """What to change, in order, with what the plan expects each to save."""
-    forecast = plan.memory_forecast_gib
-    rows = forecast["activations"] + forecast["logits"]
-    levers = [f"training.batch_size={config.training.batch_size // 2} (about {rows / 2:.1f} GiB)"] if (
-        config.training.batch_size > 1
-    ) else []  # fmt: skip
-    levers += [f"training.max_length={config.training.max_length // 2} (about {rows / 2:.1f} GiB)"]
-    if plan.recompute != "all":
-        levers.insert(0, f"training.recompute=all (most of {forecast['activations']:.1f} GiB)")
+    forecast, training = plan.memory_forecast_gib, config.training
+    half = forecast["activations"] / 2
+    levers = [f"training.batch_size={training.batch_size // 2} (about {half:.1f} GiB)"] * (training.batch_size > 1)
+    levers.append(f"training.max_length={training.max_length // 2} (about {half:.1f} GiB)")
+    if plan.recompute == "none":
+        levers.insert(0, f"training.recompute=all (most of {2 * half:.1f} GiB)")
+    elif plan.recompute == "auto":
+        levers.insert(0, "a lower training.memory_budget_gib (recompute=auto fills it, or 90% of what is free)")
     if config.deepspeed.offload_params == "none" and plan.zero_stage == 3:
         levers.append(f"deepspeed.offload_params=cpu (about {forecast['base']:.1f} GiB)")
     return f"worker {rank} is out of memory ({str(error).splitlines()[0]}). What helps, in order: {'; '.join(levers)}."

@@ -6,16 +6,20 @@ import pytest
 import torch
 
 from qlora_ray.config import base_model_path
+from qlora_ray.data.stats import DataStats
 from qlora_ray.model import base as base_module
+from qlora_ray.model.facts import read_facts
 from qlora_ray.plan import Hardware, Plan, make_plan
 from qlora_ray.worker import setup
 from tests.integration import tiny_models
 
 
-def _guarded(monkeypatch, storage_dtype) -> tuple[float, float, Plan]:
-    from qlora_ray.data.stats import DataStats
-    from qlora_ray.model.facts import read_facts
+def _plan(config, num_gpus=0) -> Plan:
+    stats = DataStats(**{f.name: "x" if f.type in ("str", str) else 8 for f in dataclasses.fields(DataStats)})
+    return make_plan(config, stats, read_facts(config.model.base_model), Hardware(num_cpus=1, num_gpus=num_gpus), None)
 
+
+def _guarded(monkeypatch, storage_dtype) -> tuple[float, float, Plan]:
     exact = base_module.four_bit_config
 
     def with_storage(quantization, dtype):
@@ -26,9 +30,7 @@ def _guarded(monkeypatch, storage_dtype) -> tuple[float, float, Plan]:
     monkeypatch.setattr(base_module, "four_bit_config", with_storage)
     path = base_model_path("embedded")
     config = tiny_models.make_config(path)
-    stats = DataStats(**{f.name: "x" if f.type in ("str", str) else 8 for f in dataclasses.fields(DataStats)})
-    plan = make_plan(config, stats, read_facts(path), Hardware(num_cpus=1, num_gpus=0), None)
-    plan = dataclasses.replace(plan, compute_dtype="bfloat16")
+    plan = dataclasses.replace(_plan(config), compute_dtype="bfloat16")
     built = base_module.load_base(config.model, config.quantization, "bfloat16", torch.device("cpu"))
     model = tiny_models.add_adapter(built, config.model, torch.bfloat16, 0)
     before = setup._loss(model, tiny_models.batch())
@@ -61,3 +63,13 @@ def test_neftune_noise_is_there_in_training_only(process_group):
     setup._add_noise_to_embeddings(model, 5.0)
     assert loss(True) != quiet
     assert loss(False) == pytest.approx(quiet, rel=1e-6)
+
+
+@pytest.mark.parametrize("recompute, first", [("none", "training.recompute=all"), ("auto", "a lower training.memory")])
+def test_out_of_memory_names_what_helps_in_order_with_what_each_would_save(recompute, first):
+    config = tiny_models.make_config(base_model_path("embedded"), training={"batch_size": 4, "max_length": 64})
+    plan = dataclasses.replace(_plan(config), recompute=recompute, zero_stage=3)
+    said = setup.out_of_memory_message(config, plan, 1, torch.OutOfMemoryError("CUDA out of memory.\nmore"))
+    assert said.startswith(f"worker 1 is out of memory (CUDA out of memory.). What helps, in order: {first}")
+    keys = ["training.batch_size=2 (about ", "training.max_length=32 (about ", "deepspeed.offload_params=cpu (about "]
+    assert sorted(keys, key=said.index) == keys and "more" not in said
