@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,18 @@ class Folder:
 
     def list(self) -> list[str]:
         """Names in the folder, sorted; empty where there is no folder."""
-        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
-        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        return sorted(info.base_name for info in self._infos())
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file in the folder by name; empty where there is no folder."""
+        return {info.base_name: info.size for info in self._infos() if info.type == pyarrow.fs.FileType.File}
+
+    def _infos(self) -> Sequence[Any]:
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
-        return {info.base_name: info.size for info in infos if info.type == pyarrow.fs.FileType.File}
+        try:
+            return self.filesystem.get_file_info(selector)
+        except FileNotFoundError:  # another process made the folder between Arrow's two looks
+            return self.filesystem.get_file_info(selector)
 
     def make(self) -> "Folder":
         self.filesystem.create_dir(self.path, recursive=True)

@@ -348,6 +348,28 @@ def test_runs_that_prepare_the_same_data_at_once_all_get_it_whole(write, prepare
     assert not [name for name in made[0][0].entry.list() if name.startswith(".")]
 
 
+def test_folder_that_another_process_makes_just_now_is_listed(tmp_path):
+    import pyarrow.fs
+
+    from qlora_ray.storage import Folder
+
+    class MadeJustThen:
+        """Says that the folder is not there, once."""
+
+        def __init__(self):
+            self.looks = 0
+
+        def get_file_info(self, selector):
+            self.looks += 1
+            if self.looks == 1:
+                raise FileNotFoundError(2, "Cannot list directory")
+            return pyarrow.fs.LocalFileSystem().get_file_info(selector)
+
+    (tmp_path / "a").write_text("1")
+    assert Folder(MadeJustThen(), str(tmp_path)).sizes() == {"a": 1}
+    assert Folder(MadeJustThen(), str(tmp_path)).list() == ["a"]
+
+
 def test_cache_on_an_object_store_is_read_from_a_local_copy(write, prepared, tmp_path, monkeypatch):
     import tempfile
 
