@@ -54,7 +54,6 @@ def run(
     team = Team(channel)
     log_folder = setup.send_output_to_log(run_folder, team.rank, debug)
     watchdog = Watchdog(config.watchdog, log_folder, team.rank)
-    setup.choose_kernels(config)
     try:
         if reason := team.reason_to_give_up():
             raise Stop(reason)
@@ -82,6 +81,7 @@ def _train(
         order = Order(setup.num_rows(rows), config.training.seed, plan.micro_batch_size, plan.micro_batches_per_step)
         batches = _Batches(Stream(rows, order, team.rank, team.size, state.step, plan.num_steps))
         device = ray.train.torch.get_device()
+        setup.choose_kernels(config, device)
         tokenizer = setup.tokenizer_of(config, rows)
         engine = setup.build_engine(
             config, plan, rows, device, tokenizer.pad_token_id, resumed and resumed[0], team, debug

@@ -59,13 +59,20 @@ def send_output_to_log(run_folder: Folder, rank: int, debug: bool) -> str | None
     return folder.path
 
 
-def choose_kernels(config: Config) -> None:
+def choose_kernels(config: Config, device: torch.device) -> None:
     """Allow only kernels that add in a fixed order, where training.deterministic asks for it."""
-    if config.training.deterministic:
-        # cuBLAS reads it when it starts (docs.nvidia.com/cuda/cublas, "Results reproducibility").
+    if not config.training.deterministic:
+        return
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else every buffer is written once more
+    if device.type == "cuda":
+        # PyTorch wants this of cuBLAS and asks at the first product alone, but reads and parses it at every one while
+        # it is there: 50 us of the host each. Its own workspace, one a stream, is what makes cuBLAS reproducible
+        # (docs.nvidia.com/cuda/cublas, "Results reproducibility").
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # else every buffer is written once more
+        one = torch.ones(16, 16, device=device)
+        torch.mm(one, one)
+        del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 def check_shared(run_folder: Folder, team: Team) -> None:
