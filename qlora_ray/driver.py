@@ -12,7 +12,7 @@ from typing import Any
 from qlora_ray.config import Config
 from qlora_ray.data.prepare import Prepared
 from qlora_ray.plan import Plan
-from qlora_ray.storage import Folder
+from qlora_ray.storage import FREE_SPACE, Folder, unless_full
 from qlora_ray.trackers import Trackers
 
 STOP_TIMEOUT_SECONDS = 300
@@ -37,6 +37,7 @@ class Driver:
         self._interruptions: list[dict[str, Any]] = []  # announced: another number of workers, a node taken away
         self._fatal: str | None = None
         self._last_step = 0
+        self._samples = ""  # lines of samples_by_step.jsonl that are still to be written
         self._trackers = Trackers(
             config.logging.trackers,
             run.path if run.is_local else f"{run.name}-trackers",
@@ -58,7 +59,7 @@ class Driver:
     def _fit(self, channel: Any) -> dict[str, Any]:
         import ray
 
-        from qlora_ray import cluster, report, screen
+        from qlora_ray import cluster, screen
 
         fit = _Fit(lambda: self._make_trainer(channel), channel, self._config)
         with screen.Progress(self._plan) as progress:
@@ -76,13 +77,21 @@ class Driver:
             self._trackers.close()
             self._say_what_failed(progress)
         summary = self._summary(fit)
+        problem = unless_full(lambda: self._close(summary), "what closes the run", self._run)
+        if problem and summary["status"] != "failed":
+            summary |= {"status": "failed", "reason": f"{problem}. {FREE_SPACE}"}
+        return summary
+
+    def _close(self, summary: dict[str, Any]) -> None:
+        from qlora_ray import report
+
+        self._write_samples()
         if self._done.get("samples"):
             (self._run / "samples.json").write_bytes(json.dumps(self._done["samples"], ensure_ascii=False).encode())
         self._finish_cards(summary)
         (self._run / "summary.json").write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
         if self._run.is_local and (self._run / "metrics.jsonl").exists():
             report.write_report(Path(self._run.path))
-        return summary
 
     def _quiet(self) -> contextlib.AbstractContextManager:
         from qlora_ray import screen
@@ -167,7 +176,7 @@ class Driver:
                 progress.show(message)
                 self._track(message, progress)
             elif kind == "evaluated":
-                self._keep_samples(message["step"], message.pop("samples"))
+                self._keep_samples(message["step"], message.pop("samples"), progress)
                 progress.say_evaluation(message)
                 self._track(message, progress)
             elif kind == "refused":
@@ -195,12 +204,17 @@ class Driver:
         for failure in self._trackers.take_failures():
             progress.say(failure)
 
-    def _keep_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+    def _keep_samples(self, step: int, samples: list[dict[str, Any]], progress) -> None:
         """Add answers from the middle of training to samples_by_step.jsonl; of a step done again, the last count."""
-        if samples:
+        self._samples += "".join(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+        if problem := unless_full(self._write_samples, "samples_by_step.jsonl", self._run):
+            progress.note(f"{problem}. Its lines wait for space.")
+
+    def _write_samples(self) -> None:
+        if self._samples:
             path = self._run / "samples_by_step.jsonl"
-            lines = "".join(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
-            path.write_bytes((path.read_bytes() if path.exists() else b"") + lines.encode())
+            path.write_bytes((path.read_bytes() if path.exists() else b"") + self._samples.encode())
+            self._samples = ""
 
     def _stop(self, channel, fit: "_Fit", progress) -> None:
         import ray

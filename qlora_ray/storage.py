@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qlora_ray import environment
 from qlora_ray.config import ConfigError
 
 SHARE_IT = "Use a folder that all nodes share (NFS), or a URI such as s3://."
+FREE_SPACE = "Free space there; --resume goes on."
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -147,16 +148,32 @@ def check_writable(folder: Folder) -> None:
         ) from None
 
 
-def check_space(folder: Folder, needed: int) -> None:
-    """Refuse to start a run of `needed` bytes on a local disk that has less. Raises ConfigError."""
-    if not folder.is_local:
+def check_space(run: Folder, needed: int) -> None:
+    """Refuse to start a run of `needed` bytes on a local disk that has less. Raises ConfigError.
+
+    What the run holds already, where it goes on, counts as part of what it needs.
+    """
+    if not run.is_local:
         return
-    free = shutil.disk_usage(folder.make().path).free
-    if free < needed:
+    free = shutil.disk_usage(run.parent.make().path).free
+    held = sum(path.stat().st_size for path in Path(run.path).rglob("*") if path.is_file())
+    if free + held < needed:
         raise ConfigError(
-            f"ray.storage_path={folder.path}: {free / 2**20:,.0f} MiB free, the run needs {needed / 2**20:,.0f} MiB. "
+            f"ray.storage_path={run.parent.path}: {free / 2**20:,.0f} MiB free, the run needs "
+            f"{(needed - held) / 2**20:,.0f} MiB. "
             "Free space, lower checkpoint.keep, or choose another folder."
         )
+
+
+def unless_full(write: Callable[[], object], what: str, run: Folder) -> str | None:
+    """Do what writes `what` into a run; returns what is wrong where the disk is full. Raises any other error."""
+    try:
+        write()
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        return f"{what} could not be written to {run.path}: {error.strerror}"
+    return None
 
 
 def sync_folder(path: str) -> None:

@@ -40,6 +40,13 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # before the first step: a run that has started ends with a summary
+        from qlora_ray.storage import DISK_IS_FULL
+
+        if error.errno not in DISK_IS_FULL:
+            raise
+        print(f"error: {error}. Free space there.", file=sys.stderr)
+        return 1
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str = "configs/quickstart.yaml") -> None:
@@ -131,7 +138,7 @@ def _prepare_and_fit(config, run, folder, deepspeed_json, resume, debug, began) 
         "hardware": {"use_gpu": plan.use_gpu, "accelerators": list(hardware.accelerator_types)},
     }
     before = check_resumable(run, identity, resume)
-    storage.check_space(folder, storage_bytes(config, plan.num_trainable_parameters))
+    storage.check_space(run, storage_bytes(config, plan.num_trainable_parameters))
     screen.show_plan(plan, config, data.stats, facts, run)
     for note in [*notes, *differences(before, ground)]:
         screen.say_note(note)

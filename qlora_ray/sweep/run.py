@@ -125,7 +125,7 @@ def _run(
     room, why = fit.concurrent_trials(config, plans, hardware)
     most = max(plan.num_trainable_parameters for plan in plans)
     needed = storage_bytes(config, most) * space.num_trials(config)
-    storage.check_space(storage.open_folder(str(run.parent)), needed)
+    storage.check_space(storage.open_folder(str(run)), needed)
     ledger = open_ledger(config, run, trials)
     try:
         told.show_plan(config, run, plans, reports, room, why)

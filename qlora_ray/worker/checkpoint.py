@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 
 from qlora_ray.checkpoints import MANIFEST, newest_whole, put_aside, verify, with_manifest
-from qlora_ray.storage import DISK_IS_FULL, Folder
+from qlora_ray.storage import Folder, unless_full
 from qlora_ray.worker.engine import MOMENTS, AdapterState
 
 
@@ -36,14 +36,7 @@ class Saver:
     def finish(self) -> str | None:
         """Wait for the write under way; returns what is wrong with the disk, or None. Raises any other error."""
         writing, self._writing = self._writing, None
-        try:
-            if writing:
-                writing.result()
-        except OSError as error:
-            if error.errno not in DISK_IS_FULL:
-                raise
-            return f"a checkpoint could not be written to {self._run.path}: {error.strerror}"
-        return None
+        return unless_full(writing.result, "a checkpoint", self._run) if writing else None
 
 
 def save(run: Folder, state: AdapterState, progress: dict[str, Any], keep: int) -> str:

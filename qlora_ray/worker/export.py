@@ -44,10 +44,10 @@ def write_adapter(
     was_in_training, config.inference_mode = config.inference_mode, True
     with tempfile.TemporaryDirectory() as temporary:
         config.save_pretrained(temporary)
+        config.inference_mode = was_in_training
         tokenizer.save_pretrained(temporary)
         for file in sorted(Path(temporary).iterdir()):
             (folder.make() / file.name).write_bytes(file.read_bytes())
-    config.inference_mode = was_in_training
     (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(exported, {"format": "pt"}))
     if about is not None:
         record = {**about, "tokenizer_sha256": tokenizer_sha256(tokenizer)}

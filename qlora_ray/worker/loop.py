@@ -1,6 +1,7 @@
 """The training loop: one verb a line, from the newest checkpoint to the adapter."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from qlora_ray.config import Config, ConfigError
 from qlora_ray.data.delivery import Stream, deliver
 from qlora_ray.data.order import Order
 from qlora_ray.plan import Plan, learning_rate_at
-from qlora_ray.storage import Folder
+from qlora_ray.storage import FREE_SPACE, Folder, unless_full
 from qlora_ray.worker import checkpoint, evaluate, export, setup
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import Engine
@@ -113,7 +114,7 @@ def _train(
                 state = _log(state, meter, engine, learning_rate, order)
         if plan.eval_every_steps and (state.step % plan.eval_every_steps == 0 or state.step == plan.num_steps):
             with watchdog.phase("evaluate"):
-                state = _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, team)
+                state = _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, saver, team)
             early = _is_patience_over(state, config)
             meter.skip_time("evaluation")
         ordered = orders.save or orders.hold_until
@@ -130,10 +131,7 @@ def _train(
         saver.finish()
         if writer:
             writer.flush()
-        weights = engine.weights()
-        if team.rank == 0:
-            about = export.about(config, plan, run_folder, vars(state))
-            export.write_adapter(run_folder / "adapter", engine.module, weights, tokenizer, plan.compute_dtype, about)
+        saver.save_last(_adapter_writer("adapter", config, plan, engine, run_folder, tokenizer, vars(state)))
     with watchdog.phase("evaluate"):
         answers = {} if stopping else evaluate.compare_answers(config, engine, rows, tokenizer, device, team)
     team.tell(kind="done", status="interrupted" if stopping else "done", early=early, **vars(state), **answers)
@@ -228,16 +226,14 @@ def _count_skipped(state: State, is_finite: bool, config: Config, counts: RowCou
     return state
 
 
-def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, team) -> State:
+def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, saver, team) -> State:
     metrics = evaluate.validation_loss(engine, rows, config.training.batch_size, tokenizer.pad_token_id, device, team)
     improved = state.best_eval_loss is None or metrics["eval_loss"] < state.best_eval_loss
     if improved:
-        weights = engine.weights()
+        known = {**vars(state), **metrics}
+        write = _adapter_writer("adapter_best", config, plan, engine, run_folder, tokenizer, known)
         if team.rank == 0:
-            about = export.about(config, plan, run_folder, {**vars(state), **metrics})
-            export.write_adapter(
-                run_folder / "adapter_best", engine.module, weights, tokenizer, plan.compute_dtype, about
-            )
+            saver.save_best(write)
     if writer:
         writer.write(step=state.step, **metrics)
     samples = evaluate.sample_answers(config, engine, rows, tokenizer, device, team)
@@ -252,6 +248,17 @@ def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, 
     )
 
 
+def _adapter_writer(name, config, plan, engine, run_folder, tokenizer, state) -> Callable[[], None]:
+    """What writes the adapter of now, whenever it is called. Every worker must call this; rank 0 may use it."""
+    weights = engine.weights()
+
+    def write() -> None:
+        about = export.about(config, plan, run_folder, state)
+        export.write_adapter(run_folder / name, engine.module, weights, tokenizer, plan.compute_dtype, about)
+
+    return write
+
+
 def _wait_for_the_end(until: float) -> None:
     """Do nothing until Ray Train ends this worker group: what would be computed now would be lost."""
     while time.time() < until:
@@ -264,31 +271,58 @@ def _is_patience_over(state: State, config: Config) -> bool:
 
 
 class _Saver:
-    """Checkpoints of a run: the state is gathered by all workers, written by rank 0 beside the next steps."""
+    """What a run writes beside its metrics. A full disk costs a checkpoint, not the run.
+
+    Checkpoints are gathered by all workers and written by rank 0 beside the next steps. No checkpoint is newer than a
+    best adapter that found no space: a run that goes on from it would not write that one again.
+    """
 
     def __init__(self, config: Config, engine: Engine, run_folder: Folder, fingerprint: str, team: Team):
         self._config, self._engine, self._fingerprint, self._team = config, engine, fingerprint, team
+        self._run = run_folder
         self._writer = checkpoint.Saver(run_folder, config.checkpoint.keep)
+        self._best: Callable[[], None] | None = None  # writes the best adapter, where that is still to be done
+        self._problem: str | None = None  # why the last checkpoint was not begun
         self._failures = 0
+
+    def save_best(self, write: Callable[[], None]) -> None:
+        """Write the best adapter now, or where the disk is full before the next checkpoint. For rank 0."""
+        self._best = write
+        if problem := self._write_best():
+            self._team.tell(kind="warning", message=f"{problem}. It will be written before the next checkpoint.")
 
     def save(self, state: State) -> None:
         """Begin a checkpoint, once the one before is on disk. Every worker must call this."""
         self._wait(MAX_FAILED_CHECKPOINTS)
         whole = self._engine.state()
         if self._team.rank == 0:
-            seed = self._config.training.seed
-            self._writer.begin(
-                whole, {"step": state.step, "state": vars(state), "fingerprint": self._fingerprint, "seed": seed}
-            )
+            self._problem = self._write_best()
+            if not self._problem:
+                seed = self._config.training.seed
+                self._writer.begin(
+                    whole, {"step": state.step, "state": vars(state), "fingerprint": self._fingerprint, "seed": seed}
+                )
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Every worker must call this. Raises Stop where it cannot be."""
         self._wait(max_failures=1)
 
+    def save_last(self, write: Callable[[], None]) -> None:
+        """Write the adapter, on rank 0. Every worker must call this. Raises Stop where the disk is full."""
+        problem = unless_full(write, "the adapter", self._run) if self._team.rank == 0 else None
+        if problem := self._team.gather(problem)[0]:
+            raise Stop(f"{problem}. {FREE_SPACE}")
+
+    def _write_best(self) -> str | None:
+        problem = unless_full(self._best, "the best adapter", self._run) if self._best else None
+        if not problem:
+            self._best = None
+        return problem
+
     def _wait(self, max_failures: int) -> None:
-        problem = self._team.gather(self._writer.finish())[0]
+        problem = self._team.gather(self._problem or self._writer.finish())[0]
         self._failures = self._failures + 1 if problem else 0
         if problem and self._failures >= max_failures:
-            raise Stop(f"{problem}, {self._failures}x in a row. Free space there; --resume goes on.")
+            raise Stop(f"{problem}, {self._failures}x in a row. {FREE_SPACE}")
         if problem:
             self._team.tell(kind="warning", message=f"{problem}. Training goes on; the next one is due as planned.")

@@ -1,14 +1,17 @@
 """Interrupt a run however you like: the same bits in the end, and the reason in the summary."""
 
+import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
+from tests import disks
 from tests.integration import door
 
 STEPS = 30
@@ -109,6 +112,36 @@ def test_killed_driver_and_the_same_command_with_resume_give_the_same_bits(whole
     ended = door.run(*settings(storage, "driver"), "--resume")
     assert ended.returncode == 0, ended.stderr
     assert_same_bits(storage / "driver", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room_returns", [True, False])
+def test_disk_that_is_full_costs_checkpoints_and_no_bit(whole, tmp_path, room_returns):
+    with disks.small_disk(tmp_path / "disk", "48m") as disk:
+        run, ballast, asked = disk / "full", disk / "ballast", settings(disk, "full", "evaluation.num_prompts=2")
+        driver = door.start(*asked)
+        door.wait_for_step(run, 7, driver)
+        disks.fill(ballast)
+        if room_returns:
+            time.sleep(4)  # validation and a checkpoint meet the full disk
+            ballast.unlink()
+        out, err = driver.communicate(timeout=120)
+        assert "could not be written" in out and "Traceback" not in out + err
+        assert (run / "checkpoints" / "step_00000005" / "manifest.json").exists() or room_returns
+        if not room_returns:
+            assert driver.returncode == 1
+            assert "No space left on device, 3x in a row. Free space there; --resume goes on." in err
+            ballast.unlink()
+            for left in (run / ".ray").iterdir():  # what Ray Train keeps there is never needed again
+                (left / "checkpoint_manager_snapshot.json").write_bytes(b"{")
+            ended = door.run(*asked, "--resume")
+            assert ended.returncode == 0, ended.stderr
+        else:
+            assert driver.returncode == 0, out + err
+        assert_same_bits(run, whole)
+        assert door.summary(run)["failures"] == []
+        answered = [json.loads(line)["step"] for line in (run / "samples_by_step.jsonl").read_text().splitlines()]
+        assert sorted(set(answered)) == [10, 20, 30]
 
 
 def test_sigterm_leaves_a_checkpoint_of_the_step_it_came_in(storage):

@@ -39,11 +39,17 @@ class Nodes:
         self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{self.dashboard_port}"
         wait(lambda: is_open(self.dashboard_port), "the dashboard")
 
-    def add(self) -> subprocess.Popen:
-        """Start one more node; returns its process once it has joined."""
+    def add(self, hides: Path | None = None) -> subprocess.Popen:
+        """Start one more node; returns its process once it has joined.
+
+        In place of the folder that it `hides` it has an empty one of its own, as a machine without the shared disk has.
+        """
         before = self.alive()
+        alone = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', hides) if hides else ()
         # A folder of its own: on one host, nodes with one session folder take job uploads from under each other.
-        process = self._start(f"--address={self.address}", f"--temp-dir={self.folder}/n{len(self._processes)}")
+        process = self._start(
+            f"--address={self.address}", f"--temp-dir={self.folder}/n{len(self._processes)}", prefix=alone
+        )
         wait(lambda: self.alive() - before, "a node")
         return process
 
@@ -77,11 +83,11 @@ class Nodes:
             command, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
-    def _start(self, *arguments: str) -> subprocess.Popen:
+    def _start(self, *arguments: str, prefix: tuple = ()) -> subprocess.Popen:
         with open(self.folder / f"node{len(self._processes)}.log", "w") as log:
             process = subprocess.Popen(
                 [
-                    BIN / "ray", "start", "--block", f"--num-cpus={self._num_cpus}", "--num-gpus=0",
+                    *prefix, BIN / "ray", "start", "--block", f"--num-cpus={self._num_cpus}", "--num-gpus=0",
                     "--object-store-memory=150000000", "--min-worker-port=0", "--max-worker-port=0",
                     "--dashboard-agent-listen-port=0", "--disable-usage-stats", *arguments,
                 ],

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,20 @@ def submit(nodes, storage, name, *more):
 def assert_same_bits(run, whole):
     for file in FILES:
         assert door.sha256(run / file) == door.sha256(whole / file), file
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0,
+    reason="needs the right to mount",
+)
+def test_storage_that_a_node_does_not_see_is_refused_before_the_model_loads(nodes, storage):
+    blind = nodes.add(hides=storage)
+    job = submit(nodes, storage, "unshared")
+    said, _ = job.communicate(timeout=120)
+    nodes.kill(blind)
+    assert job.returncode != 0
+    assert "does not see what the driver wrote to ray.storage_path. Use a folder that all nodes share" in said, said
+    assert not (storage / "unshared" / "logs" / "worker_0.log").exists()
 
 
 def test_job_whose_second_node_is_killed_and_replaced_gives_the_bits_of_the_undisturbed_run(nodes, storage, whole):

@@ -14,6 +14,7 @@ from qlora_ray.storage import open_folder
 from qlora_ray.worker.checkpoint import Saver, load_latest, save
 from qlora_ray.worker.engine import MOMENTS
 from qlora_ray.worker.metrics import MetricsFile
+from tests import disks
 from tests.chaos.killed_saves import state
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -123,13 +124,8 @@ def test_broken_newer_checkpoint_is_put_aside_and_counts_for_nothing(run):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 256 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with disks.small_disk(tmp_path / "disk", "256k") as place:
+        yield place
 
 
 def test_full_disk_at_any_write_keeps_the_last_checkpoint_and_the_next_succeeds_once_there_is_space(small_disk):
