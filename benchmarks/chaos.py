@@ -2,6 +2,7 @@
 
     python -m benchmarks.chaos [--runs 8] [--kills 7]      ours: random kills of random processes, as tests/chaos does
     python -m benchmarks.chaos --victim worker             the same, of workers alone: how soon does training go on?
+    python -m benchmarks.chaos --stuck [--runs 2]          ours: frozen, sleeping and out of step, with short deadlines
     python -m benchmarks.chaos --control                   both, one fault a run; Markdown table
 
 CPU, two workers, ZeRO-3, NF4, a checkpoint every 5 steps. "Not noticed" means: no new step within LIMIT_SECONDS.
@@ -18,10 +19,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.chaos import random_kills
+from tests.chaos import random_kills, test_faults
 from tests.chaos.test_faults import settings
 from tests.integration import door
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--kills", type=int, default=7)
     parser.add_argument("--victim", choices=random_kills.VICTIMS, help="kill no other process")
+    parser.add_argument("--stuck", action="store_true")
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, for machines with many cores")
     arguments = parser.parse_args()
@@ -59,6 +61,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.control:
             control(Path(folder), arguments.parallel)
+        elif arguments.stuck:
+            for number in range(arguments.runs):
+                for fault in ("SIGSTOP of a worker", "sleep", "skip"):
+                    print(f"{fault}: {stuck(Path(folder), f'{fault.split()[0]}-{number}', fault)}", flush=True)
         else:
             often = {arguments.victim: 1} if arguments.victim else random_kills.OFTEN
             random_runs(Path(folder), arguments.runs, arguments.kills, arguments.parallel, often)
@@ -88,6 +94,23 @@ def random_runs(storage: Path, num_runs: int, num_kills: int, parallel: int, oft
         f"{max(redone)}; seconds to the next step: median {statistics.median(seconds):.1f}, "
         f"95th percentile {statistics.quantiles(seconds, n=20)[-1]:.1f}"
     )
+
+
+def stuck(storage: Path, name: str, fault: str) -> str:
+    """One run with the tests' deadlines (8 s a step, frozen after 10 s); `fault` is a kind of tests/chaos/inject."""
+    if fault in ("sleep", "skip"):
+        os.environ |= {"QLORA_RAY_FAULT": f"{fault}:1:{AT_STEP}", "QLORA_RAY_FAULT_MARKER": f"{storage}/{name}.once",
+                       "PYTHONPATH": f"{Path(test_faults.__file__).parent / 'inject'}:{os.getcwd()}"}  # fmt: skip
+    side = replace(_ours(storage), start=lambda name, resume: door.start(*settings(storage, name)))
+    driver = side.start(name, False)
+    os.environ.pop("QLORA_RAY_FAULT", None)
+    door.wait_for_step(storage / name, AT_STEP, driver)
+    if "SIGSTOP" in fault:
+        _strike(random_kills.processes(driver), fault)
+    struck = time.time()
+    next_step = _next_step(side, name, driver, struck)
+    driver.communicate(timeout=300)
+    return f"next step after {next_step['time'] - struck:.1f} s" if next_step else f"not noticed in {LIMIT_SECONDS} s"
 
 
 def control(storage: Path, parallel: int) -> None:

@@ -31,6 +31,13 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        from qlora_ray.storage import DISK_IS_FULL, FREE_SPACE
+
+        if error.errno not in DISK_IS_FULL:
+            raise
+        print(f"error: {error}. {FREE_SPACE}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """File systems that are small enough to be filled."""
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,9 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def fill(ballast: Path) -> None:
-    """Write to this file until nothing more fits."""
+def fill(ballast: Path, leave: int = 0) -> None:
+    """Write to this file until no more than `leave` bytes are free."""
     with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"x" * 4096)
+    os.truncate(ballast, max(0, ballast.stat().st_size - leave))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import queue
 import shutil
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from qlora_ray import cluster
 from qlora_ray.config import Config
 from qlora_ray.screen import console
+from qlora_ray.storage import FREE_SPACE, open_folder, unless_full
 from qlora_ray.sweep import results, space
 from qlora_ray.sweep.fit import Reports
 from qlora_ray.sweep.ledger import Ledger
@@ -22,6 +24,7 @@ from qlora_ray.sweep.process import STOP_FLAG, STOP_SECONDS, submitted_job
 from qlora_ray.sweep.told import show_value
 
 REFRESH_SECONDS = 1.0
+LEAST_FREE_BYTES = 16 * 2**20  # on the disk of the sweep: with less it ends while it still can
 COLOURS = {"running": "cyan", "done": "green", "stopped": "yellow", "failed": "red"}
 
 
@@ -79,10 +82,12 @@ class Session:
             "reported": {name: record.reported for name, record in self._ledger.trials.items()},
         }
         try:
-            make_tuner(
-                self._config, job, self._ledger, self._reports, self._run / ".tune" / f"{time.time_ns()}",
-                self._callback, self._may_end, self._room, f"node:{address}",
-            ).fit()  # fmt: skip
+            # Ray Tune's own files, which nobody reads again: not where a full disk would end it.
+            with tempfile.TemporaryDirectory(prefix="qlora_ray_tune_", ignore_cleanup_errors=True) as folder:
+                make_tuner(
+                    self._config, job, self._ledger, self._reports, Path(folder), self._callback, self._may_end,
+                    self._room, f"node:{address}",
+                ).fit()  # fmt: skip
         except BaseException as error:  # told by the main thread
             self._error = error
         finally:
@@ -123,7 +128,12 @@ class Session:
             return
         sweep, trials = self._sweep, self._ledger.trials.copy()
         seconds = self._ledger.former_seconds + time.monotonic() - self._began
-        if reason := self._too_many_failed():
+        free = shutil.disk_usage(self._run).free
+        if reason := self._callback.no_space:
+            self._ask_to_stop("failed", f"{reason}. {FREE_SPACE}")
+        elif free < LEAST_FREE_BYTES:
+            self._ask_to_stop("failed", f"only {free / 2**20:.0f} MiB are free at {self._run}. {FREE_SPACE}")
+        elif reason := self._too_many_failed():
             self._ask_to_stop("failed", reason)
         elif sweep.time_budget_seconds is not None and seconds > sweep.time_budget_seconds:
             self._ask_to_stop("done", f"sweep.time_budget_seconds={sweep.time_budget_seconds:g} is over")
@@ -140,7 +150,9 @@ class Session:
 
     def _ask_to_stop(self, status: str, reason: str) -> None:
         self._stop, self._stop_at = (status, reason), time.monotonic()
-        (self._run / STOP_FLAG).touch()
+        self._callback.is_stopping = True
+        if unless_full((self._run / STOP_FLAG).touch, STOP_FLAG, open_folder(str(self._run))):
+            self._stop_at -= STOP_SECONDS + 30  # Ray Tune ends the trials, which leave a checkpoint then, too
 
     def _may_end(self) -> bool:
         if self._stop is None:
@@ -150,7 +162,6 @@ class Session:
 
     def _clean(self) -> None:
         (self._run / STOP_FLAG).unlink(missing_ok=True)
-        shutil.rmtree(self._run / ".tune", ignore_errors=True)  # Ray Tune's own: nobody reads it again
 
     def _tail(self, name: str) -> "_Tail":
         tail = self._rows.setdefault(name, _Tail(self._run / "trials" / name / "metrics.jsonl"))

@@ -62,7 +62,9 @@ def promote(run: Path, config: Config, best: Best) -> str | None:
         return None
     unfinished = run / ".adapter"
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished)
+    unfinished.mkdir()
+    for file in source.iterdir():  # not copytree, which turns a full disk into an error without its number
+        shutil.copy2(file, unfinished)
     values = config_of(config, best.parameters).model_dump(mode="json", exclude={"sweep"})
     (unfinished / "train_config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
     shutil.rmtree(run / "adapter", ignore_errors=True)

@@ -132,9 +132,17 @@ def _run(
         session = board.Session(config, run, ledger, reports, room, began)
         with contextlib.nullcontext() if debug else screen.chatter_goes_to(f"{run}/sweep.log"):
             status, reason = session.run()
-        ledger.append("close", status=status, reason=reason)
-        summary = results.write_summary(run, ledger, config, status, reason, reports.num_steps)
-        page.write(run, config, ledger, summary)
+        summary: dict[str, Any] = {}
+
+        def close() -> None:
+            ledger.append("close", status=status, reason=reason)
+            summary.update(results.write_summary(run, ledger, config, status, reason, reports.num_steps))
+            page.write(run, config, ledger, summary)
+
+        problem = storage.unless_full(close, "what closes the sweep", storage.open_folder(str(run)))
+        if problem:
+            print(f"error: the sweep failed: {reason or f'{problem}. {storage.FREE_SPACE}'}", file=sys.stderr)
+            return 1
         if not ledger.live():
             shutil.rmtree(run / "pins", ignore_errors=True)
         told.show_result(summary, run, config)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from ray import tune
 
 from qlora_ray import checkpoints
 from qlora_ray.config import Config
+from qlora_ray.storage import DISK_IS_FULL
 from qlora_ray.sweep import exploit, space
 from qlora_ray.sweep.process import STOP_FLAG, TrialProcess
 
@@ -35,10 +37,13 @@ class TrialActor(tune.Trainable):
         self._process = TrialProcess(self._run / "trials", self._name, values, job["cwd"], job["submitted"])
         self._reported = job["reported"].get(self._name, 0)
         self._last: dict[str, Any] = {}
+        self._no_space: str | None = None  # why it waits for the end of the sweep
 
     def step(self) -> dict[str, Any]:
         """Wait for the next report of the process, or for its end."""
         try:
+            if self._no_space:
+                return self._waits_for_space(self._no_space)
             if not self._process.is_started():
                 self._begin()
             while True:
@@ -57,6 +62,10 @@ class TrialActor(tune.Trainable):
                 time.sleep(POLL_SECONDS)
         except checkpoints.BrokenCheckpoint as error:
             return self._ends("failed", str(error))
+        except OSError as error:
+            if error.errno not in DISK_IS_FULL:
+                raise
+            return self._waits_for_space(str(error))
 
     def _begin(self) -> None:
         with self._process.alone():
@@ -83,13 +92,22 @@ class TrialActor(tune.Trainable):
 
     def _after_the_end(self, code: int, report: dict[str, Any] | None) -> dict[str, Any]:
         if code != 0:
-            return self._ends("failed", self._process.why_it_failed(code))
+            why = self._process.why_it_failed(code)
+            if any(os.strerror(number) in why for number in DISK_IS_FULL):
+                return self._waits_for_space(why)
+            return self._ends("failed", why)
         summary, metric = self._process.summary(), self._job["metric"]
         known = {metric: summary[metric]} if metric in summary else {}
         if not report and not known and not self._last and not self._reported:
             return self._ends("failed", f"it ended without a report of {metric}")
         return {**self._last, **known, "step": summary["steps"], "is_last": True, **self._ends("done", None),
                 "is_new": bool(report or metric == "exact_match_adapter")}  # fmt: skip
+
+    def _waits_for_space(self, why: str) -> dict[str, Any]:
+        """No fault of the trial: the sweep ends, and with --resume it goes on."""
+        time.sleep(POLL_SECONDS)
+        self._no_space = why
+        return {"status": "interrupted", "no_space": why}
 
     def _ends(self, status: str, reason: str | None) -> dict[str, Any]:
         self._process.stop()

@@ -37,6 +37,8 @@ class WriteLedger(NotPickled, tune.Callback):
         self._ledger, self._metric, self._changed = ledger, metric, changed
         self.interrupted: set[str] = set()
         self.running: set[str] = set()
+        self.no_space: str | None = None  # what a trial said of a full disk
+        self.is_stopping = False
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
@@ -53,6 +55,7 @@ class WriteLedger(NotPickled, tune.Callback):
             self._changed(name, f"goes on from {exploited['donor']} at step {exploited['step']}")
         if result.get("status") == "interrupted":
             self.interrupted.add(name)
+            self.no_space = self.no_space or result.get("no_space")
         if self._metric in result and result.get("is_new", True) and result["step"] > record.reported:
             step, value = result["step"], result[self._metric]
             self._ledger.append("report", trial=name, step=step, **{self._metric: value})
@@ -71,7 +74,8 @@ class WriteLedger(NotPickled, tune.Callback):
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
         self.running.discard(name)
-        self._end(name, "failed", f"its actor died {MAX_ACTOR_DEATHS + 1} times")
+        if not self.is_stopping:
+            self._end(name, "failed", f"its actor died {MAX_ACTOR_DEATHS + 1} times")
 
     def _end(self, name: str, status: str, reason: str | None) -> None:
         self._ledger.append("end", trial=name, status=status, reason=reason)

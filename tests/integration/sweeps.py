@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -51,6 +52,15 @@ def outcome(sweep: Path) -> dict[str, tuple]:
         name: (parameters, ends.get(name), {step: loss for (of, step), loss in reports.items() if of == name})
         for name, parameters in trials.items()
     }
+
+
+def wait_for_checkpoints(sweep: Path, number: int, driver: subprocess.Popen, timeout: float = 120) -> None:
+    """Wait until this many trials have a checkpoint."""
+    deadline = time.monotonic() + timeout
+    while len(list(sweep.glob("trials/*/checkpoints"))) < number:
+        assert driver.poll() is None, f"ended early: {driver.communicate()}"
+        assert time.monotonic() < deadline, f"no {number} trials with checkpoints in {timeout} s"
+        time.sleep(0.2)
 
 
 def trial_processes(sweep: Path) -> list[psutil.Process]:

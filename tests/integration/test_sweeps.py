@@ -7,6 +7,7 @@ import time
 import pytest
 
 from qlora_ray.model.record import FILE
+from tests import disks
 from tests.integration import door, sweeps
 
 RATES = '{"training.learning_rate": {"grid": [0.003, 1.0e+30]}}'
@@ -35,6 +36,27 @@ def test_sweep_ends_with_the_best_adapter_and_one_trial_that_failed_on_its_own(t
     assert not [path for path in sweep.rglob("*") if path.suffix in (".pkl", ".pt", ".pth")]
     assert not (sweep / ".tune").exists() and sweeps.trial_processes(sweep) == []
     assert "Traceback" not in ended.stdout + ended.stderr and "raylet" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("left, why", [(0, "MiB are free at"), (32 * 2**20, "No space left on device")])
+def test_sweep_whose_disk_is_full_fails_no_trial_and_goes_on_once_there_is_space(tmp_path, left, why):
+    asked = ('sweep.parameters={"training.learning_rate": {"grid": [0.003, 0.001]}}', "sweep.search=grid",
+             "sweep.num_trials=null", "sweep.scheduler=fifo", "training.max_steps=60", "model.lora_r=256")  # fmt: skip
+    with disks.small_disk(tmp_path / "disk", "900m") as disk:  # a checkpoint takes 55 MiB
+        sweep, ballast = disk / "full", disk / "ballast"
+        driver = sweeps.start(disk, sweep.name, *asked)
+        sweeps.wait_for_checkpoints(sweep, 2, driver)
+        disks.fill(ballast, left)
+        out, err = driver.communicate(timeout=200)
+        assert driver.returncode == 1 and why in err and "Free space there; --resume goes on." in err
+        assert "Traceback" not in out + err and sweeps.trial_processes(sweep) == []
+        ballast.unlink()
+        ended = sweeps.run(disk, sweep.name, *asked, "--resume")
+        assert ended.returncode == 0, ended.stderr
+        for _, status, reports in sweeps.outcome(sweep).values():
+            assert status == "done" and list(reports) == list(range(5, 61, 5))
 
 
 @pytest.mark.slow
