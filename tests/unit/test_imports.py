@@ -39,7 +39,7 @@ MAY_IMPORT = {
               "trackers"},
     "sweep": {"config", "environment", "storage", "checkpoints", "data", "model", "forecast", "plan", "cluster",
               "screen", "report", "trackers", "train"},
-    "tune": {"config", "train", "sweep"},
+    "tune": {"config", "storage", "train", "sweep"},
     "use": {"config", "storage", "data", "model", "worker", "cluster"},
     "generate": {"config", "model", "use"},
     "evaluate": {"config", "model", "use", "generate"},
