@@ -76,14 +76,14 @@ def delivery(folder: Path, records: int) -> dict:
     """What two workers wait for rows, at a micro-batch every 100 ms and 600 of them, from a warm cache."""
     import ray
 
-    from qlora_ray import cluster
+    from qlora_ray.cluster import connect
     from qlora_ray.config import Config
 
     write_records(folder, 20_000)
     ours(folder, 20_000)
     config = Config.model_validate({"ray": {"num_workers": 2}})
-    cluster.set_environment(config, debug=False)
-    cluster.start_ray(config, debug=False)
+    connect.set_environment(config, debug=False)
+    connect.start_ray(config, debug=False)
     worker = ray.remote(num_cpus=1)(wait_for_rows)
     return dict(enumerate(ray.get([worker.remote(str(folder), rank, 600) for rank in range(2)])))
 
@@ -98,7 +98,7 @@ def wait_for_rows(folder: str, rank: int, steps: int) -> dict:
     from qlora_ray.data.rows import open_rows
     from qlora_ray.storage import open_folder
     from qlora_ray.worker.batches import to_tensors
-    from qlora_ray.worker.loop import _Batches
+    from qlora_ray.worker.micro_batches import Tables
 
     imported = time.perf_counter() - began
     entry = open_folder(str(Path(folder) / "storage")) / "cache" / json.loads((Path(folder) / "entry.json").read_text())
@@ -112,7 +112,7 @@ def wait_for_rows(folder: str, rank: int, steps: int) -> dict:
         return direct(*some)
 
     module.rows_at = counted
-    batches = _Batches(module.Stream(entry, order, rank, 2, 0, steps))
+    batches = Tables(module.Stream(entry, order, rank, 2, 0, steps))
     waits = []
     for step in range(steps):
         _, table = batches.next(step)
@@ -132,7 +132,7 @@ def ours(folder: Path, records: int) -> dict:
     """Tokenize, mask, pack and cache with Ray Data on all cores."""
     import ray
 
-    from qlora_ray import cluster
+    from qlora_ray.cluster import connect
     from qlora_ray.config import Config
     from qlora_ray.data.prepare import prepare
     from qlora_ray.data.spread import run_on_ray
@@ -146,8 +146,8 @@ def ours(folder: Path, records: int) -> dict:
     )
 
     def runner():
-        cluster.set_environment(config, debug=False)
-        cluster.start_ray(config, debug=False)
+        connect.set_environment(config, debug=False)
+        connect.start_ray(config, debug=False)
         return run_on_ray
 
     made = prepare(config, open_folder(str(folder / "storage")), packing=True, runner=runner)

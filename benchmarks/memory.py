@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 
 from benchmarks.throughput import SHAPES, build_base
-from qlora_ray import forecast
 from qlora_ray.config import Config
 from qlora_ray.model.facts import BaseFacts
 from qlora_ray.model.recompute import Choice, Keep, choose
+from qlora_ray.planning import memory
 
 LAYERS = 4
 CASES = [  # shape, rows, length, rank, what is kept, ZeRO stage
@@ -49,35 +49,35 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
     """Train three steps and compare peaks."""
     import torch
 
-    from qlora_ray import deepspeed_settings
     from qlora_ray.model.adapter import add_adapter, trainable
     from qlora_ray.model.fused import fuse, keep
-    from qlora_ray.plan import num_lora_parameters
+    from qlora_ray.planning import deepspeed
+    from qlora_ray.planning.plan import num_lora_parameters
     from qlora_ray.worker.engine import Engine
     from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
     shape = {**SHAPES[name], "num_hidden_layers": LAYERS}
     config = Config.model_validate({"model": {"lora_r": rank}, "training": {"batch_size": rows}})
     facts = facts_of(shape)
-    known = forecast.sizes(config, facts, num_lora_parameters(config, facts), stage, "bfloat16")
+    known = memory.sizes(config, facts, num_lora_parameters(config, facts), stage, "bfloat16")
     if kept == "half":  # recompute: auto, with room for half of what keeping all takes
-        leanest = sum(forecast.memory_gib(known, rows * length, forecast.all_layers(known, Keep.HOST)).values())
-        whole = sum(forecast.memory_gib(known, rows * length, forecast.all_layers(known, Keep.ALL)).values())
-        loaded = forecast.memory_gib(known, rows * length, None)["while_loading"]
+        leanest = sum(memory.memory_gib(known, rows * length, memory.all_layers(known, Keep.HOST)).values())
+        whole = sum(memory.memory_gib(known, rows * length, memory.all_layers(known, Keep.ALL)).values())
+        loaded = memory.memory_gib(known, rows * length, None)["while_loading"]
         budget = (leanest + whole) / 2 - loaded
-        room = (budget - sum(forecast.resident_gib(known).values())) * 2**30
+        room = (budget - sum(memory.resident_gib(known).values())) * 2**30
         choice = choose(known.layer, LAYERS, rows * length, facts.vocab_size, room, may_hold=True)
     elif kept == "weights":
         choice = Choice((Keep.ALL,) * LAYERS, LAYERS)
     else:
-        choice = forecast.all_layers(known, Keep[kept.upper()])
-    predicted = forecast.peak_gib(forecast.memory_gib(known, rows * length, choice))
+        choice = memory.all_layers(known, Keep[kept.upper()])
+    predicted = memory.peak_gib(memory.memory_gib(known, rows * length, choice))
     before = torch.cuda.memory_allocated()
     model = add_adapter(build_base(shape, "cuda"), config.model, torch.bfloat16, 0)
     assert sum(parameter.numel() for parameter in trainable(model).values()) == known.num_trainable
     fuse(model)
     keep(model, choice)
-    settings = deepspeed_settings.defaults(config, stage, 1, "bfloat16", known.num_trainable)
+    settings = deepspeed.defaults(config, stage, 1, "bfloat16", known.num_trainable)
     engine = Engine(model, config.training, settings)
     engine.train()
     torch.cuda.reset_peak_memory_stats()

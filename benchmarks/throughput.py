@@ -111,14 +111,14 @@ def ours(arguments, shape: dict):
 
         return step
     num_trainable = sum(parameter.numel() for parameter in trainable(model).values())
-    from qlora_ray import deepspeed_settings
+    from qlora_ray.planning import deepspeed
     from qlora_ray.worker.engine import Engine
 
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29531 + os.getpid() % 1000), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"
     )
     torch.distributed.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
-    settings = deepspeed_settings.defaults(config, int(stage), 1, "bfloat16", num_trainable)
+    settings = deepspeed.defaults(config, int(stage), 1, "bfloat16", num_trainable)
     engine = Engine(model, config.training, {**settings, "train_micro_batch_size_per_gpu": arguments.batch_size})
     engine.train()
 

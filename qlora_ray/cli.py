@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(json.dumps(Config.model_json_schema(), indent=1))
         return 0
-    module = {"plan": "fit", "data": "data.__main__"}.get(argv[0], argv[0])
+    module = {"data": "show_data"}.get(argv[0], argv[0])
     return importlib.import_module(f"qlora_ray.{module}").main(argv[1:])
 
 

@@ -8,26 +8,24 @@ import os
 import sys
 from typing import Any
 
-from qlora_ray.config import Config, ConfigError
-from qlora_ray.train import add_config_arguments, read_arguments
+from qlora_ray import door
+from qlora_ray.config import Config
+from qlora_ray.console import chatter_goes_to, console
 
 COLOURS = {"ok": "green", "bad": "red", "unknown": "yellow"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; returns the exit code: 0 all green, 2 something is red or the request is impossible."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qlora_ray.doctor", description="Look at every node that the run would use."
-    )
-    add_config_arguments(parser)
+    parser = door.make_parser("doctor", "Look at every node that the run would use.")
+    door.add_config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--seconds", type=float, default=60, help="deadline of each question (default: 60)")
-    arguments = parser.parse_intermixed_args(argv)
-    try:
-        rows = examine(read_arguments(arguments)[0], arguments.seconds, arguments.debug)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return door.run(parser, _examine, argv)
+
+
+def _examine(arguments: argparse.Namespace) -> int:
+    rows = examine(door.read_arguments(arguments)[0], arguments.seconds, arguments.debug)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
@@ -37,41 +35,30 @@ def main(argv: list[str] | None = None) -> int:
 
 def examine(config: Config, seconds: float, debug: bool) -> list[Any]:
     """The rows of all checks; starts a private Ray where the config names no cluster. Raises ConfigError."""
-    from qlora_ray import cluster, screen, storage
+    from qlora_ray import storage
+    from qlora_ray.cluster import connect
 
-    cluster.set_environment(config, debug)
-    quiet = contextlib.nullcontext() if debug else screen.chatter_goes_to(os.devnull)
-    with quiet:
-        try:
-            return _examine(config, storage.open_folder(config.ray.storage_path), seconds, debug)
-        finally:
-            if "ray" in sys.modules:
-                sys.modules["ray"].shutdown()
+    connect.set_environment(config, debug)
+    folder = storage.open_folder(config.ray.storage_path)
+    with contextlib.nullcontext() if debug else chatter_goes_to(os.devnull):
+        hardware = connect.start_ray(config, debug)
+        from qlora_ray.cluster import all_reduce
+        from qlora_ray.cluster.ask import ask
+        from qlora_ray.cluster.checks import CHECKS
+        from qlora_ray.cluster.found import look
+        from qlora_ray.cluster.needs import needs_of
 
-
-def _examine(config: Config, folder: Any, seconds: float, debug: bool) -> list[Any]:
-    from qlora_ray import cluster
-    from qlora_ray.checks import CHECKS
-    from qlora_ray.checks.found import look
-    from qlora_ray.checks.needs import needs_of
-
-    hardware = cluster.start_ray(config, debug)
-    from qlora_ray.checks import all_reduce
-    from qlora_ray.checks.ask import ask
-
-    needs = needs_of(config, hardware)
-    found = ask(config, folder, hardware, needs, seconds, quick=False)
-    interfaces = {name: facts["interface"]["name"] for name, facts in found.nodes.items() if facts["interface"]}
-    reduced = all_reduce.measure(needs.use_gpu, interfaces, seconds)
-    return look(dataclasses.replace(found, all_reduce=reduced), CHECKS)
+        needs = needs_of(config, hardware)
+        found = ask(config, folder, hardware, needs, seconds, quick=False)
+        interfaces = {name: facts["interface"]["name"] for name, facts in found.nodes.items() if facts["interface"]}
+        reduced = all_reduce.measure(needs.use_gpu, interfaces, seconds)
+        return look(dataclasses.replace(found, all_reduce=reduced), CHECKS)
 
 
 def show(rows: list[Any]) -> None:
     """The table, and one line that says how it stands."""
     from rich.markup import escape
     from rich.table import Table
-
-    from qlora_ray.screen import console
 
     table = Table("check", "node", "", "found", "what to do", box=None, pad_edge=False)
     for row in rows:

@@ -1,6 +1,7 @@
 """Which environment variables the workers of a cluster get from the driver, and which never leave it. Pure."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -54,6 +55,12 @@ def is_secret(name: str, value: str) -> bool:
 def hide_secrets(text: str) -> str:
     """The text without what stands before the @ of a URI, which may be a password."""
     return re.sub(r"://[^/\s@]*@", "://***@", text)
+
+
+def ray_address(asked: str | None) -> str | None:
+    """Where the Ray cluster of a run is, "auto" for the one of this machine; None for a private Ray."""
+    where = asked or os.environ.get("RAY_ADDRESS")
+    return None if where == "local" else where
 
 
 def in_job(environ: Mapping[str, str]) -> bool:

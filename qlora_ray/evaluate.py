@@ -4,34 +4,23 @@ import argparse
 import importlib.util
 import json
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
+from qlora_ray import door
 from qlora_ray.config import ConfigError
-from qlora_ray.generate import add_adapter_arguments, quiet, read_options
+from qlora_ray.console import quiet
+from qlora_ray.inference.options import read_options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the door; returns the exit code: 0 done, 2 impossible request, 130 interrupted."""
-    arguments = _parser().parse_intermixed_args(argv)
-    try:
-        _check(arguments)
-        return _evaluate(arguments)
-    except ConfigError as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """Run the door; returns the exit code."""
+    return door.run(_parser(), _evaluate, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m qlora_ray.evaluate", description="Judge a trained adapter against its base."
-    )
-    add_adapter_arguments(parser)
+    parser = door.make_parser("evaluate", "Judge a trained adapter against its base.")
+    door.add_adapter_arguments(parser)
     parser.add_argument("--file", metavar="FILE", help="records with answers; default: the run's held-out ones")
     parser.add_argument("--num-prompts", type=int, metavar="N", help="answer so many of them; default: as the run did")
     parser.add_argument("--batch-size", type=int, default=8, help="rows at once for the loss (default: 8)")
@@ -55,13 +44,14 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    _check(arguments)
     from qlora_ray.model.record import open_adapter
 
     quiet(arguments.debug)
     options = read_options(arguments.options)
     adapter = open_adapter(arguments.adapter, arguments.base)
-    from qlora_ray.use import judge
-    from qlora_ray.use.load import load, open_tokenizer, pick_device
+    from qlora_ray.inference import judge
+    from qlora_ray.inference.load import load, open_tokenizer, pick_device
 
     examples = judge.read_examples(adapter, open_tokenizer(adapter), arguments.file)
     num_prompts = judge.num_prompts_of_run(adapter) if arguments.num_prompts is None else arguments.num_prompts

@@ -4,31 +4,21 @@ import argparse
 import json
 import shutil
 import sys
-import traceback
 from pathlib import Path
 
+from qlora_ray import door
 from qlora_ray.config import ConfigError
-from qlora_ray.generate import add_adapter_arguments, quiet
+from qlora_ray.console import quiet
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the door; returns the exit code: 0 done, 1 the merged model drifts too far, 2 impossible request."""
-    arguments = _parser().parse_args(argv)
-    try:
-        _check(arguments)
-        return _to_gguf(arguments) if arguments.to == "gguf" else _to_merged(arguments)
-    except ConfigError as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """Run the door; returns the exit code: 1 also where the merged model drifts too far."""
+    return door.run(_parser(), _export, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qlora_ray.export", description="Ship a trained adapter.")
-    add_adapter_arguments(parser)
+    parser = door.make_parser("export", "Ship a trained adapter.")
+    door.add_adapter_arguments(parser)
     parser.add_argument("--to", required=True, choices=("merged", "gguf"), help="a dense model, or llama.cpp's LoRA")
     parser.add_argument("--output", required=True, metavar="PATH", help="new folder (merged) or file (gguf)")
     parser.add_argument(
@@ -48,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    return _to_gguf(arguments) if arguments.to == "gguf" else _to_merged(arguments)
+
+
 def _check(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.exists():
@@ -57,8 +52,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _to_gguf(arguments: argparse.Namespace) -> int:
+    from qlora_ray.inference.gguf import convert, find_converter
     from qlora_ray.model.record import open_adapter
-    from qlora_ray.use.gguf import convert, find_converter
 
     find_converter(arguments.llama_cpp)
     adapter = open_adapter(arguments.adapter, arguments.base)
@@ -72,10 +67,10 @@ def _to_merged(arguments: argparse.Namespace) -> int:
 
     quiet(arguments.debug)
     adapter = open_adapter(arguments.adapter, arguments.base)
-    from qlora_ray.use import judge
-    from qlora_ray.use.load import load, open_tokenizer, pick_device
-    from qlora_ray.use.merge import merge
-    from qlora_ray.use.verify import load_merged, measure
+    from qlora_ray.inference import judge
+    from qlora_ray.inference.load import load, open_tokenizer, pick_device
+    from qlora_ray.inference.merge import merge
+    from qlora_ray.inference.verify import load_merged, measure
 
     device = pick_device()
     tokenizer = open_tokenizer(adapter)

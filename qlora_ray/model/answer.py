@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+PROMPTS_PER_BATCH = 32
+
 
 def answer_texts(model: Any, prompts: list[list[int]], tokenizer: Any, device: torch.device, **options) -> list[str]:
     """Generate once for a batch of prompts of token ids; `options` as in transformers' GenerationConfig."""

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from qlora_ray.model.attention import dense_mask
+from qlora_ray.model.facts import FUSED_LAYERS
 from qlora_ray.model.head import make_head_return_nats
 from qlora_ray.model.layer import FusedLayer, Passed
 from qlora_ray.model.projection import LoraProjection, Single, member, ops_for, why_not
 from qlora_ray.model.recompute import Choice
 from qlora_ray.model.stash import HostStash
 
-# Decoder layers whose forward is exactly what FusedLayer computes.
-LLAMA_LIKE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 logger = logging.getLogger(__name__)
 
 
@@ -25,7 +24,7 @@ def fuse(model: torch.nn.Module) -> str:
     stash = HostStash(device) if device.type == "cuda" else None
     reasons: Counter[str] = Counter()
     passed = Passed()
-    layers = [module for module in model.modules() if type(module).__name__ in LLAMA_LIKE]
+    layers = [module for module in model.modules() if type(module).__name__ in FUSED_LAYERS.values()]
     fused = [layer for layer in layers if _fuse_layer(layer, layers.index(layer), stash, passed, reasons)]
     inside = {id(part) for layer in fused for part in layer.modules()}
     num_projections = 0

@@ -4,7 +4,7 @@ import html
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qlora_ray.report.run import RunRecord, memory, series, time_split
+from qlora_ray.rundir.record import RunRecord, memory, series, time_split
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

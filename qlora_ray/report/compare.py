@@ -4,7 +4,7 @@ from pathlib import Path
 
 from qlora_ray.report.charts import overlay_chart
 from qlora_ray.report.page import MISSING, key_figures, render, write_page
-from qlora_ray.report.run import RunRecord, dotted, is_right, read_run
+from qlora_ray.rundir.record import RunRecord, dotted, is_right, read_run
 
 CHARTS = {
     "loss": ("Loss, nats per token", ".4f"),

@@ -1,7 +1,6 @@
 """One run as one HTML page for people. Imports no torch, no ray."""
 
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import yaml
 
 from qlora_ray.report.charts import CURVES, build_charts, show_duration
-from qlora_ray.report.run import (
+from qlora_ray.rundir import names
+from qlora_ray.rundir.record import (
     RunRecord,
     answers_by_prompt,
     data_statistics,
@@ -20,6 +20,7 @@ from qlora_ray.report.run import (
     series,
     wall_seconds,
 )
+from qlora_ray.storage import open_folder
 
 NUM_SAMPLES_OPEN = 8  # the rest is folded away
 MISSING = "–"
@@ -27,17 +28,12 @@ MISSING = "–"
 
 def write_report(run_dir: Path) -> Path:
     """Write run_dir/report.html in one rename, so that a reader never sees half a page."""
-    return write_page(run_dir / "report.html", render_report(read_run(run_dir)))
+    return write_page(run_dir / names.REPORT, render_report(read_run(run_dir)))
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Write a page under another name, then rename it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(page, "utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write a page whole or not at all, so that a reader never sees half of one."""
+    (open_folder(str(path.resolve().parent)) / path.name).write_bytes(page.encode())
     return path
 
 
@@ -84,8 +80,8 @@ def render(template: str, charts: dict[str, Any], **values: Any) -> str:
 
 def key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     """(label, value, note) of the tiles at the top: the summary's figures, or the logged ones of an unfinished run."""
-    names = "loss", "eval_loss", "tokens_per_second", "peak_memory_gib", "mfu", "num_tokens", "num_label_tokens"
-    logged = {name: series(run.metrics, name)[1] for name in names}
+    metrics = "loss", "eval_loss", "tokens_per_second", "peak_memory_gib", "mfu", "num_tokens", "num_label_tokens"
+    logged = {name: series(run.metrics, name)[1] for name in metrics}
     known = {"steps": max((row["step"] for row in run.metrics if "step" in row), default=None)}
     known |= {name: logged[name][-1] for name in ("eval_loss", "num_tokens", "num_label_tokens") if logged[name]}
     if logged["loss"]:

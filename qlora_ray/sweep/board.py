@@ -1,7 +1,6 @@
 """The driver's side of a sweep while it runs: a live table, budgets, and how it is asked to stop."""
 
 import contextlib
-import json
 import queue
 import shutil
 import tempfile
@@ -13,15 +12,17 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
-from qlora_ray import cluster
+from qlora_ray.cluster import connect
 from qlora_ray.config import Config
-from qlora_ray.screen import console
+from qlora_ray.console import console
+from qlora_ray.rundir import names
+from qlora_ray.rundir.metrics import read_lines
 from qlora_ray.storage import FREE_SPACE, open_folder, unless_full
 from qlora_ray.sweep import results, space
-from qlora_ray.sweep.fit import Reports
+from qlora_ray.sweep.capacity import Reports
 from qlora_ray.sweep.ledger import Ledger
 from qlora_ray.sweep.process import STOP_FLAG, STOP_SECONDS, submitted_job
-from qlora_ray.sweep.told import show_value
+from qlora_ray.sweep.screen import show_value
 
 REFRESH_SECONDS = 1.0
 LEAST_FREE_BYTES = 16 * 2**20  # on the disk of the sweep: with less it ends while it still can
@@ -99,7 +100,7 @@ class Session:
         with live:
             interruptions = 0
             while not self._ended.is_set():
-                if dead := cluster.dead_processes():
+                if dead := connect.dead_processes():
                     self._stop = "failed", f"Ray's {', '.join(dead)} died"
                     return
                 try:
@@ -164,7 +165,7 @@ class Session:
         (self._run / STOP_FLAG).unlink(missing_ok=True)
 
     def _tail(self, name: str) -> "_Tail":
-        tail = self._rows.setdefault(name, _Tail(self._run / "trials" / name / "metrics.jsonl"))
+        tail = self._rows.setdefault(name, _Tail(self._run / "trials" / name))
         tail.read()
         return tail
 
@@ -183,22 +184,22 @@ class Session:
 class _Tail:
     """What the metrics file of a trial says now."""
 
-    def __init__(self, path: Path):
-        self._path, self._size = path, -1
+    def __init__(self, run: Path):
+        self._run = open_folder(str(run))
+        self._size: int | None = -1
         self.step, self.tokens = 0, 0
         self.loss: float | None = None
         self.eval_loss: float | None = None
 
     def read(self) -> None:
-        size = self._path.stat().st_size if self._path.exists() else -1
+        """Look again, where the file has grown or shrunk."""
+        size = (self._run / names.METRICS).size()
         if size == self._size:
             return
         self._size = size
         self.tokens = 0
-        for line in self._path.read_bytes().splitlines(keepends=True) if size >= 0 else []:
-            if line.endswith(b"\n"):
-                entry = json.loads(line)
-                self.step = entry["step"]
-                self.tokens += entry.get("num_tokens", 0)
-                self.loss = entry.get("loss", self.loss)
-                self.eval_loss = entry.get("eval_loss", self.eval_loss)
+        for entry in read_lines(self._run):
+            self.step = entry["step"]
+            self.tokens += entry.get("num_tokens", 0)
+            self.loss = entry.get("loss", self.loss)
+            self.eval_loss = entry.get("eval_loss", self.eval_loss)

@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from qlora_ray.report.charts import GREY, PALETTE, layout
-from qlora_ray.report.run import series
+from qlora_ray.rundir.record import series
 from qlora_ray.sweep.importance import Importance
 
 if TYPE_CHECKING:

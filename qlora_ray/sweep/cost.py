@@ -6,11 +6,15 @@ import tempfile
 
 from rich.table import Table
 
-from qlora_ray import cluster, forecast, screen, storage, train
+from qlora_ray import storage
+from qlora_ray.cluster import connect
 from qlora_ray.config import Config
+from qlora_ray.console import console, say_note
 from qlora_ray.model.facts import read_facts
-from qlora_ray.plan import Hardware, Plan
-from qlora_ray.sweep import fit, space, told
+from qlora_ray.planning import memory
+from qlora_ray.planning.early import local_base
+from qlora_ray.planning.plan import Hardware, Plan
+from qlora_ray.sweep import capacity, screen, space
 
 REFERENCE_GPU = "H100"
 
@@ -26,28 +30,28 @@ def show(config: Config) -> None:
     hardware, known = hardware_of(config)
     with tempfile.TemporaryDirectory() as temporary:
         plans = prepare_trials(configs, storage.open_folder(temporary), hardware, inline=True)
-    reports = fit.reports_of(config, plans)
-    room, why = fit.concurrent_trials(config, plans, hardware)
+    reports = capacity.reports_of(config, plans)
+    room, why = capacity.concurrent_trials(config, plans, hardware)
     table = Table("trial", *space.sweep_of(config).parameters, "steps")
     for trial, plan in zip(trials, plans, strict=False):
-        table.add_row(trial.name, *map(told.show_value, trial.parameters.values()), f"{plan.num_steps:,}")
+        table.add_row(trial.name, *map(screen.show_value, trial.parameters.values()), f"{plan.num_steps:,}")
     if trials:
-        screen.console.print(table)
-    rows = told.plan_rows(config, plans, reports, room, why)
+        console.print(table)
+    rows = screen.plan_rows(config, plans, reports, room, why)
     rows |= _cost(config, configs[0], plans[0], reports.num_steps * space.num_trials(config))
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
     for name, value in rows.items():
         facts.add_row(name, value)
-    screen.console.print(facts)
+    console.print(facts)
     if not known:
-        screen.say_note("ray.address: the cluster was not asked, so how many trials run at a time is not known.")
+        say_note("ray.address: the cluster was not asked, so how many trials run at a time is not known.")
 
 
 def hardware_of(config: Config) -> tuple[Hardware, bool]:
     """What trials would run on, and whether that is known: a cluster is not asked, and taken to hold one trial."""
     cores = len(os.sched_getaffinity(0))
-    if not cluster.address(config):
+    if not connect.address(config):
         return Hardware(cores, len(glob.glob("/dev/nvidia[0-9]*"))), True
     needed = {name: config.ray.max_workers * each for name, each in config.ray.resources_per_worker.items()}
     gpus = needed.pop("GPU", config.ray.max_workers if config.ray.use_gpu is True else 0)
@@ -58,10 +62,10 @@ def hardware_of(config: Config) -> tuple[Hardware, bool]:
 def _cost(config: Config, one: Config, plan: Plan, steps: int) -> dict[str, str]:
     tokens = steps * plan.global_batch_size * one.training.max_length
     rows = {"tokens": f"at most {tokens:,} ({plan.global_batch_size} rows x {one.training.max_length} a step)"}
-    facts = read_facts(train.local_base(one))
-    known = forecast.sizes(one, facts, plan.num_trainable_parameters, plan.zero_stage, "bfloat16")
-    choice = forecast.all_layers(known, forecast.Keep.HOST) if known.layer else None
-    speed = forecast.tokens_per_second(known, one.training.max_length, choice, REFERENCE_GPU)
+    facts = read_facts(local_base(one))
+    known = memory.sizes(one, facts, plan.num_trainable_parameters, plan.zero_stage, "bfloat16")
+    choice = memory.all_layers(known, memory.Keep.HOST) if known.layer else None
+    speed = memory.tokens_per_second(known, one.training.max_length, choice, REFERENCE_GPU)
     if speed:
         rows["time"] = f"about {tokens / speed / 3600:.2f} {REFERENCE_GPU} hours at {speed:,.0f} tokens/s each, and "
         rows["time"] += "the start of each trial; on CPUs only a trial can tell"

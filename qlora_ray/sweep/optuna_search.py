@@ -7,7 +7,8 @@ from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
 from qlora_ray.config import Config
-from qlora_ray.sweep import space, tuning
+from qlora_ray.sweep import space
+from qlora_ray.sweep.domain import domain
 from qlora_ray.sweep.ledger import Ledger
 
 
@@ -48,5 +49,5 @@ def _domain(config: Config, key: str) -> Any:
     sweep = space.sweep_of(config)
     parameter = sweep.parameters[key]
     if parameter.kind != "choice":
-        return tuning.domain(parameter)
+        return domain(parameter)
     return tune.choice([point[key] for point in map(partial(space.as_meant, config), space.varied(sweep, key))])

@@ -8,7 +8,7 @@ import yaml
 from qlora_ray.config import Config
 from qlora_ray.report.charts import show_duration
 from qlora_ray.report.page import render, write_page
-from qlora_ray.report.run import read_run
+from qlora_ray.rundir.record import read_run
 from qlora_ray.sweep import charts, results, space
 from qlora_ray.sweep.importance import MIN_TRIALS, common_step, importance
 from qlora_ray.sweep.ledger import Ledger, TrialRecord

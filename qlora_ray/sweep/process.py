@@ -17,11 +17,13 @@ from typing import Any
 
 import yaml
 
-from qlora_ray import checkpoints
 from qlora_ray.config import ConfigError
 from qlora_ray.environment import JOB_CONFIG
+from qlora_ray.rundir import checkpoints, names
+from qlora_ray.rundir.metrics import read_lines
+from qlora_ray.rundir.record import read_json
 from qlora_ray.storage import open_folder
-from qlora_ray.sweep import leash
+from qlora_ray.sweep import child
 
 STOP_SECONDS = 120  # to finish a step and save
 STOP_FLAG = "stop"  # a file in the sweep's run directory: all trials leave a checkpoint and end
@@ -51,7 +53,7 @@ class TrialProcess:
                 shutil.rmtree(self.run)
         config = self._trials / f"{self._name}.yaml"
         config.write_text(yaml.safe_dump(self._config, sort_keys=False), "utf-8")
-        command = [sys.executable, "-m", "qlora_ray.sweep.leash", str(os.getpid()), self._lock, "-c", str(config)]
+        command = [sys.executable, "-m", "qlora_ray.sweep.child", str(os.getpid()), self._lock, "-c", str(config)]
         with open(self._trials / f"{self._name}.log", "a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 command + ["--resume"] * resume, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._cwd,
@@ -61,7 +63,7 @@ class TrialProcess:
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """While no process of this trial runs, one that another actor started and that is being ended included."""
-        return leash.held(self._lock)
+        return child.held(self._lock)
 
     def is_started(self) -> bool:
         return self._process is not None
@@ -91,11 +93,10 @@ class TrialProcess:
 
     def lines(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl, in order of step."""
-        path = self.run / "metrics.jsonl"
         try:
-            found = path.stat()
+            found = (self.run / names.METRICS).stat()
             if (found.st_ino, found.st_size) != self._seen:
-                self._lines = [json.loads(line) for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+                self._lines = read_lines(open_folder(str(self.run)))
                 self._seen = found.st_ino, found.st_size
         except FileNotFoundError:
             return []
@@ -103,11 +104,11 @@ class TrialProcess:
 
     def summary(self) -> dict[str, Any]:
         """summary.json; {} where there is none."""
-        return read_json(self.run / "summary.json")
+        return read_json(open_folder(str(self.run)) / names.SUMMARY)
 
     def num_steps(self) -> int | None:
         """Optimizer steps that the trial will take; None before its plan is made."""
-        return read_json(self.run / "plan.json").get("num_steps")
+        return read_json(open_folder(str(self.run)) / names.PLAN).get("num_steps")
 
     def why_it_failed(self, code: int) -> str:
         """One line."""
@@ -138,11 +139,3 @@ def submitted_job() -> str | None:
     """The runtime environment that `ray job submit` gave this process, for processes that shall have the same."""
     given = os.environ.get(JOB_CONFIG)
     return json.dumps({"runtime_env": json.loads(given).get("runtime_env") or {}}) if given else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is no such file."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}

@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 
 from qlora_ray.config import Config, SweepConfig
+from qlora_ray.rundir import names
+from qlora_ray.rundir.metrics import read_lines
+from qlora_ray.rundir.record import read_json
 from qlora_ray.storage import open_folder
 from qlora_ray.sweep.ledger import Ledger, TrialRecord
-from qlora_ray.sweep.process import read_json
 from qlora_ray.sweep.space import config_of, mode_of, sweep_of
 
 
@@ -51,7 +53,7 @@ def find_best(ledger: Ledger, sweep: SweepConfig) -> Best | None:
 def adapter_of(run: Path, sweep: SweepConfig, trial: str) -> Path | None:
     """Where the best adapter of a trial lies; None where it was not written yet."""
     by_validation = sweep.metric in ("eval_loss", "eval_perplexity")
-    folder = run / "trials" / trial / ("adapter_best" if by_validation else "adapter")
+    folder = run / "trials" / trial / (names.ADAPTER_BEST if by_validation else names.ADAPTER)
     return folder if (folder / "adapter_model.safetensors").exists() else None
 
 
@@ -74,14 +76,12 @@ def promote(run: Path, config: Config, best: Best) -> str | None:
 
 def tokens_of(run: Path, trial: str) -> int:
     """Tokens that a trial has trained on, as logged."""
-    path = run / "trials" / trial / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return sum(json.loads(line).get("num_tokens", 0) for line in lines if line.endswith(b"\n"))
+    return sum(line.get("num_tokens", 0) for line in read_lines(open_folder(str(run / "trials" / trial))))
 
 
 def steps_of(run: Path, record: TrialRecord) -> int:
     """Optimizer steps that a trial has taken."""
-    steps = read_json(run / "trials" / record.name / "summary.json").get("steps")
+    steps = read_json(open_folder(str(run / "trials" / record.name)) / names.SUMMARY).get("steps")
     return steps if steps is not None else record.reported
 
 
@@ -109,5 +109,5 @@ def write_summary(
         "failed": {name: record.reason for name, record in ledger.trials.items() if record.status == "failed"},
         "seconds": round(ledger.seconds, 1),
     }
-    (open_folder(str(run)) / "summary.json").write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
+    (open_folder(str(run)) / names.SUMMARY).write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
     return summary

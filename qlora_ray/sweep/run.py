@@ -11,17 +11,20 @@ from typing import Any
 
 import yaml
 
-from qlora_ray import cluster, screen, storage, train
+from qlora_ray import storage
+from qlora_ray.cluster import connect
 from qlora_ray.config import Config, ConfigError
+from qlora_ray.console import chatter_goes_to, console
 from qlora_ray.data.check import check_records
 from qlora_ray.data.prepare import prepare
 from qlora_ray.data.spread import run_on_ray
 from qlora_ray.model.facts import read_facts
-from qlora_ray.plan import Hardware, Plan, check_workers_fit, make_plan, packs, refuse_early, storage_bytes
-from qlora_ray.sweep import board, exploit, fit, page, results, space, told
+from qlora_ray.planning.early import local_base, read_deepspeed_json, refuse_before_ray
+from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
+from qlora_ray.rundir import directory, names
+from qlora_ray.sweep import board, capacity, exploit, page, results, screen, space
 from qlora_ray.sweep.ledger import FILE, Ledger
 from qlora_ray.sweep.space import Trial
-from qlora_ray.trackers import check_installed
 
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -44,21 +47,17 @@ def sweep(config: Config, config_name: str, resume: bool, debug: bool, began: fl
         )
     folder = storage.open_folder(config.ray.storage_path)
     storage.check_writable(folder)
-    run = Path((folder / train.name_of_run(config, config_name, folder, resume)).path)
+    run = Path((folder / directory.name_of_run(config, config_name, folder, resume)).path)
     if resume and not (run / FILE).exists():
         raise ConfigError(f"--resume: {run} has no {FILE}. Leave --resume out to start the sweep.")
-    train.refuse_taken_name(folder / run.name, resume)
+    directory.refuse_taken_name(folder / run.name, resume)
     check_records_once(configs)
-    cluster.set_environment(config, debug)
+    connect.set_environment(config, debug)
     os.environ |= TUNE_SETTINGS
     _share_cores(config, configs)
-    try:
-        hardware = cluster.start_ray(config, debug)
-        plans = prepare_trials(configs, folder, hardware)
-        return _run(config, run, trials, plans, hardware, debug, began)
-    finally:
-        with contextlib.nullcontext() if debug else screen.chatter_goes_to(os.devnull):
-            sys.modules["ray"].shutdown() if "ray" in sys.modules else None
+    hardware = connect.start_ray(config, debug)
+    plans = prepare_trials(configs, folder, hardware)
+    return _run(config, run, trials, plans, hardware, debug, began)
 
 
 def distinct_configs(config: Config, trials: list[Trial]) -> list[Config]:
@@ -69,17 +68,11 @@ def distinct_configs(config: Config, trials: list[Trial]) -> list[Config]:
 
 def check_early(config: Config, configs: list[Config]) -> None:
     """Refuse what needs neither data nor hardware to refuse. Raises ConfigError."""
-    check_installed(config.logging.trackers)
     if space.sweep_of(config).search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise ConfigError('sweep.search=optuna: Optuna is not installed. pip install "qlora_ray[optuna]", or random.')
     for one in configs:
-        fit.check_metric(one.model_copy(update={"sweep": config.sweep}))
-        refuse_early(one, train.read_deepspeed_json(one))
-        if not cluster.address(config):
-            cpus = one.ray.resources_per_worker.get("CPU", 1)
-            check_workers_fit(one, {"CPU": cpus}, Hardware(len(os.sched_getaffinity(0)), 0))
-    for one in {repr((one.data, one.model.base_model)): one for one in configs}.values():
-        train.check_files(one)
+        capacity.check_metric(one.model_copy(update={"sweep": config.sweep}))
+    refuse_before_ray(*configs)
 
 
 def check_records_once(configs: list[Config]) -> None:
@@ -98,21 +91,21 @@ def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware, inlin
     for one in configs:
         base = one.model.base_model, one.model.revision
         if base not in bases:
-            bases[base] = read_facts(train.local_base(one))
+            bases[base] = read_facts(local_base(one))
         facts = bases[base]
         packing = packs(one, facts)
         key = repr(
             (one.data, one.model.base_model, one.model.revision, one.training.seed, one.training.max_length, packing)
         )
         if key not in prepared:
-            prepared[key] = prepare(one, folder, packing, runner, screen.console.out)
-        plans.append(make_plan(one, prepared[key].stats, facts, hardware, train.read_deepspeed_json(one)))
+            prepared[key] = prepare(one, folder, packing, runner, console.out)
+        plans.append(make_plan(one, prepared[key].stats, facts, hardware, read_deepspeed_json(one)))
     return plans
 
 
 def _share_cores(config: Config, configs: list[Config]) -> None:
     """Threads of a worker, where this machine's cores are all there is and the trials of a sweep share them."""
-    if not cluster.address(config):
+    if not connect.address(config):
         cores, workers = len(os.sched_getaffinity(0)), max(one.ray.max_workers for one in configs)
         trials = min(space.num_trials(config), max(1, cores // workers))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // (workers * trials))))
@@ -121,16 +114,16 @@ def _share_cores(config: Config, configs: list[Config]) -> None:
 def _run(
     config: Config, run: Path, trials: list[Trial], plans: list[Plan], hardware: Hardware, debug: bool, began: float
 ) -> int:
-    reports = fit.reports_of(config, plans)
-    room, why = fit.concurrent_trials(config, plans, hardware)
+    reports = capacity.reports_of(config, plans)
+    room, why = capacity.concurrent_trials(config, plans, hardware)
     most = max(plan.num_trainable_parameters for plan in plans)
     needed = storage_bytes(config, most) * space.num_trials(config)
     storage.check_space(storage.open_folder(str(run)), needed)
     ledger = open_ledger(config, run, trials)
     try:
-        told.show_plan(config, run, plans, reports, room, why)
+        screen.show_plan(config, run, plans, reports, room, why)
         session = board.Session(config, run, ledger, reports, room, began)
-        with contextlib.nullcontext() if debug else screen.chatter_goes_to(f"{run}/sweep.log"):
+        with contextlib.nullcontext() if debug else chatter_goes_to(f"{run}/sweep.log"):
             status, reason = session.run()
         summary: dict[str, Any] = {}
 
@@ -145,7 +138,7 @@ def _run(
             return 1
         if not ledger.live():
             shutil.rmtree(run / "pins", ignore_errors=True)
-        told.show_result(summary, run, config)
+        screen.show_result(summary, run, config)
         return {"done": 0, "interrupted": 130}.get(status, 1)
     finally:
         ledger.close()
@@ -163,7 +156,7 @@ def open_ledger(config: Config, run: Path, trials: list[Trial]) -> Ledger:
         raise ConfigError(
             f"--resume: {run} was begun with another {changed}. Restore the old setting, or start a new sweep."
         )
-    (storage.open_folder(str(run)) / "config.yaml").write_bytes(
+    (storage.open_folder(str(run)) / names.CONFIG).write_bytes(
         yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
     )
     for trial in trials:

@@ -9,8 +9,8 @@ from typing import Any
 
 from ray import tune
 
-from qlora_ray import checkpoints
 from qlora_ray.config import Config
+from qlora_ray.rundir import checkpoints
 from qlora_ray.storage import DISK_IS_FULL
 from qlora_ray.sweep import exploit, space
 from qlora_ray.sweep.process import STOP_FLAG, TrialProcess

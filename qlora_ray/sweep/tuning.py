@@ -12,9 +12,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from qlora_ray import environment
-from qlora_ray.config import Config, Parameter, SweepConfig
+from qlora_ray.config import Config, SweepConfig
 from qlora_ray.sweep import exploit, space
-from qlora_ray.sweep.fit import Reports
+from qlora_ray.sweep.capacity import Reports
+from qlora_ray.sweep.domain import domain
 from qlora_ray.sweep.ledger import Ledger, TrialRecord
 
 MAX_ACTOR_DEATHS = 20  # of a trial, in all; processes of trials are watched by their actor
@@ -144,15 +145,6 @@ def scheduler_of(sweep: SweepConfig, reports: Reports, ledger: Ledger) -> FIFOSc
             synch=sweep.pbt.synch, require_attrs=False, log_config=False,
         )  # fmt: skip
     return FIFOScheduler()
-
-
-def domain(parameter: Parameter) -> Any:
-    """The parameter as Ray Tune's domain; PBT goes through a list step by step."""
-    if parameter.kind in ("choice", "grid"):
-        return parameter.values
-    low, high = parameter.values
-    made = {"uniform": tune.uniform, "loguniform": tune.loguniform, "randint": tune.randint}
-    return made[parameter.kind](low, high + 1 if parameter.kind == "randint" else high)
 
 
 def search_of(config: Config, ledger: Ledger, max_concurrent: int) -> tuple[Any, dict[str, Any], int]:

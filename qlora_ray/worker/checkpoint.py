@@ -10,33 +10,24 @@ checkpoints/step_00000100/
 import hashlib
 import json
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
 
-from qlora_ray.checkpoints import MANIFEST, newest_whole, put_aside, verify, with_manifest
-from qlora_ray.storage import Folder, unless_full
-from qlora_ray.worker.engine import MOMENTS, AdapterState
+from qlora_ray.rundir import names
+from qlora_ray.rundir.checkpoints import MANIFEST, newest_whole, put_aside, verify, with_manifest
+from qlora_ray.storage import Folder
+from qlora_ray.worker.state import MOMENTS, AdapterState
 
 
-class Saver:
-    """Writes checkpoints beside the training, one at a time. A full disk costs a checkpoint, not the run."""
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint gives back."""
 
-    def __init__(self, run: Folder, keep: int):
-        self._run, self._keep = run, keep
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future | None = None
-
-    def begin(self, state: AdapterState, progress: dict[str, Any]) -> None:
-        """Start to write; `finish` must have been called since the last `begin`."""
-        assert self._writing is None
-        self._writing = self._thread.submit(save, self._run, state, progress, self._keep)
-
-    def finish(self) -> str | None:
-        """Wait for the write under way; returns what is wrong with the disk, or None. Raises any other error."""
-        writing, self._writing = self._writing, None
-        return unless_full(writing.result, "a checkpoint", self._run) if writing else None
+    adapter: AdapterState
+    progress: dict[str, Any]  # what `save` was given
+    broken: list[str]  # what is wrong with newer checkpoints
 
 
 def save(run: Folder, state: AdapterState, progress: dict[str, Any], keep: int) -> str:
@@ -44,7 +35,7 @@ def save(run: Folder, state: AdapterState, progress: dict[str, Any], keep: int) 
 
     One process calls this. Whatever moment it is killed at, the checkpoint before stays.
     """
-    folder, name = run / "checkpoints", f"step_{progress['step']:08d}"
+    folder, name = run / names.CHECKPOINTS, f"step_{progress['step']:08d}"
     if folder.make().is_local:
         os.chmod(folder.path, 0o700)
     for left in folder.list():
@@ -63,7 +54,7 @@ def save(run: Folder, state: AdapterState, progress: dict[str, Any], keep: int) 
         place.rename(folder / name)
     verify(folder / name)
     older = [checkpoint for checkpoint in with_manifest(run) if checkpoint.name < name]
-    for checkpoint in older[: len(older) - (keep - 1)]:
+    for checkpoint in older[: max(0, len(older) - (keep - 1))]:
         checkpoint.delete()
     return name
 
@@ -85,8 +76,8 @@ def _write_files(folder: Folder, state: AdapterState, progress: dict[str, Any]) 
     (folder / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
 
 
-def load_latest(run: Folder, set_aside: bool) -> tuple[AdapterState, dict[str, Any], list[str]] | None:
-    """The newest whole checkpoint of a run, its progress, and what is wrong with newer ones; None where there is none.
+def load_latest(run: Folder, set_aside: bool) -> Resumed | None:
+    """The newest whole checkpoint of a run; None where there is none.
 
     With `set_aside` (one process only) the broken ones are renamed, so that they are in nobody's way.
     Raises BrokenCheckpoint.
@@ -103,7 +94,7 @@ def load_latest(run: Folder, set_aside: bool) -> tuple[AdapterState, dict[str, A
     moments: dict[str, dict] = {name: {key: flat[f"{name}/{key}"] for key in MOMENTS} for name in weights}
     progress = json.loads(files["state.json"])
     step, scale = progress.pop("optimizer_step"), progress.pop("loss_scale")
-    return AdapterState(weights, moments, step, scale), progress, broken
+    return Resumed(AdapterState(weights, moments, step, scale), progress, broken)
 
 
 def _contiguous(tensors: dict) -> dict:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,20 +11,9 @@ from qlora_ray.config import TrainingConfig
 from qlora_ray.model.adapter import trainable
 from qlora_ray.model.fused import leaf_modules
 from qlora_ray.worker.flat import FlatLora
+from qlora_ray.worker.state import MOMENTS, AdapterState
 from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.sums import OrderedSum
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
-
-
-@dataclass(frozen=True)
-class AdapterState:
-    """Everything that training changes, whole, in float32 on the CPU, by parameter name."""
-
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, dict[str, torch.Tensor]]  # exp_avg and exp_avg_sq
-    optimizer_step: int
-    loss_scale: float | None = None
 
 
 class Engine:

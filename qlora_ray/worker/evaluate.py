@@ -3,27 +3,22 @@
 import json
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 
-from qlora_ray.config import Config
 from qlora_ray.data.rows import open_rows
-from qlora_ray.model.answer import answer_texts, exact_match
-from qlora_ray.storage import Folder
+from qlora_ray.model.answer import PROMPTS_PER_BATCH, answer_texts, exact_match
 from qlora_ray.worker.batches import to_tensors
-from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
-from qlora_ray.worker.team import Team
-
-PROMPTS_PER_BATCH = 32
+from qlora_ray.worker.worker import Worker
 
 
-def validation_loss(
-    engine: Engine, rows: Folder, batch_size: int, pad_token_id: int, device: torch.device, team: Team
-) -> dict[str, float]:
+def validation_loss(worker: Worker) -> dict[str, float]:
     """eval_loss (nats per unmasked token) and eval_perplexity over all validation rows. Every worker must call this."""
-    held_out = open_rows(rows, "validation")
+    engine, team, batch_size = worker.engine, worker.team, worker.run.config.training.batch_size
+    held_out = open_rows(worker.run.rows, "validation")
     batches = [
         np.arange(first, min(first + batch_size, len(held_out))) for first in range(0, len(held_out), batch_size)
     ]
@@ -34,7 +29,8 @@ def validation_loss(
         for i in range(rounds):
             mine = i * team.size + team.rank
             # A worker without a batch left computes one all the same: ZeRO-3's forward is a collective.
-            batch = to_tensors(held_out.gather(batches[min(mine, len(batches) - 1)]), pad_token_id, device)
+            rows = held_out.gather(batches[min(mine, len(batches) - 1)])
+            batch = to_tensors(rows, worker.tokenizer.pad_token_id, worker.device)
             value = sum_of_nats(engine.module, batch)
             if mine < len(batches):
                 nats.append(float(value))
@@ -46,20 +42,15 @@ def validation_loss(
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 
-def compare_answers(config: Config, engine: Engine, rows: Folder, tokenizer, device: torch.device, team: Team) -> dict:
+def compare_answers(worker: Worker) -> dict[str, Any]:
     """Greedy answers of base and adapter to held-out prompts: exact match of each, and the answers.
 
     Every worker must call this; each answers its share, in lockstep.
     """
-    prompts = json.loads((rows / "prompts.json").read_bytes())[: config.evaluation.num_prompts]
+    prompts = _prompts(worker, worker.run.config.evaluation.num_prompts)
     if not prompts:
         return {}
-    engine.train(False)
-    answers = {
-        who: _answers(config, engine, prompts, tokenizer, device, team, adapter_on=who == "adapter")
-        for who in ("base", "adapter")
-    }
-    engine.train()
+    answers = {who: _answers(worker, prompts, adapter_on=who == "adapter") for who in ("base", "adapter")}
     samples = [
         {"prompt": prompt["prompt"], "expected": prompt["expected"], "base": base, "adapter": adapter}
         for prompt, base, adapter in zip(prompts, answers["base"], answers["adapter"], strict=True)
@@ -69,36 +60,40 @@ def compare_answers(config: Config, engine: Engine, rows: Folder, tokenizer, dev
     return {**right, "samples": samples}
 
 
-def sample_answers(config: Config, engine: Engine, rows: Folder, tokenizer, device: torch.device, team: Team) -> list:
+def sample_answers(worker: Worker) -> list[dict[str, Any]]:
     """Greedy answers to the same few held-out prompts at each validation. Every worker must call this."""
-    count = min(config.evaluation.num_samples, config.evaluation.num_prompts)
-    prompts = json.loads((rows / "prompts.json").read_bytes())[:count]
+    evaluation = worker.run.config.evaluation
+    prompts = _prompts(worker, min(evaluation.num_samples, evaluation.num_prompts))
     if not prompts:
         return []
-    engine.train(False)
-    answers = _answers(config, engine, prompts, tokenizer, device, team, adapter_on=True)
-    engine.train()
+    answers = _answers(worker, prompts, adapter_on=True)
     return [
         {"prompt": prompt["prompt"], "expected": prompt["expected"], "adapter": answer}
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
-def _answers(config, engine, prompts, tokenizer, device, team: Team, adapter_on: bool) -> list[str]:
-    model = engine.module
+def _prompts(worker: Worker, count: int) -> list[dict[str, Any]]:
+    return json.loads((worker.run.rows / "prompts.json").read_bytes())[:count]
+
+
+def _answers(worker: Worker, prompts: list[dict[str, Any]], adapter_on: bool) -> list[str]:
+    engine, team, model = worker.engine, worker.team, worker.engine.module
     share = -(-len(prompts) // team.size)
     mine = prompts[team.rank * share : (team.rank + 1) * share]
     filler = prompts[:1] * (share - len(mine))
     texts = []
+    engine.train(False)
     with nullcontext() if adapter_on else model.disable_adapter():
         for start in range(0, share, PROMPTS_PER_BATCH):
             some = (mine + filler)[start : start + PROMPTS_PER_BATCH]
             texts += answer_texts(
                 model,
                 [prompt["input_ids"] for prompt in some],
-                tokenizer,
-                device,
-                max_new_tokens=config.evaluation.max_new_tokens,
+                worker.tokenizer,
+                worker.device,
+                max_new_tokens=worker.run.config.evaluation.max_new_tokens,
                 synced_gpus=team.size > 1,
             )
+    engine.train()
     return [text for part in team.gather(texts[: len(mine)]) for text in part]

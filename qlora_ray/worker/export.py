@@ -15,30 +15,30 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from qlora_ray.config import Config
 from qlora_ray.model import card
 from qlora_ray.model.adapter import ADAPTER_NAME
 from qlora_ray.model.record import FILE, LAYOUT, describe_base, tokenizer_sha256
-from qlora_ray.plan import Plan
+from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
+from qlora_ray.worker.messages import Run
 
 RECORDED_METRICS = ("first_loss", "last_loss", "eval_loss", "best_eval_loss", "num_tokens", "num_label_tokens")
 
 
+def in_dtype(weights: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """The weights in the compute dtype, e.g. "bfloat16": exactly what the live model multiplies with."""
+    return {name: weight.to(getattr(torch, dtype)).contiguous() for name, weight in weights.items()}
+
+
 def write_adapter(
-    folder: Folder,
-    model: torch.nn.Module,
-    weights: dict[str, torch.Tensor],
-    tokenizer,
-    dtype: str,
+    folder: Folder, model: torch.nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any,
     about: dict[str, Any] | None = None,
-) -> None:
-    """Write the adapter in the compute dtype: exactly what the live model multiplies with."""
+) -> None:  # fmt: skip
+    """Write trained weights, by parameter name, as a PEFT adapter; `about` is its record, without the tokenizer's."""
     from peft import get_peft_model_state_dict
 
-    values = {name: weight.to(getattr(torch, dtype)).contiguous() for name, weight in weights.items()}
     exported = get_peft_model_state_dict(
-        model, state_dict=values, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+        model, state_dict=weights, adapter_name=ADAPTER_NAME, save_embedding_layers=False
     )
     config = model.peft_config[ADAPTER_NAME]
     was_in_training, config.inference_mode = config.inference_mode, True
@@ -55,20 +55,21 @@ def write_adapter(
         (folder / "README.md").write_bytes(card.render(record).encode())
 
 
-def about(config: Config, plan: Plan, run: Folder, state: dict[str, Any]) -> dict[str, Any]:
-    """The record of an adapter of this run at this state; the run's manifest.json tells the rest."""
-    manifest = json.loads((run / "manifest.json").read_bytes())
+def about(run: Run, reached: dict[str, Any]) -> dict[str, Any]:
+    """The record of an adapter of this run at the state that it has reached; the run's manifest.json tells the rest."""
+    config, plan = run.config, run.plan
+    manifest = json.loads((run.folder / names.MANIFEST).read_bytes())
     reproducible = config.model_dump(
         mode="json", exclude={"ray": {"address", "storage_path", "run_name"}, "logging": True}, exclude_defaults=True
     )
     return {
         "layout": LAYOUT,
-        "run_name": run.name,
-        "step": state["step"],
+        "run_name": run.folder.name,
+        "step": reached["step"],
         "base": _describe_base(config.model.base_model, config.model.revision, config.model.trust_remote_code),
         "quantization": {**config.quantization.model_dump(), "compute_dtype": plan.compute_dtype},
         "data": manifest["data"],
-        "metrics": {name: state[name] for name in RECORDED_METRICS if state.get(name) is not None},
+        "metrics": {name: reached[name] for name in RECORDED_METRICS if reached.get(name) is not None},
         "versions": manifest["versions"],
         "git_commit": manifest["git_commit"],
         "num_workers": plan.num_workers,

@@ -1,223 +1,172 @@
 """The training loop: one verb a line, from the newest checkpoint to the adapter."""
 
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
 
-from qlora_ray.config import Config, ConfigError
-from qlora_ray.data.delivery import Stream, deliver
+from qlora_ray.config import ConfigError
+from qlora_ray.data.delivery import Stream
 from qlora_ray.data.order import Order
-from qlora_ray.plan import Plan, learning_rate_at
-from qlora_ray.storage import FREE_SPACE, Folder, unless_full
+from qlora_ray.planning.plan import learning_rate_at
+from qlora_ray.rundir import names
+from qlora_ray.rundir.metrics import MetricsFile
 from qlora_ray.worker import checkpoint, evaluate, export, setup
-from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import Engine
+from qlora_ray.worker.errors import GuardError, Stop
 from qlora_ray.worker.loss import sum_of_nats
-from qlora_ray.worker.metrics import Meter, MetricsFile, RowCounts
+from qlora_ray.worker.messages import Done, Evaluated, Fatal, Holding, Ready, Refused, Run, Warned
+from qlora_ray.worker.metrics import Meter, RowCounts
+from qlora_ray.worker.micro_batches import MicroBatch, MicroBatches
+from qlora_ray.worker.saver import Saver
+from qlora_ray.worker.state import State
 from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.team import Team
 from qlora_ray.worker.watchdog import Watchdog
-
-MAX_FAILED_CHECKPOINTS = 3  # in a row, for want of space
-
-
-@dataclass(frozen=True)
-class State:
-    """What has happened; replaced each step, and kept in checkpoints."""
-
-    step: int = 0  # optimizer steps done: the data cursor
-    num_tokens: int = 0
-    num_label_tokens: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    eval_loss: float | None = None
-    best_eval_loss: float | None = None
-    best_eval_step: int | None = None
-    evaluations_without_improvement: int = 0
-    num_skipped_steps: int = 0  # whose gradient was not finite
-    num_skipped_in_a_row: int = 0
+from qlora_ray.worker.worker import Worker
 
 
-class Stop(RuntimeError):
-    """A failure that trying again cannot mend, met by every worker at the same place; the message is the reason."""
+def run_worker(run: Run, channel: Any) -> None:
+    """Train from the newest checkpoint to the end of the plan, or to where the driver asks to stop.
 
-
-def run(
-    config: Config, plan: Plan, run_folder: Folder, rows: Folder, fingerprint: str, channel: Any, debug: bool
-) -> None:
-    """Train from the newest checkpoint to the end of the plan, or to where the driver asks to stop."""
+    What one worker finds alone ends all: it tells the driver why, and its exception ends the group.
+    """
     team = Team(channel)
-    log_folder = setup.send_output_to_log(run_folder, team.rank, debug)
-    watchdog = Watchdog(config.watchdog, log_folder, team.rank)
+    log_folder = setup.send_output_to_log(run.folder, team.rank, run.debug)
+    watchdog = Watchdog(run.config.watchdog, log_folder, team.rank)
     try:
-        if reason := team.reason_to_give_up():
-            raise Stop(reason)
-        setup.check_shared(run_folder, team)
-        _train(config, plan, run_folder, rows, fingerprint, team, watchdog, debug)
-    except ConfigError as refusal:  # the same on every worker: trying again would not help
-        team.tell(kind="refused", message=str(refusal))
+        setup.check_shared(run.folder, team)
+        _train(run, team, watchdog)
+    except Stop as error:
+        team.tell(Fatal(str(error)))
         team.wait_until_told()
-    except (Stop, setup.GuardError) as error:
-        team.tell(kind="fatal", message=str(error))
-        team.wait_until_told()
-    except torch.OutOfMemoryError as error:  # on this worker alone: its death ends the others
-        team.tell_from_any_rank(kind="fatal", message=setup.out_of_memory_message(config, plan, team.rank, error))
+    except ConfigError as refusal:
+        team.tell_from_any_rank(Refused(str(refusal)))
+        raise
+    except GuardError as error:
+        team.tell_from_any_rank(Fatal(f"worker {team.rank}: {error}"))
+        raise
+    except torch.OutOfMemoryError as error:
+        team.tell_from_any_rank(Fatal(setup.out_of_memory_message(run.config, run.plan, team.rank, error)))
         raise
 
 
-def _train(
-    config: Config, plan: Plan, run_folder: Folder, rows: Folder, fingerprint: str, team: Team, watchdog: Watchdog,
-    debug: bool,
-) -> None:  # fmt: skip
-    began = time.perf_counter()
+def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
     with watchdog.phase("load"):
-        resumed = checkpoint.load_latest(run_folder, set_aside=team.rank == 0)
-        state = State(**resumed[1]["state"]) if resumed else State()
-        order = Order(setup.num_rows(rows), config.training.seed, plan.micro_batch_size, plan.micro_batches_per_step)
-        batches = _Batches(Stream(rows, order, team.rank, team.size, state.step, plan.num_steps))
-        device = ray.train.torch.get_device()
-        setup.choose_kernels(config, device)
-        tokenizer = setup.tokenizer_of(config, rows)
-        engine = setup.build_engine(
-            config, plan, rows, device, tokenizer.pad_token_id, resumed and resumed[0], team, debug
-        )
-        counts = RowCounts(rows, order)
-        writer = MetricsFile(run_folder, state.step) if team.rank == 0 else None
-        meter = Meter(team, counts, writer, device)
-        engine.time_gathers(meter.stopwatch)
-    broken = resumed[2] if resumed else []
-    team.tell(kind="ready", step=state.step, seconds=time.perf_counter() - began, broken=broken)
-    saver, deadline = _Saver(config, engine, run_folder, fingerprint, team), watchdog.deadline("step")
-    stopping = early = False
-    while state.step < plan.num_steps and not (stopping or early):
+        worker, state, micro_batches = _load(run, team)
+    plan, patience, meter = run.plan, run.config.training.early_stopping_patience, worker.meter
+    deadline, stopping = watchdog.deadline("step"), False
+    while not (stopping or state.has_ended(plan.num_steps, patience)):
         with watchdog.phase("step", deadline):
-            learning_rate = learning_rate_at(state.step, plan, config)
+            learning_rate = learning_rate_at(state.step, plan, run.config)
             nats, is_finite = optimizer_step(
-                engine, batches, counts.label_tokens(state.step), state.step, learning_rate, config, plan, device,
-                tokenizer.pad_token_id, team, meter.stopwatch,
+                worker.engine, micro_batches.of_step(state.step), meter.counts.label_tokens(state.step),
+                learning_rate, meter.stopwatch,
             )  # fmt: skip
             state = replace(state, step=state.step + 1)
             meter.add(state.step, nats)
-            state = _count_skipped(state, is_finite, config, counts, writer, team)
-            orders = team.agree(
-                state.step, watchdog.deadline("step"), watchdog.longest("step") + watchdog.longest("save")
-            )
+            state = _count_skipped(worker, state, is_finite)
+            longest = watchdog.longest("step") + watchdog.longest("save")
+            orders = team.agree(state.step, watchdog.deadline("step"), longest)
             stopping, deadline = orders.stop, orders.deadline
-            last = state.step == plan.num_steps or stopping
-            if state.step == 1 or state.step % config.logging.every_steps == 0 or last:
-                state = _log(state, meter, engine, learning_rate, order)
+            ordered = bool(orders.save or orders.hold_until)
+            save_is_due = ordered or stopping or state.step % plan.checkpoint_every_steps == 0
+            if state.step in (1, plan.num_steps) or state.step % run.config.logging.every_steps == 0 or save_is_due:
+                state = _log(worker, state, learning_rate)
         if plan.eval_every_steps and (state.step % plan.eval_every_steps == 0 or state.step == plan.num_steps):
             with watchdog.phase("evaluate"):
-                state = _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, saver, team)
-            early = _is_patience_over(state, config)
+                state = _validate(worker, state)
             meter.skip_time("evaluation")
-        ordered = orders.save or orders.hold_until
-        if state.step % plan.checkpoint_every_steps == 0 or last or early or ordered:
+        if save_is_due or state.has_ended(plan.num_steps, patience):
             with watchdog.phase("save"):
-                saver.save(state)
+                state = _log(worker, state, learning_rate) if meter.has_steps else state
+                worker.saver.save(state, worker.engine.state)
                 if ordered:
-                    saver.finish()
-            if orders.hold_until and not last:
-                team.tell(kind="holding")
+                    worker.saver.finish()
+            if orders.hold_until and not (stopping or state.has_ended(plan.num_steps, patience)):
+                team.tell(Holding())
                 _wait_for_the_end(orders.hold_until)
             meter.skip_time("checkpoint")
     with watchdog.phase("save"):
-        saver.finish()
-        if writer:
-            writer.flush()
-        saver.save_last(_adapter_writer("adapter", config, plan, engine, run_folder, tokenizer, vars(state)))
+        worker.saver.finish()
+        meter.flush()
+        worker.saver.save_last(_adapter_writer(worker, names.ADAPTER, worker.reached(state)))
     with watchdog.phase("evaluate"):
-        answers = {} if stopping else evaluate.compare_answers(config, engine, rows, tokenizer, device, team)
-    team.tell(kind="done", status="interrupted" if stopping else "done", early=early, **vars(state), **answers)
+        answers = {} if stopping else evaluate.compare_answers(worker)
+    early = state.step < plan.num_steps and state.is_patience_over(patience)
+    team.tell(Done("interrupted" if stopping else "done", worker.reached(state), answers, early))
     team.wait_until_told()
 
 
+def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
+    """The newest checkpoint, the model, and the rows from there on."""
+    began, config, plan = time.perf_counter(), run.config, run.plan
+    resumed = checkpoint.load_latest(run.folder, set_aside=team.rank == 0)
+    state = State.of(resumed.progress["state"]) if resumed else State()
+    order = Order(setup.num_rows(run.rows), config.training.seed, plan.micro_batch_size, plan.micro_batches_per_step)
+    device = ray.train.torch.get_device()
+    setup.choose_kernels(config, device)
+    tokenizer = setup.tokenizer_of(config, run.rows)
+    stream = Stream(run.rows, order, team.rank, team.size, state.step, plan.num_steps)
+    micro_batches = MicroBatches(stream, config.training.seed, tokenizer.pad_token_id, device)
+    engine = setup.build_engine(run, team, device, tokenizer.pad_token_id, resumed.adapter if resumed else None)
+    writer = MetricsFile(run.folder, state.step) if team.rank == 0 else None
+    meter = Meter(team, RowCounts(run.rows, order), writer, device)
+    engine.time_gathers(meter.stopwatch)
+    team.tell(Ready(state.step, time.perf_counter() - began, resumed.broken if resumed else []))
+    return Worker(run, team, engine, tokenizer, device, meter, Saver(run, team)), state, micro_batches
+
+
 def optimizer_step(
-    engine: Engine,
-    batches: "_Batches",
-    num_label_tokens: int,
-    step: int,
-    learning_rate: float,
-    config: Config,
-    plan: Plan,
-    device: torch.device,
-    pad_token_id: int,
-    team: Team,
+    engine: Engine, micro_batches: Iterable[MicroBatch], num_label_tokens: int, learning_rate: float,
     stopwatch: Stopwatch,
-) -> tuple[list[torch.Tensor], bool]:
+) -> tuple[list[torch.Tensor], bool]:  # fmt: skip
     """One update from the gradient of: nats over all unmasked tokens of the global batch / their number.
 
     Returns the sum of nats of each of this worker's micro-batches, scalars on the device, and whether the gradient was
-    finite: if not, nothing was changed.
+    finite: if not, nothing was changed. Every worker must call this, with as many micro-batches.
     """
     each: list[torch.Tensor] = []
     stopwatch.start()
-    for first in range(0, plan.micro_batches_per_step, team.size):
-        num_present = min(team.size, plan.micro_batches_per_step - first)
-        if team.rank < num_present:
-            micro_batch, rows = batches.next(step)
-            batch = to_tensors(rows, pad_token_id, device)
-        # Else the last one again, which then does not count: ZeRO-3's forward is a collective.
-        setup.seed_everything(config.training.seed, step, micro_batch)
+    for micro_batch in micro_batches:
         stopwatch.mark("data")
-        nats = sum_of_nats(engine, batch)
+        nats = sum_of_nats(engine, micro_batch.tensors)
         stopwatch.mark("forward")
         engine.backward(nats / num_label_tokens)
         stopwatch.mark("backward")
-        engine.add_up(num_present)
+        engine.add_up(micro_batch.num_present)
         stopwatch.mark("communication")
-        if team.rank < num_present:
+        if micro_batch.counts:
             each.append(nats.detach())
     is_finite = engine.step(learning_rate)
     stopwatch.mark("optimizer")
     return each, is_finite
 
 
-class _Batches:
-    """The next micro-batch, fetched while the model still loads or computes."""
-
-    def __init__(self, stream: Stream):
-        self._tables = deliver(stream)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next = self._thread.submit(next, self._tables, None)
-
-    def next(self, step: int) -> tuple[int, Any]:
-        """(micro-batch number, rows) of the next micro-batch, which must belong to this step."""
-        table = self._next.result(timeout=setup.DATA_TIMEOUT_SECONDS)
-        self._next = self._thread.submit(next, self._tables, None)
-        assert table is not None and table["step"][0].as_py() == step, "the delivered rows are not those of this step"
-        return table["micro_batch"][0].as_py(), table
-
-
-def _log(state: State, meter: Meter, engine: Engine, learning_rate: float, order: Order) -> State:
-    entry = meter.log(
-        learning_rate=learning_rate, grad_norm=engine.grad_norm(), epoch=state.step / order.steps_per_epoch
+def _log(worker: Worker, state: State, learning_rate: float) -> State:
+    entry = worker.meter.log(
+        learning_rate=learning_rate, grad_norm=worker.engine.grad_norm(), epoch=worker.meter.counts.epochs(state.step)
     )
     loss = entry.get("loss", state.last_loss)
-    first = loss if state.first_loss is None else state.first_loss
-    return replace(state, first_loss=first, last_loss=loss, num_tokens=state.num_tokens + entry["num_tokens"],
-                   num_label_tokens=state.num_label_tokens + entry["num_label_tokens"])  # fmt: skip
+    return replace(state, first_loss=loss if state.first_loss is None else state.first_loss, last_loss=loss)
 
 
-def _count_skipped(state: State, is_finite: bool, config: Config, counts: RowCounts, writer, team: Team) -> State:
+def _count_skipped(worker: Worker, state: State, is_finite: bool) -> State:
     """Note a step that was skipped, with its samples; raises Stop after too many in a row."""
     if is_finite:
         return replace(state, num_skipped_in_a_row=0)
     state = replace(
         state, num_skipped_steps=state.num_skipped_steps + 1, num_skipped_in_a_row=state.num_skipped_in_a_row + 1
     )
-    samples = counts.sample_numbers(state.step - 1)
-    if writer:
-        writer.write(step=state.step, skipped=True, samples=samples)
+    samples = worker.meter.counts.sample_numbers(state.step - 1)
+    worker.meter.write(step=state.step, skipped=True, samples=samples)
     named = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
-    team.tell(kind="warning", message=f"Step {state.step:,} was skipped: its gradient is not finite. Samples {named}.")
-    if state.num_skipped_in_a_row >= config.training.max_skipped_steps:
+    worker.team.tell(Warned(f"Step {state.step:,} was skipped: its gradient is not finite. Samples {named}."))
+    if state.num_skipped_in_a_row >= worker.run.config.training.max_skipped_steps:
         raise Stop(
             f"the gradients of {state.num_skipped_in_a_row} steps in a row, up to step {state.step:,}, are not finite: "
             "they never reached the weights, and the last checkpoint is good. Lower training.learning_rate, or look "
@@ -226,18 +175,15 @@ def _count_skipped(state: State, is_finite: bool, config: Config, counts: RowCou
     return state
 
 
-def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, writer, saver, team) -> State:
-    metrics = evaluate.validation_loss(engine, rows, config.training.batch_size, tokenizer.pad_token_id, device, team)
+def _validate(worker: Worker, state: State) -> State:
+    metrics = evaluate.validation_loss(worker)
     improved = state.best_eval_loss is None or metrics["eval_loss"] < state.best_eval_loss
     if improved:
-        known = {**vars(state), **metrics}
-        write = _adapter_writer("adapter_best", config, plan, engine, run_folder, tokenizer, known)
-        if team.rank == 0:
-            saver.save_best(write)
-    if writer:
-        writer.write(step=state.step, **metrics)
-    samples = evaluate.sample_answers(config, engine, rows, tokenizer, device, team)
-    team.tell(kind="evaluated", step=state.step, samples=samples, **metrics)
+        write = _adapter_writer(worker, names.ADAPTER_BEST, {**worker.reached(state), **metrics})
+        if worker.team.rank == 0:
+            worker.saver.save_best(write)
+    worker.meter.write(step=state.step, **metrics)
+    worker.team.tell(Evaluated(state.step, metrics, evaluate.sample_answers(worker)))
     ray.train.report({"step": state.step, "loss": state.last_loss, **metrics})
     return replace(
         state,
@@ -248,13 +194,15 @@ def _validate(state, config, plan, engine, rows, run_folder, device, tokenizer, 
     )
 
 
-def _adapter_writer(name, config, plan, engine, run_folder, tokenizer, state) -> Callable[[], None]:
+def _adapter_writer(worker: Worker, name: str, reached: dict[str, Any]) -> Callable[[], None]:
     """What writes the adapter of now, whenever it is called. Every worker must call this; rank 0 may use it."""
-    weights = engine.weights()
+    weights, run = worker.engine.weights(), worker.run
 
     def write() -> None:
-        about = export.about(config, plan, run_folder, state)
-        export.write_adapter(run_folder / name, engine.module, weights, tokenizer, plan.compute_dtype, about)
+        values = export.in_dtype(weights, run.plan.compute_dtype)
+        export.write_adapter(
+            run.folder / name, worker.engine.module, values, worker.tokenizer, export.about(run, reached)
+        )
 
     return write
 
@@ -263,66 +211,3 @@ def _wait_for_the_end(until: float) -> None:
     """Do nothing until Ray Train ends this worker group: what would be computed now would be lost."""
     while time.time() < until:
         time.sleep(0.1)
-
-
-def _is_patience_over(state: State, config: Config) -> bool:
-    patience = config.training.early_stopping_patience
-    return patience is not None and state.evaluations_without_improvement >= patience
-
-
-class _Saver:
-    """What a run writes beside its metrics. A full disk costs a checkpoint, not the run.
-
-    Checkpoints are gathered by all workers and written by rank 0 beside the next steps. No checkpoint is newer than a
-    best adapter that found no space: a run that goes on from it would not write that one again.
-    """
-
-    def __init__(self, config: Config, engine: Engine, run_folder: Folder, fingerprint: str, team: Team):
-        self._config, self._engine, self._fingerprint, self._team = config, engine, fingerprint, team
-        self._run = run_folder
-        self._writer = checkpoint.Saver(run_folder, config.checkpoint.keep)
-        self._best: Callable[[], None] | None = None  # writes the best adapter, where that is still to be done
-        self._problem: str | None = None  # why the last checkpoint was not begun
-        self._failures = 0
-
-    def save_best(self, write: Callable[[], None]) -> None:
-        """Write the best adapter now, or where the disk is full before the next checkpoint. For rank 0."""
-        self._best = write
-        if problem := self._write_best():
-            self._team.tell(kind="warning", message=f"{problem}. It will be written before the next checkpoint.")
-
-    def save(self, state: State) -> None:
-        """Begin a checkpoint, once the one before is on disk. Every worker must call this."""
-        self._wait(MAX_FAILED_CHECKPOINTS)
-        whole = self._engine.state()
-        if self._team.rank == 0:
-            self._problem = self._write_best()
-            if not self._problem:
-                seed = self._config.training.seed
-                self._writer.begin(
-                    whole, {"step": state.step, "state": vars(state), "fingerprint": self._fingerprint, "seed": seed}
-                )
-
-    def finish(self) -> None:
-        """Wait until the last checkpoint is on disk. Every worker must call this. Raises Stop where it cannot be."""
-        self._wait(max_failures=1)
-
-    def save_last(self, write: Callable[[], None]) -> None:
-        """Write the adapter, on rank 0. Every worker must call this. Raises Stop where the disk is full."""
-        problem = unless_full(write, "the adapter", self._run) if self._team.rank == 0 else None
-        if problem := self._team.gather(problem)[0]:
-            raise Stop(f"{problem}. {FREE_SPACE}")
-
-    def _write_best(self) -> str | None:
-        problem = unless_full(self._best, "the best adapter", self._run) if self._best else None
-        if not problem:
-            self._best = None
-        return problem
-
-    def _wait(self, max_failures: int) -> None:
-        problem = self._team.gather(self._problem or self._writer.finish())[0]
-        self._failures = self._failures + 1 if problem else 0
-        if problem and self._failures >= max_failures:
-            raise Stop(f"{problem}, {self._failures}x in a row. {FREE_SPACE}")
-        if problem:
-            self._team.tell(kind="warning", message=f"{problem}. Training goes on; the next one is due as planned.")

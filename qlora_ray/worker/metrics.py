@@ -1,6 +1,5 @@
-"""metrics.jsonl: a line per logged step or validation, written by one process, continued without gaps on resume."""
+"""What happened since the last logged step, added up: tokens, losses, seconds, memory."""
 
-import json
 import math
 import resource
 import time
@@ -9,57 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_ray.data.order import Order
+from qlora_ray.data.order import NO_ROW, Order
 from qlora_ray.data.rows import open_rows, sample_digest
-from qlora_ray.storage import DISK_IS_FULL, Folder
+from qlora_ray.rundir.metrics import MetricsFile
+from qlora_ray.storage import Folder
+from qlora_ray.worker.messages import Logged
 from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.team import Team
-
-
-class MetricsFile:
-    """Appends lines on a local disk; on object stores, which cannot append, rewrites the file at every flush."""
-
-    def __init__(self, run: Folder, resume_step: int):
-        self._target = run / "metrics.jsonl"
-        lines = self._target.read_bytes().decode().splitlines() if self._target.exists() else []
-        # Steps after the checkpoint are done again, and their lines with them. A torn last line goes too.
-        self._lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resume_step]
-        self._rewrite()
-
-    def write(self, **values: Any) -> dict[str, Any]:
-        """Add one line; None values are left out. Returns what was written. On a full disk the line waits for space."""
-        entry = {name: value for name, value in values.items() if value is not None} | {"time": round(time.time(), 3)}
-        self._lines.append(json.dumps(entry))
-        if self._target.is_local:
-            self._append()
-        return entry
-
-    def flush(self) -> None:
-        """Make the file on an object store current."""
-        if not self._target.is_local:
-            self._rewrite()
-
-    def _append(self) -> None:
-        text = "".join(line + "\n" for line in self._lines).encode()
-        with open(self._target.path, "r+b", buffering=0) as file:
-            file.seek(self._whole_bytes)  # over what a write that found no space has left
-            try:
-                file.truncate()
-                if file.write(text) != len(text):
-                    return
-            except OSError as error:
-                if error.errno not in DISK_IS_FULL:
-                    raise
-                return
-        self._whole_bytes += len(text)
-        self._lines.clear()
-
-    def _rewrite(self) -> None:
-        content = "".join(line + "\n" for line in self._lines).encode()
-        self._target.write_bytes(content)
-        if self._target.is_local:
-            self._whole_bytes = len(content)
-            self._lines.clear()
 
 
 class RowCounts:
@@ -80,6 +35,18 @@ class RowCounts:
         """Tokens that optimizer step `step` (from 0) is trained on, over all workers."""
         return int(self._labels[self._order.rows_of_step(step)].sum())
 
+    def until(self, step: int) -> tuple[int, int]:
+        """(tokens, tokens trained on) of the first `step` optimizer steps of the run."""
+        epochs, rest = divmod(step, self._order.steps_per_epoch)
+        partial = range(epochs * self._order.steps_per_epoch, step)
+        rows = np.concatenate([self._order.rows_of_step(one).ravel() for one in partial]) if rest else [NO_ROW]
+        tokens, labels = (int(epochs * each.sum() + each[rows].sum()) for each in (self._tokens, self._labels))
+        return tokens, labels
+
+    def epochs(self, step: int) -> float:
+        """Passes over the rows that the first `step` optimizer steps of the run make."""
+        return step / self._order.steps_per_epoch
+
     def samples(self, step: int) -> int:
         """Samples of optimizer step `step` (from 0); a packed row holds several."""
         return int(self._samples[self._order.rows_of_step(step)].sum())
@@ -97,7 +64,8 @@ class Meter:
     """Adds up what happened since the last logged step. Losses stay on the device until then."""
 
     def __init__(self, team: Team, counts: RowCounts, writer: MetricsFile | None, device: torch.device):
-        self._team, self._counts, self._writer, self._device = team, counts, writer, device
+        self.counts = counts
+        self._team, self._writer, self._device = team, writer, device
         self._steps: list[int] = []
         self._nats: list[list[torch.Tensor]] = []  # of each step, of each of this worker's micro-batches
         self._began = self._last = time.perf_counter()
@@ -111,11 +79,25 @@ class Meter:
         self._nats.append(nats)
         self._last = time.perf_counter()
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there are steps since the last logged one."""
+        return bool(self._steps)
+
+    def write(self, **values: Any) -> None:
+        """Add a line of another kind to metrics.jsonl, on rank 0."""
+        if self._writer:
+            self._writer.write(**values)
+
+    def flush(self) -> None:
+        """Make metrics.jsonl current where it lies on an object store."""
+        if self._writer:
+            self._writer.flush()
+
     def skip_time(self, phase: str) -> None:
         """Do not count the time since the last step: it went into this phase, "evaluation" or "checkpoint"."""
         now = time.perf_counter()
-        if self._writer:
-            self._writer.write(step=self._last_step, **{f"{phase}_seconds": round(now - self._last, 4)})
+        self.write(step=self._last_step, **{f"{phase}_seconds": round(now - self._last, 4)})
         self._began, self._last = self._began + now - self._last, now
         self.stopwatch.start()
 
@@ -125,7 +107,7 @@ class Meter:
         now = time.perf_counter()
         seconds = now - self._began
         memory = self._team.max(peak_memory_gib(self._device))
-        tokens = sum(map(self._counts.tokens, self._steps))
+        tokens = sum(map(self.counts.tokens, self._steps))
         entry = {
             "step": self._steps[-1] + 1,
             **({} if loss is None else {"loss": loss}),
@@ -133,16 +115,15 @@ class Meter:
             "step_seconds": seconds / len(self._steps),
             **{f"{phase}_seconds": spent / len(self._steps) for phase, spent in self.stopwatch.take().items()},
             "tokens_per_second": tokens / seconds,
-            "samples_per_second": sum(map(self._counts.samples, self._steps)) / seconds,
+            "samples_per_second": sum(map(self.counts.samples, self._steps)) / seconds,
             "peak_memory_gib": memory,
             "num_workers": self._team.size,
             "num_tokens": tokens,
-            "num_label_tokens": sum(map(self._counts.label_tokens, self._steps)),
-            "sample_digests": [self._counts.digest(step) for step in self._steps],  # of the steps up to this one
+            "num_label_tokens": sum(map(self.counts.label_tokens, self._steps)),
+            "sample_digests": [self.counts.digest(step) for step in self._steps],  # of the steps up to this one
         }
-        if self._writer:
-            self._writer.write(**entry)
-        self._team.tell(kind="logged", **{name: value for name, value in entry.items() if value is not None})
+        self.write(**entry)
+        self._team.tell(Logged({name: value for name, value in entry.items() if value is not None}))
         self._steps, self._nats, self._began, self._last = [], [], now, now
         return entry
 
@@ -157,7 +138,7 @@ class Meter:
         finite = [
             (step, nats) for step, nats in zip(self._steps, by_step, strict=True) if all(map(math.isfinite, nats))
         ]
-        labels = sum(self._counts.label_tokens(step) for step, _ in finite)
+        labels = sum(self.counts.label_tokens(step) for step, _ in finite)
         return math.fsum(value for _, nats in finite for value in nats) / labels if labels else None
 
 

@@ -15,23 +15,23 @@ from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.fused import fuse, fused_layers, keep
 from qlora_ray.model.recompute import Choice
-from qlora_ray.plan import Plan, choose_recomputation
+from qlora_ray.planning.plan import Plan, choose_recomputation
+from qlora_ray.rundir import names
 from qlora_ray.storage import SHARE_IT, Folder
 from qlora_ray.worker.batches import to_tensors
-from qlora_ray.worker.engine import AdapterState, Engine
+from qlora_ray.worker.engine import Engine
+from qlora_ray.worker.errors import GuardError
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+from qlora_ray.worker.messages import Run
+from qlora_ray.worker.state import AdapterState
 from qlora_ray.worker.team import Team
 
-DATA_TIMEOUT_SECONDS = 600
 GUARD_TOKENS = 64
+SHARE_TOLERANCE = 0.01
 SHARE_OF_FREE_MEMORY = 0.9  # that recompute=auto fills: the rest is for the allocator's rounding and libraries
 # The same kernels on the same values: only the order of sums may differ. 4-bit weights that were cast by mistake
 # change a loss by 4e-3 of its value and more.
 GUARD_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
-
-
-class GuardError(RuntimeError):
-    """The sharded model does not compute what the unsharded one computed."""
 
 
 def send_output_to_log(run_folder: Folder, rank: int, debug: bool) -> str | None:
@@ -48,7 +48,7 @@ def send_output_to_log(run_folder: Folder, rank: int, debug: bool) -> str | None
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     if not run_folder.is_local:
         return None
-    folder = (run_folder / "logs").make()
+    folder = (run_folder / names.LOGS).make()
     if not debug:
         handle = os.open(f"{folder.path}/worker_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         sys.stdout.flush()
@@ -80,7 +80,7 @@ def check_shared(run_folder: Folder, team: Team) -> None:
 
     Raises ConfigError.
     """
-    sees = team.gather((run_folder / "manifest.json").exists())
+    sees = team.gather((run_folder / names.MANIFEST).exists())
     if not all(sees):
         blind = [rank for rank, seen in enumerate(sees) if not seen]
         raise ConfigError(
@@ -114,24 +114,19 @@ def num_rows(rows: Folder) -> int:
     return len(open_rows(rows, "train"))
 
 
-def seed_everything(seed: int, step: int, micro_batch: int) -> None:
-    """Make dropout and noise of a micro-batch a function of its place alone, whoever computes it."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + micro_batch)
+def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, resumed: AdapterState | None) -> Engine:
+    """4-bit base, LoRA, DeepSpeed; resumed where there is a checkpoint; checked against the unsharded model.
 
-
-def build_engine(
-    config: Config, plan: Plan, rows: Folder, device: torch.device, pad_token_id: int, resumed: AdapterState | None,
-    team: Team, debug: bool,
-) -> Engine:  # fmt: skip
-    """4-bit base, LoRA, DeepSpeed; resumed where there is a checkpoint; checked against the unsharded model."""
+    Every worker must call this. Raises ConfigError where the base cannot be loaded, and GuardError where it is not
+    what the plan says, or sharding changed it.
+    """
+    config, plan = run.config, run.plan
     dtype = getattr(torch, plan.compute_dtype)
     log = logging.getLogger(__name__)
     log.info("base model: loading")
     base = load_base(config.model, config.quantization, plan.compute_dtype, device)
     log.info("base model: loaded")
-    stored = count_bytes(base)
-    team.tell(kind="loaded", four_bit_share=stored.four_bit_share, four_bit_gib=stored.four_bit / 2**30,
-              other_gib=stored.other / 2**30)  # fmt: skip
+    check_four_bit_share(count_bytes(base).four_bit_share, plan)
     model = add_adapter(base, config.model, dtype, config.training.seed)
     _put_in_one_dtype(model, dtype)
     if resumed:
@@ -144,9 +139,9 @@ def build_engine(
         model.enable_input_require_grads()
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
-    sample = to_tensors(open_rows(rows, "train").gather(np.array([0])), pad_token_id, device)
+    sample = to_tensors(open_rows(run.rows, "train").gather(np.array([0])), pad_token_id, device)
     sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items() if values.dim() == 2}
-    if debug and team.rank == 0:
+    if run.debug and team.rank == 0:
         log.info("parameters:\n%s", parameter_table(model, plan))
     before = _loss(model, sample)
     log.info("engine: starting")
@@ -177,6 +172,16 @@ def keep_what_fits(model: torch.nn.Module, config: Config, plan: Plan, device: t
     keep(model, choice)
     logging.getLogger(__name__).info("%s (%.1f GiB for activations)", choice, budget / 2**30)
     return choice
+
+
+def check_four_bit_share(measured: float, plan: Plan) -> None:
+    """Raise GuardError where another share of the base is in 4 bits than the plan, and the user, reckoned with."""
+    if abs(measured - plan.four_bit_share) > SHARE_TOLERANCE:
+        raise GuardError(
+            f"{measured:.1%} of the base's parameters are in 4 bits, the plan says {plan.four_bit_share:.1%}. The run "
+            "was stopped before step 1: its memory and its result would not be those that were planned. Please report "
+            "the base's config.json."
+        )
 
 
 def check_same_loss(before: float, after: float, plan: Plan) -> None:

@@ -10,6 +10,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from qlora_ray.worker.messages import Interrupted, Message, Stepped
 from qlora_ray.worker.notice import Notice
 
 HOLD_SECONDS = 90  # longer than the controller waits for the checkpoint
@@ -35,20 +36,16 @@ class Team:
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._channel = channel
         self._answer: Any = None
-        self._notice = Notice(lambda cause: self.tell(kind="interruption", cause=cause))
+        self._notice = Notice(lambda cause: self.tell(Interrupted(cause)))
 
-    def tell(self, **message: Any) -> None:
+    def tell(self, message: Message) -> None:
         """Send a message to the driver; rank 0 speaks for all."""
         if self.rank == 0:
             self._answer = self._channel.tell.remote(message)
 
-    def tell_from_any_rank(self, **message: Any) -> None:
+    def tell_from_any_rank(self, message: Message) -> None:
         """Send what this worker alone knows, and wait until it has arrived."""
         ray.get(self._channel.tell.remote(message), timeout=60)
-
-    def reason_to_give_up(self) -> str | None:
-        """Why this worker group should not start, the same on every worker. Every worker must call this."""
-        return ray.get(self._channel.reason_to_give_up.remote(), timeout=60)
 
     def wait_until_told(self) -> None:
         """Return once the driver's mailbox has what was sent."""
@@ -66,10 +63,10 @@ class Team:
                 stop, why = ray.get(self._answer)
                 self._answer = None
             if self._answer is None and not stop:
-                self.tell(kind="step", step=step)
+                self.tell(Stepped(step))
         save, hold_until = self._notice.look(seconds_to_save) if self.rank == 0 else (False, 0.0)
         if why is not None:
-            self.tell(kind="interruption", step=step, cause=why)
+            self.tell(Interrupted(why, step))
             hold_until = time.time() + HOLD_SECONDS
         agreed = torch.tensor([stop, save, hold_until, deadline], dtype=torch.float64)
         dist.broadcast(agreed, src=0, group=self._group)

@@ -12,7 +12,7 @@ import torch
 
 from qlora_ray.storage import Folder, open_folder
 from qlora_ray.worker.checkpoint import load_latest, save
-from qlora_ray.worker.engine import MOMENTS, AdapterState
+from qlora_ray.worker.state import MOMENTS, AdapterState
 from tests.chaos.inject.sitecustomize import die_at_sync
 
 
@@ -27,7 +27,7 @@ def step_left(folder: Folder) -> int:
     """The step from which a run would go on."""
     found = load_latest(folder, set_aside=True)
     assert found is not None
-    return found[1]["step"]
+    return found.progress["step"]
 
 
 def is_killed(number: int, folder: Folder, keep: int) -> bool:

@@ -15,7 +15,7 @@ SETTINGS = (
     "training.max_steps=100", "ray.max_failures=9",
 )  # fmt: skip
 SEED = 1
-TITLES = {"trial": "qlora_ray.sweep.leash", "worker": "ray::RayTrainWorker", "actor": "ray::ResourceTrainable",
+TITLES = {"trial": "qlora_ray.train", "worker": "ray::RayTrainWorker", "actor": "ray::ResourceTrainable",
           "controller": "ray::TrainController"}  # fmt: skip
 
 

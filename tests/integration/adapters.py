@@ -4,17 +4,19 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import torch
 
 from qlora_ray.data.stats import DataStats
 from qlora_ray.data.tokenize import load_tokenizer
+from qlora_ray.inference.judge import Examples
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import load_base
 from qlora_ray.storage import open_folder
-from qlora_ray.use.judge import Examples
-from qlora_ray.worker.export import about, write_adapter
+from qlora_ray.worker.export import about, in_dtype, write_adapter
+from qlora_ray.worker.messages import Run
 from tests.integration import tiny_models
 
 NUM_PROMPT_TOKENS = 8  # of the 24 of a row of tiny_models.batch
@@ -37,11 +39,11 @@ def trained(folder: Path, base: str, dtype: str = "float32", steps: int = 40, **
     stats = DataStats("0" * 32, 2, 0, 0, 2, 0, 48, 32, 24)
     manifest = {"data": dataclasses.asdict(stats), "versions": {"qlora_ray": "0"}, "git_commit": None}
     (run / "manifest.json").write_bytes(json.dumps(manifest).encode())
-    plan = SimpleNamespace(compute_dtype=dtype, num_workers=1)
+    plan: Any = SimpleNamespace(compute_dtype=dtype, num_workers=1)
     tokenizer = load_tokenizer(base, None)
     weights = {name: parameter.detach().float() for name, parameter in parameters.items()}
-    record = about(config, plan, run, {"step": steps, "last_loss": 0.1})
-    write_adapter(run / "adapter", adapted, weights, tokenizer, dtype, record)
+    record = about(Run(config, plan, run, run, stats.fingerprint, debug=False), {"step": steps, "last_loss": 0.1})
+    write_adapter(run / "adapter", adapted, in_dtype(weights, dtype), tokenizer, record)
     return folder / "adapter"
 
 

@@ -68,6 +68,6 @@ def trial_processes(sweep: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        if "qlora_ray.sweep.leash" in line and any(str(sweep) in part for part in line):
+        if "qlora_ray.train" in line and any(str(sweep) in part for part in line):
             found.append(process)
     return found

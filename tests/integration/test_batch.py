@@ -12,8 +12,8 @@ import pytest
 
 from qlora_ray import generate
 from qlora_ray.data.formats import BadRecord
+from qlora_ray.inference.batch import Answerer, Job, to_prompt
 from qlora_ray.model.record import open_adapter
-from qlora_ray.use.batch import Answerer, Job, to_prompt
 
 BATCH_SIZE, NUM_ROWS, NEW_TOKENS = 4, 62, 12
 

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from qlora_ray import cluster
+from qlora_ray.cluster import connect
 from qlora_ray.config import Config
 from qlora_ray.data import delivery, prepare
 from qlora_ray.data import read as read_module
@@ -21,8 +21,8 @@ from qlora_ray.storage import open_folder
 def ray():
     import ray
 
-    cluster.set_environment(Config(), debug=False)
-    cluster.start_ray(Config(), debug=False)
+    connect.set_environment(Config(), debug=False)
+    connect.start_ray(Config(), debug=False)
     yield ray
     for thread in threading.enumerate():  # one that asked Ray for rows after its end would end this process
         if thread.name == "ray-data" or thread.name.startswith("StreamingExecutor"):

@@ -52,7 +52,7 @@ def test_two_nodes_are_green_with_a_real_all_reduce_between_them(tmp_path):
 def test_node_that_never_answers_costs_the_deadline_and_no_more(monkeypatch):
     import ray
 
-    from qlora_ray.checks import ask
+    from qlora_ray.cluster import ask
 
     monkeypatch.setattr(ask, "gather", lambda question: time.sleep(300))
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.facts import read_facts
-from qlora_ray.plan import num_lora_parameters
+from qlora_ray.planning.plan import num_lora_parameters
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import write_adapter
 from tests.integration import tiny_models
@@ -24,7 +24,7 @@ def test_family_trains_under_zero3_and_its_adapter_reloads_in_plain_peft(family,
 
     weights = sharded.engine.weights()
     adapter = open_folder(str(tmp_path / "adapter"))
-    write_adapter(adapter, sharded.engine.module, weights, AutoTokenizer.from_pretrained(folder), "float32")
+    write_adapter(adapter, sharded.engine.module, weights, AutoTokenizer.from_pretrained(folder))
     base = load_base(config.model, config.quantization, "float32", torch.device("cpu"))
     plain = PeftModel.from_pretrained(base, adapter.path)
     torch.testing.assert_close(

@@ -9,8 +9,9 @@ from qlora_ray.config import base_model_path
 from qlora_ray.data.stats import DataStats
 from qlora_ray.model import base as base_module
 from qlora_ray.model.facts import read_facts
-from qlora_ray.plan import Hardware, Plan, make_plan
+from qlora_ray.planning.plan import Hardware, Plan, make_plan
 from qlora_ray.worker import setup
+from qlora_ray.worker.errors import GuardError
 from tests.integration import tiny_models
 
 
@@ -45,7 +46,7 @@ def test_guard_passes_byte_storage(monkeypatch, process_group):
 
 def test_guard_stops_a_run_whose_packed_weights_were_cast(monkeypatch, process_group):
     before, after, plan = _guarded(monkeypatch, torch.float16)
-    with pytest.raises(setup.GuardError, match="bnb_4bit_quant_storage"):
+    with pytest.raises(GuardError, match="bnb_4bit_quant_storage"):
         setup.check_same_loss(before, after, plan)
 
 

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_ray import export
 from qlora_ray.config import base_model_path
+from qlora_ray.inference import merge, verify
+from qlora_ray.inference.load import load
 from qlora_ray.model.base import four_bit_modules, load_base
 from qlora_ray.model.record import open_adapter
-from qlora_ray.use import merge, verify
-from qlora_ray.use.load import load
 from tests.integration import adapters, tiny_models
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from qlora_ray import trackers
 from qlora_ray.config import Config, ConfigError
+from qlora_ray.driver import trackers
+from qlora_ray.planning.early import check_trackers
 
 LINES = [{"step": step, "loss": 1 / step, "tokens_per_second": 10.0 * step} for step in range(1, 21)]
 LINES.append({"step": 20, "eval_loss": 0.5})
@@ -114,7 +115,7 @@ def test_tracker_that_takes_nothing_does_not_block_the_run(tmp_path, monkeypatch
 
 
 def test_missing_package_is_refused_before_the_run(monkeypatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r'pip install "qlora_ray\[wandb\]"'):
-        trackers.check_installed(["wandb"])
-    trackers.check_installed([])
+        check_trackers(Config.model_validate({"logging": {"trackers": ["wandb"]}}))
+    check_trackers(Config())

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from qlora_ray import evaluate, generate
 from qlora_ray.config import ConfigError, base_model_path
 from qlora_ray.data.tokenize import PLAIN_TEMPLATE, load_tokenizer
+from qlora_ray.inference.load import load
 from qlora_ray.model.answer import exact_match, left_padded, stop_token_ids, token_f1
 from qlora_ray.model.base import load_base
 from qlora_ray.model.record import FILE, describe_base, find_adapter, open_adapter
-from qlora_ray.use.load import load
 from tests.integration import tiny_models
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ def test_variant_trains_and_its_adapter_reloads_in_plain_peft(variant, tmp_path,
     assert losses[-1] < losses[0] - 0.05
     adapter = open_folder(str(tmp_path / "adapter"))
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    write_adapter(adapter, sharded.engine.module, sharded.engine.weights(), tokenizer, "float32")
+    write_adapter(adapter, sharded.engine.module, sharded.engine.weights(), tokenizer)
     plain = PeftModel.from_pretrained(load_base(config.model, config.quantization, "float32", CPU), adapter.path)
     torch.testing.assert_close(
         tiny_models.logits(plain), tiny_models.logits(sharded.engine.module), rtol=1e-4, atol=1e-4

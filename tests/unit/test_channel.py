@@ -2,8 +2,9 @@
 
 import pytest
 
-from qlora_ray.failures import likely_cause
-from qlora_ray.worker.channel import DEATH, FREEZE, Channel
+from qlora_ray.driver.channel import Channel
+from qlora_ray.driver.controller import likely_cause
+from qlora_ray.worker.messages import DEATH, FREEZE, Failed, Fatal, Refused, Stepped
 
 
 @pytest.fixture
@@ -12,8 +13,8 @@ def channel():
 
 
 def fail(channel, step: int, cause: str) -> None:
-    channel.tell({"kind": "step", "step": step})
-    channel.tell({"kind": "failed", "cause": cause})
+    channel.tell(Stepped(step))
+    channel.tell(Failed(cause))
 
 
 def test_third_failure_of_one_kind_at_one_step_is_the_last(channel):
@@ -40,8 +41,13 @@ def test_processes_ended_from_outside_say_nothing_about_the_next_time(channel, e
 
 
 def test_what_trying_again_cannot_mend_ends_the_run_at_once(channel):
-    channel.tell({"kind": "fatal", "message": "worker 1 is out of memory"})
+    channel.tell(Fatal("worker 1 is out of memory"))
     assert channel.reason_to_give_up() == "worker 1 is out of memory"
+
+
+def test_what_the_user_must_change_ends_the_run_at_once(channel):
+    channel.tell(Refused("model.base_model=x: no such folder"))
+    assert channel.reason_to_give_up() == "model.base_model=x: no such folder"
 
 
 def test_cause_is_the_error_that_the_others_follow_from():

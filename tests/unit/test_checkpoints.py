@@ -9,11 +9,15 @@ import sys
 import pytest
 import torch
 
-from qlora_ray.checkpoints import BrokenCheckpoint, newest_whole, verify, with_manifest
+from qlora_ray.config import Config
+from qlora_ray.rundir.checkpoints import BrokenCheckpoint, newest_whole, verify, with_manifest
+from qlora_ray.rundir.metrics import MetricsFile
 from qlora_ray.storage import open_folder
-from qlora_ray.worker.checkpoint import Saver, load_latest, save
-from qlora_ray.worker.engine import MOMENTS
-from qlora_ray.worker.metrics import MetricsFile
+from qlora_ray.worker.checkpoint import load_latest, save
+from qlora_ray.worker.errors import Stop
+from qlora_ray.worker.messages import Run
+from qlora_ray.worker.saver import Saver
+from qlora_ray.worker.state import MOMENTS, State
 from tests import disks
 from tests.chaos.killed_saves import state
 
@@ -30,9 +34,9 @@ def run(tmp_path):
 
 
 def test_saved_state_comes_back_bit_for_bit(run):
-    loaded, progress, _ = load_latest(open_folder(str(run)), set_aside=False)
-    wanted = state(10)
-    assert progress == {"step": 10} and loaded.optimizer_step == 10
+    resumed = load_latest(open_folder(str(run)), set_aside=False)
+    loaded, wanted = resumed.adapter, state(10)
+    assert resumed.progress == {"step": 10} and loaded.optimizer_step == 10
     assert loaded.weights.keys() == wanted.weights.keys()
     for name, weight in wanted.weights.items():
         assert torch.equal(loaded.weights[name], weight)
@@ -65,7 +69,7 @@ def test_any_truncated_file_is_detected_and_the_checkpoint_before_is_used(run, f
 
 def test_resumed_state_is_that_of_the_checkpoint_before(run):
     (run / "checkpoints/step_00000010/optimizer.safetensors").write_bytes(b"")
-    assert load_latest(open_folder(str(run)), set_aside=False)[1] == {"step": 5}
+    assert load_latest(open_folder(str(run)), set_aside=False).progress == {"step": 5}
 
 
 def test_manifest_that_leaves_a_file_out_is_no_proof(run):
@@ -95,10 +99,15 @@ def test_run_with_only_broken_checkpoints_says_so(run):
         newest_whole(open_folder(str(run)))
 
 
-def test_only_the_newest_are_kept_and_nothing_is_pickled(run):
-    for step in (15, 20, 25):
-        save(open_folder(str(run)), state(step), {"step": step}, keep=2)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000020", "step_00000025"]
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 5, 7, 10, 100])
+def test_as_many_of_the_newest_are_kept_as_were_asked_for(run, keep):
+    for step in range(15, 65, 5):
+        save(open_folder(str(run)), state(step), {"step": step}, keep)
+        kept = [f"step_{kept:08d}" for kept in range(5, step + 1, 5)][-keep:]
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
+
+
+def test_nothing_is_pickled(run):
     assert {path.name for path in run.rglob("*") if path.is_file()} == set(FILES)
 
 
@@ -113,13 +122,23 @@ def test_save_killed_at_any_sync_or_rename_leaves_a_whole_checkpoint(tmp_path, k
 def test_broken_newer_checkpoint_is_put_aside_and_counts_for_nothing(run):
     (run / "checkpoints/step_00000010/state.json").write_text("{}")
     folder = open_folder(str(run))
-    _, progress, broken = load_latest(folder, set_aside=True)
-    assert progress == {"step": 5} and "state.json is not what was written" in broken[0]
+    resumed = load_latest(folder, set_aside=True)
+    assert resumed.progress == {"step": 5} and "state.json is not what was written" in resumed.broken[0]
     save(folder, state(7), {"step": 7}, keep=1)
     assert [checkpoint.name for checkpoint in with_manifest(folder)] == ["step_00000007"]
     assert (run / "checkpoints/broken-step_00000010").is_dir()
     save(folder, state(10), {"step": 10}, keep=1)
-    assert load_latest(folder, set_aside=True)[1:] == ({"step": 10}, [])
+    resumed = load_latest(folder, set_aside=True)
+    assert (resumed.progress, resumed.broken) == ({"step": 10}, [])
+
+
+class OneWorker:
+    """The team of a run with one worker."""
+
+    rank = 0
+
+    def gather(self, value):
+        return [value]
 
 
 @pytest.fixture
@@ -130,16 +149,22 @@ def small_disk(tmp_path):
 
 def test_full_disk_at_any_write_keeps_the_last_checkpoint_and_the_next_succeeds_once_there_is_space(small_disk):
     folder, ballast = open_folder(str(small_disk / "run")), small_disk / "ballast"
-    saver = Saver(folder, keep=2)
-    saver.begin(state(5), {"step": 5})
-    assert saver.finish() is None
+    saver = Saver(Run(Config.model_validate({"checkpoint": {"keep": 2}}), None, folder, folder, "", False), OneWorker())
+
+    def problem_with(step: int) -> str | None:
+        saver.save(State(step=step), lambda: state(step))
+        try:
+            return saver.finish()
+        except Stop as stop:
+            return str(stop)
+
+    assert problem_with(5) is None
     free, failed = shutil.disk_usage(small_disk).free, 0
     for left in range(0, 40 * 1024, 4096):
         ballast.write_bytes(b"x" * (free - left))
-        saver.begin(state(10), {"step": 10})
-        problem = saver.finish()
+        problem = problem_with(10)
         ballast.unlink()
-        assert load_latest(folder, set_aside=True)[1]["step"] == (5 if problem else 10)
+        assert load_latest(folder, set_aside=True).progress["step"] == (5 if problem else 10)
         if not problem:
             break
         failed += 1

@@ -8,12 +8,12 @@ import time
 import pytest
 
 from qlora_ray import doctor, environment
-from qlora_ray.checks import CHECKS, QUICK
-from qlora_ray.checks import facts as facts_module
-from qlora_ray.checks.found import Found, Needs, Row, look
-from qlora_ray.checks.needs import needs_of, refuse
+from qlora_ray.cluster import node_facts as facts_module
+from qlora_ray.cluster.checks import CHECKS, QUICK
+from qlora_ray.cluster.found import Found, Needs, Row, look
+from qlora_ray.cluster.needs import needs_of, refuse
 from qlora_ray.config import Config, ConfigError
-from qlora_ray.plan import Hardware
+from qlora_ray.planning.plan import Hardware
 
 GPU = {"name": "H100", "total_gib": 80.0, "free_gib": 79.0, "driver": "580.65.06", "compute_capability": "9.0"}
 NODE = {

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_ray import cli, cluster
-from qlora_ray.data import __main__ as door
+from qlora_ray import cli
+from qlora_ray import show_data as door
+from qlora_ray.cluster import connect
 from tests.unit.test_formats import GOOD, TURNS
 
 
@@ -15,7 +16,7 @@ def ray_never_starts(monkeypatch):
     def start_ray(*_):
         raise AssertionError("Ray was about to start")
 
-    monkeypatch.setattr(cluster, "start_ray", start_ray)
+    monkeypatch.setattr(connect, "start_ray", start_ray)
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_ray import cluster, train
+from qlora_ray import train
+from qlora_ray.cluster import connect
 from qlora_ray.config import base_model_path
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -19,7 +20,7 @@ def ray_never_starts(monkeypatch):
     def start_ray(*_):
         raise AssertionError("Ray was about to start")
 
-    monkeypatch.setattr(cluster, "start_ray", start_ray)
+    monkeypatch.setattr(connect, "start_ray", start_ray)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 

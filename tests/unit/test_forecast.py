@@ -7,10 +7,11 @@ import time
 
 import pytest
 
-from qlora_ray import fit, forecast
+from qlora_ray import plan
 from qlora_ray.config import Config, ConfigError
 from qlora_ray.model.facts import BaseFacts
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, activation_bytes, choose
+from qlora_ray.planning import memory, table
 from tests.integration import tiny_models
 
 LLAMA_8B = LayerShape(hidden=4096, inner=14336, queries=4096, keys=1024, rank=16, element_bytes=2)
@@ -63,28 +64,28 @@ def test_forecast_is_what_an_h200_measured():
     )
     config = Config()
     trainable = 16 * sum(rows + columns for _, rows, columns in linear)
-    known = forecast.sizes(config, facts, trainable, 3, "bfloat16")
+    known = memory.sizes(config, facts, trainable, 3, "bfloat16")
     assert known.layer == LLAMA_8B
     measured = {Choice((Keep.ALL,) * LAYERS): 33.60, Choice((Keep.ALL,) * LAYERS, LAYERS): 46.68}
     for choice, peak in measured.items():
-        assert forecast.peak_gib(forecast.memory_gib(known, TOKENS, choice)) == pytest.approx(peak, rel=0.02)
+        assert memory.peak_gib(memory.memory_gib(known, TOKENS, choice)) == pytest.approx(peak, rel=0.02)
 
 
 def test_dropout_and_unknown_families_have_no_fused_layers(tmp_path):
     from qlora_ray.model.facts import read_facts
 
     llama, gemma = (read_facts(tiny_models.save(family, tmp_path / family)) for family in ("llama", "gemma2"))
-    assert forecast.layer_shape(Config(), llama, 2) is not None
-    assert forecast.layer_shape(Config.model_validate({"model": {"lora_dropout": 0.1}}), llama, 2) is None
-    assert forecast.layer_shape(Config(), gemma, 2) is None
+    assert memory.layer_shape(Config(), llama, 2) is not None
+    assert memory.layer_shape(Config.model_validate({"model": {"lora_dropout": 0.1}}), llama, 2) is None
+    assert memory.layer_shape(Config(), gemma, 2) is None
 
 
 def test_plan_door_answers_within_a_second_and_loads_nothing_heavy(tmp_path):
     base = tiny_models.save("llama", tmp_path)
     code = (
         "import sys, time; began = time.perf_counter()\n"
-        "from qlora_ray import fit\n"
-        f"assert fit.main(['model.base_model={base}', 'model.lora_dropout=0', '--gpus', '2', '--gib', '24']) == 0\n"
+        "from qlora_ray import plan\n"
+        f"assert plan.main(['model.base_model={base}', 'model.lora_dropout=0', '--gpus', '2', '--gib', '24']) == 0\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
         "print(time.process_time())"
     )
@@ -100,24 +101,24 @@ def test_dequantized_weights_are_held_where_they_fit_one_worker_has_all_and_nobo
     base = tiny_models.save("llama", tmp_path)
     asked = {"model": {"base_model": base}}
     held = "hold dequantized weights"
-    assert held in fit.answer(Config.model_validate(asked), 80, "H100")
-    assert held not in fit.answer(Config.model_validate(asked | {"ray": {"num_workers": 2}}), 80, "H100")
+    assert held in table.answer(Config.model_validate(asked), 80, "H100")
+    assert held not in table.answer(Config.model_validate(asked | {"ray": {"num_workers": 2}}), 80, "H100")
     forbidden = asked | {"training": {"dequantized_weights": "none"}}
-    assert held not in fit.answer(Config.model_validate(forbidden), 80, "H100")
-    assert held not in fit.answer(Config.model_validate(asked), 0.001, "H100")
+    assert held not in table.answer(Config.model_validate(forbidden), 80, "H100")
+    assert held not in table.answer(Config.model_validate(asked), 0.001, "H100")
 
 
 def test_plan_door_says_what_does_not_fit(tmp_path):
     base = tiny_models.save("llama", tmp_path)
     config = Config.model_validate({"model": {"base_model": base}})
-    assert "does not fit" in fit.answer(config, 0.001, "H100")
-    assert "does not fit" not in fit.answer(config, 80, "H100")
+    assert "does not fit" in table.answer(config, 0.001, "H100")
+    assert "does not fit" not in table.answer(config, 80, "H100")
 
 
 def test_plan_door_refuses_a_base_that_is_not_there(capsys):
     began = time.perf_counter()
-    assert fit.main(["model.base_model=/nowhere"]) == 2
+    assert plan.main(["model.base_model=/nowhere"]) == 2
     assert "model.base_model=/nowhere" in capsys.readouterr().err
     assert time.perf_counter() - began < 5
     with pytest.raises(ConfigError):
-        fit.answer(Config.model_validate({"model": {"base_model": "/nowhere"}}), 80, "H100")
+        table.answer(Config.model_validate({"model": {"base_model": "/nowhere"}}), 80, "H100")

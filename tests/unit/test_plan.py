@@ -8,15 +8,8 @@ import pytest
 from qlora_ray.config import Config, ConfigError, base_model_path
 from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import read_facts
-from qlora_ray.plan import (
-    Hardware,
-    check_workers_fit,
-    learning_rate_at,
-    make_plan,
-    num_lora_parameters,
-    packs,
-    refuse_early,
-)
+from qlora_ray.planning.early import refuse_early
+from qlora_ray.planning.plan import Hardware, check_workers_fit, learning_rate_at, make_plan, num_lora_parameters, packs
 
 TINY = base_model_path("embedded")
 FACTS = read_facts(TINY)

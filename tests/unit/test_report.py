@@ -9,7 +9,7 @@ import pytest
 
 from qlora_ray.report import RunRecord, key_figures, main, read_run, render_report, smooth
 from qlora_ray.report.compare import common_answers, config_differences, render_comparison
-from qlora_ray.report.run import answers_by_prompt, data_statistics, memory, time_split
+from qlora_ray.rundir.record import answers_by_prompt, data_statistics, memory, time_split
 
 pytest.importorskip("plotly")
 

@@ -13,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 import qlora_ray
-from qlora_ray import authentication, cluster, environment, storage
+from qlora_ray import environment, storage
+from qlora_ray.cluster import authentication, connect
 from qlora_ray.config import Config, ConfigError, load_config
 
 PACKAGE, ROOT = Path(qlora_ray.__file__).parent, Path(__file__).parents[2]
@@ -90,7 +91,7 @@ def test_refusal_comes_before_ray_connects(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was about to connect"))
     monkeypatch.setattr(authentication, "ask", lambda *_: "open")
     with pytest.raises(ConfigError, match="without a token"):
-        cluster.start_ray(Config.model_validate({"ray": {"address": "10.0.0.1:6379"}}), debug=False)
+        connect.start_ray(Config.model_validate({"ray": {"address": "10.0.0.1:6379"}}), debug=False)
 
 
 def test_auto_where_no_ray_runs_is_refused_in_one_sentence(monkeypatch):
@@ -101,7 +102,7 @@ def test_auto_where_no_ray_runs_is_refused_in_one_sentence(monkeypatch):
 
     monkeypatch.setattr(services, "canonicalize_bootstrap_address", none_found)
     with pytest.raises(ConfigError, match="no Ray runs on this machine"):
-        cluster.start_ray(Config.model_validate({"ray": {"address": "auto"}}), debug=False)
+        connect.start_ray(Config.model_validate({"ray": {"address": "auto"}}), debug=False)
 
 
 def test_token_file_is_made_for_its_owner_alone_and_an_open_one_is_closed():
@@ -120,7 +121,7 @@ def test_private_ray_runs_no_dashboard(monkeypatch):
     given = {}
     monkeypatch.setattr(ray, "init", lambda **arguments: given.update(arguments) or (_ for _ in ()).throw(OSError))
     with pytest.raises(OSError):
-        cluster.start_ray(Config(), debug=False)
+        connect.start_ray(Config(), debug=False)
     assert given["include_dashboard"] is False and given["address"] == "local"
 
 

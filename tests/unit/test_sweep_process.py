@@ -27,7 +27,7 @@ def start_parent(tmp_path):
     os.mkfifo(config)
     code = (
         "import os, subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'qlora_ray.sweep.leash', str(os.getpid()), "
+        "child = subprocess.Popen([sys.executable, '-m', 'qlora_ray.sweep.child', str(os.getpid()), "
         f"{str(lock)!r}, '-c', {str(config)!r}], start_new_session=True)\n"
         "print(child.pid, flush=True); child.wait()"
     )
@@ -56,7 +56,7 @@ def test_trial_dies_with_its_parent_however_that_ends(tmp_path):
 
 
 def test_trial_whose_parent_is_gone_already_does_not_start(tmp_path):
-    command = [sys.executable, "-m", "qlora_ray.sweep.leash", "999999999", str(tmp_path / "lock")]
+    command = [sys.executable, "-m", "qlora_ray.sweep.child", "999999999", str(tmp_path / "lock")]
     assert subprocess.run(command, timeout=60).returncode == 1
     assert not (tmp_path / "lock").exists()
 

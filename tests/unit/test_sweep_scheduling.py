@@ -9,7 +9,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from qlora_ray.config import make_config
 from qlora_ray.sweep import space
-from qlora_ray.sweep.fit import Reports
+from qlora_ray.sweep.capacity import Reports
 from qlora_ray.sweep.importance import common_step, importance
 from qlora_ray.sweep.ledger import Ledger
 from qlora_ray.sweep.results import find_best

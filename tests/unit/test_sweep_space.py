@@ -5,8 +5,8 @@ import math
 import pytest
 
 from qlora_ray.config import ConfigError, make_config
-from qlora_ray.plan import Hardware, make_plan
-from qlora_ray.sweep import fit, space
+from qlora_ray.planning.plan import Hardware, make_plan
+from qlora_ray.sweep import capacity, space
 from tests.unit.test_plan import DATA, FACTS
 
 LR = "training.learning_rate"
@@ -117,18 +117,20 @@ def plans(asked, hardware=None):
 
 def test_trials_at_a_time_follow_from_the_scarcest_resource():
     asked = config({LR: {"loguniform": [1e-4, 1e-2]}}, ray={"num_workers": 2})
-    assert fit.concurrent_trials(asked, plans(asked, Hardware(5, 0)), Hardware(5, 0)) == (
+    assert capacity.concurrent_trials(asked, plans(asked, Hardware(5, 0)), Hardware(5, 0)) == (
         2,
         "5 CPU / (2 workers x 1 CPU)",
     )
-    assert fit.concurrent_trials(asked, plans(asked, Hardware(64, 0)), Hardware(64, 0))[0] == 8  # there are no more
+    assert (
+        capacity.concurrent_trials(asked, plans(asked, Hardware(64, 0)), Hardware(64, 0))[0] == 8
+    )  # there are no more
     fewer = asked.model_copy(update={"sweep": asked.sweep.model_copy(update={"max_concurrent_trials": 1})})
-    assert fit.concurrent_trials(fewer, plans(asked), Hardware(8, 0))[0] == 1
+    assert capacity.concurrent_trials(fewer, plans(asked), Hardware(8, 0))[0] == 1
 
 
 def test_two_cpus_and_four_trials_of_two_workers_run_one_after_the_other():
     asked = config({LR: {"loguniform": [1e-4, 1e-2]}}, ray={"num_workers": 2}, num_trials=4)
-    assert fit.concurrent_trials(asked, plans(asked, Hardware(2, 0)), Hardware(2, 0))[0] == 1
+    assert capacity.concurrent_trials(asked, plans(asked, Hardware(2, 0)), Hardware(2, 0))[0] == 1
 
 
 def test_trial_that_never_fits_is_refused_with_the_arithmetic():
@@ -139,10 +141,10 @@ def test_trial_that_never_fits_is_refused_with_the_arithmetic():
 
 def test_asha_can_save_what_its_rungs_say():
     asked = config({LR: {"loguniform": [1e-4, 1e-2]}}, scheduler="asha", num_trials=9, asha={"reduction_factor": 3})
-    reports = fit.reports_of(asked, plans(asked))
+    reports = capacity.reports_of(asked, plans(asked))
     assert (reports.num_steps, reports.every, reports.grace_period) == (90, 10, 10)
-    assert fit.rungs(asked, reports) == [(10, 9), (30, 3), (90, 1)]
-    assert fit.fewest_steps(asked, reports) == 10 * 9 + 20 * 3 + 60 * 1
+    assert capacity.rungs(asked, reports) == [(10, 9), (30, 3), (90, 1)]
+    assert capacity.fewest_steps(asked, reports) == 10 * 9 + 20 * 3 + 60 * 1
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_asha_can_save_what_its_rungs_say():
 def test_scheduler_that_could_never_decide_is_refused(parts, why):
     asked = config({LR: {"loguniform": [1e-4, 1e-2]}}, **parts)
     with pytest.raises(ConfigError) as error:
-        fit.reports_of(asked, plans(asked))
+        capacity.reports_of(asked, plans(asked))
     assert why in str(error.value)
 
 
@@ -175,7 +177,7 @@ def test_metric_that_is_never_reported_is_refused(data, evaluation, sweep, why):
         {"data": data, "evaluation": evaluation, "sweep": {"parameters": {LR: {"choice": [1e-3]}}, **sweep}}
     )
     with pytest.raises(ConfigError, match=why):
-        fit.check_metric(asked)
+        capacity.check_metric(asked)
 
 
 def test_loguniform_is_uniform_in_the_logarithm():

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from qlora_ray import cli, cluster, train, tune
+from qlora_ray import cli, train, tune
+from qlora_ray.cluster import connect
 from qlora_ray.config import find_file
 
 
@@ -13,7 +14,7 @@ def ray_never_starts(monkeypatch):
     def start_ray(*_):
         raise AssertionError("Ray was about to start")
 
-    monkeypatch.setattr(cluster, "start_ray", start_ray)
+    monkeypatch.setattr(connect, "start_ray", start_ray)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 

@@ -75,17 +75,17 @@ def die_at_sync(number: int) -> None:
 def patch(loop) -> None:
     from torch import distributed
 
-    original, sum_of_nats, kind = loop.optimizer_step, loop.sum_of_nats, FAULT.split(":")[0]
+    of_step, sum_of_nats, kind = loop.MicroBatches.of_step, loop.sum_of_nats, FAULT.split(":")[0]
 
-    def optimizer_step(engine, batches, num_label_tokens, step, *rest):
+    def of_step_with_fault(self, step):
         is_now = is_due(distributed.get_rank(), step)
         if is_now and kind != "nan":
             misbehave(kind)
         factor = float("nan") if is_now and kind == "nan" else 1
         loop.sum_of_nats = lambda *arguments: sum_of_nats(*arguments) * factor
-        return original(engine, batches, num_label_tokens, step, *rest)
+        return of_step(self, step)
 
-    loop.optimizer_step = optimizer_step
+    loop.MicroBatches.of_step = of_step_with_fault
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -1,0 +1,122 @@
+"""Connects to the Ray cluster of a run, or starts a private one, and has its processes ready when they are needed."""
+
+import logging
+import os
+import signal
+from typing import Any
+
+from qlora_ray import environment
+from qlora_ray.cluster import authentication
+from qlora_ray.config import Config, ConfigError
+from qlora_ray.planning.plan import Hardware
+
+VITAL = {"raylet", "gcs_server"}
+
+
+def set_environment(config: Config, debug: bool) -> None:
+    """Settings that Ray and others read from the environment when they start."""
+    settings = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon a report is taken (default 2 s)
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{config.watchdog.frozen_seconds:g}",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # of the surviving workers of a group (default 30)
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    if not address(config):  # nobody drains the only node
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    if config.ray.min_workers < config.ray.max_workers:  # a node that is gone is not waited for long
+        settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    if debug:
+        os.environ |= {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "TRANSFORMERS_VERBOSITY": "info"}
+    # Ray does so too, but only if nobody has imported it before.
+    if address(config) == "auto" and "RAY_AUTH_MODE" not in os.environ and authentication.token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def address(config: Config) -> str | None:
+    """Where the cluster is, "auto" for the one of this machine; None for a private Ray."""
+    return environment.ray_address(config.ray.address)
+
+
+def start_ray(config: Config, debug: bool) -> Hardware:
+    """Connect to the cluster, or start a private Ray on this machine; returns its Hardware. Raises ConfigError."""
+    authentication.keep_token_private()
+    where = address(config)
+    if where:
+        authentication.check_cluster(_resolved(where), config.ray.allow_unauthenticated)
+    import ray
+
+    cores = len(os.sched_getaffinity(0))
+    # One CPU more than there are cores, for the data tasks: Ray Data starts none where the workers hold every CPU.
+    private: dict[str, Any] = {} if where else {"num_cpus": cores + 1, "include_dashboard": False}
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // config.ray.max_workers)))
+    try:
+        ray.init(
+            address=where or "local",  # without it Ray would join any cluster that someone started on this machine
+            log_to_driver=debug,
+            logging_level=logging.INFO if debug else logging.ERROR,
+            runtime_env={"env_vars": environment.carried(os.environ) if where else {"OMP_NUM_THREADS": threads}},
+            **private,
+        )
+    except ConnectionError as error:
+        raise ConfigError(f"ray.address={where}: no Ray cluster answers there: {error}") from error
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise
+        raise ConfigError(
+            f"ray.address={where}: the cluster runs other versions than this machine. "
+            f"{' '.join(str(error).split())} Install the same on both, or submit the run as a Ray job."
+        ) from error
+    # Ray has put its own handler there, which prints a stack and dies.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    total = ray.cluster_resources()
+    accelerators = tuple(name.split(":", 1)[1] for name in total if name.startswith("accelerator_type:"))
+    cpus = cores if not where else total.get("CPU", 0) - 1  # the data tasks' one
+    nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return Hardware(cpus, total.get("GPU", 0), accelerators, dict(total), nodes)
+
+
+def _resolved(where: str) -> str:
+    """host:port of the cluster that Ray would take. Raises ConfigError."""
+    if where != "auto":
+        return where
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        found = None
+    if found is None:
+        raise ConfigError("ray.address=auto: no Ray runs on this machine. Start one with `ray start`, or leave it out.")
+    return found
+
+
+def dead_processes() -> list[str]:
+    """Names of processes of the private Ray that have died; with them, nothing can go on for long."""
+    from ray._private import worker
+
+    node = worker._global_node  # None where the cluster is not ours
+    return [name for name, _ in node.dead_processes() if name in VITAL] if node and node.is_head() else []
+
+
+def release_workers() -> None:
+    """Free what the workers of a dead Ray Train controller hold, or the next would wait for their CPUs for ever.
+
+    Ray Train's own cleaner asks the dashboard, which not every cluster runs.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        # The id of a placement group ends with that of its job (ray/common/id.h): those of other runs are left alone.
+        if name.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))

@@ -1,0 +1,30 @@
+"""The part of the doctor that `train` runs by itself: what would cost a run, in a moment, before anything is loaded."""
+
+import os
+
+from qlora_ray import environment
+from qlora_ray.cluster.ask import ask
+from qlora_ray.cluster.checks import QUICK
+from qlora_ray.cluster.found import look
+from qlora_ray.cluster.needs import needs_of, refuse
+from qlora_ray.config import Config
+from qlora_ray.planning.plan import Hardware
+from qlora_ray.storage import Folder
+
+SECONDS = 15  # a node's first task starts a process there
+
+
+def look_quickly(config: Config, folder: Folder, hardware: Hardware) -> tuple[list[str], dict[str, str]]:
+    """Notes for the user, and what tells the workers which network interface to use. Raises ConfigError if red.
+
+    A node that does not answer in time is noted, not refused: it may only be slow.
+    """
+    found = ask(config, folder, hardware, needs_of(config, hardware), SECONDS, quick=True)
+    rows = look(found, QUICK)
+    refuse(rows)
+    notes = [f"{row.check} of node {row.node}: {row.found}. {row.todo}" for row in rows if row.state == "unknown"]
+    notes += [f"node {node} was not checked: {why}." for node, why in found.silent.items()]
+    if found.authentication != "private" and (names := environment.kept_back(os.environ)):
+        notes.append(f"not given to the workers, since they look like secrets: {', '.join(names)}.")
+    interfaces = [facts["interface"]["name"] for facts in found.nodes.values() if facts["interface"]]
+    return notes, environment.network(interfaces, os.environ) if len(found.nodes) > 1 else {}

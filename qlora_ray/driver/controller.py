@@ -1,0 +1,110 @@
+"""What runs in Ray Train's controller: it tells the driver why a worker group failed, and saves before a resize."""
+
+import contextlib
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+
+from qlora_ray.worker.messages import DEATH, FREEZE, Failed
+
+COLLATERAL = re.compile(r"connection (closed|reset)|connection refused|timed out|NCCL|gloo|aborted", re.IGNORECASE)
+SAVE_TIMEOUT_SECONDS = 60  # after that, the group is replaced as Ray Train does without us: its last checkpoint counts
+COORDINATOR_TIMEOUT_SECONDS = 5
+
+
+class ReportFailures(UserCallback):
+    """Sends each failure of a worker group to the channel, with its likely cause."""
+
+    def __init__(self, channel: Any, log_folder: str | None):
+        self._channel, self._log_folder = channel, log_folder
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        if not any(map(_was_preempted, worker_exceptions.values())):  # announced: see worker/notice.py
+            self._channel.tell.remote(Failed(self._cause(worker_exceptions)))
+
+    def _cause(self, errors: dict[int, Exception]) -> str:
+        stuck = self._take_stacks()
+        if stuck:
+            return f"stuck: {', '.join(f'worker {rank}' for rank in stuck)}; stacks in logs/"
+        return likely_cause(errors)
+
+    def _take_stacks(self) -> list[int]:
+        """Ranks whose watchdog has fired since the last failure; their stacks are moved into their logs."""
+        fired = []
+        for path in sorted(Path(self._log_folder).glob("stacks_*.log")) if self._log_folder else []:
+            if stacks := path.read_text(errors="replace"):
+                rank = int(path.stem.removeprefix("stacks_"))
+                with open(path.with_name(f"worker_{rank}.log"), "a") as log:
+                    log.write(stacks)
+                path.write_text("")
+                fired.append(rank)
+        return fired
+
+
+def likely_cause(errors: dict[int, Exception]) -> str:
+    """One line: the failure that others follow from. Deaths first, then errors that are no broken connection."""
+    causes = {rank: _describe(error) for rank, error in sorted(errors.items())}
+    for end in (FREEZE, DEATH):
+        if ranks := [rank for rank, cause in causes.items() if cause == end]:
+            return f"{', '.join(f'worker {rank}' for rank in ranks)} {end}"
+    own = {rank: cause for rank, cause in causes.items() if not COLLATERAL.search(cause)}
+    if not own:
+        return f"worker {next(iter(causes))} lost its connection to another worker"
+    rank, cause = next(iter(own.items()))
+    return f"worker {rank}: {cause}"
+
+
+def _was_preempted(error: Exception) -> bool:
+    inner = getattr(error, "health_check_failure", None) or error
+    return isinstance(inner, RayActorError) and inner.preempted
+
+
+def _describe(error: Exception) -> str:
+    inner = getattr(error, "health_check_failure", None) or getattr(error, "_base_exc", error)
+    if isinstance(inner, RayActorError):
+        return DEATH
+    if type(inner).__name__ == "WorkerHealthCheckTimeoutError":  # Ray Train does not export it
+        return FREEZE
+    text = str(inner).strip()
+    return f"{type(inner).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):
+    """Has a running worker group save a checkpoint before Ray Train replaces it by a larger one.
+
+    Ray Train ends the group without a word to it (ray/train/v2/_internal/execution/controller/controller.py).
+    """
+
+    def __init__(self, channel: Any):
+        self._channel, self._num_workers, self._is_running = channel, 0, False
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._is_running, self._num_workers = True, len(worker_group)
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """The group is lost, perhaps with its node: have Ray look now which nodes are left, not every 20 s."""
+        import ray
+        from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+
+        self._is_running = False
+        with contextlib.suppress(GetTimeoutError, RayActorError):  # then it looks later
+            coordinator = get_or_create_autoscaling_coordinator()
+            ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=COORDINATOR_TIMEOUT_SECONDS)
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        import ray
+
+        if not self._is_running:
+            return
+        self._is_running = False
+        change = f"going from {self._num_workers} to {resize_decision.num_workers} workers"
+        with contextlib.suppress(GetTimeoutError, RayActorError):
+            ray.get(self._channel.hold.remote(change), timeout=COORDINATOR_TIMEOUT_SECONDS)
+            deadline = time.monotonic() + SAVE_TIMEOUT_SECONDS
+            while time.monotonic() < deadline and not ray.get(self._channel.is_holding.remote(), timeout=5):
+                time.sleep(0.1)

@@ -1,0 +1,107 @@
+"""From a config to a run: what is refused is refused, data is prepared while Ray starts, then the plan is made."""
+
+import importlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from qlora_ray import storage
+from qlora_ray.cluster import connect
+from qlora_ray.config import Config
+from qlora_ray.console import console, say_note
+from qlora_ray.data.check import check_records
+from qlora_ray.data.prepare import Prepared, prepare
+from qlora_ray.driver import screen
+from qlora_ray.model.facts import BaseFacts, read_facts
+from qlora_ray.planning.early import local_base, read_deepspeed_json, refuse_before_ray
+from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
+from qlora_ray.rundir import directory
+from qlora_ray.storage import Folder
+
+EXIT_CODES = {"done": 0, "interrupted": 130, "refused": 2}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What is there when the plan is made."""
+
+    facts: BaseFacts
+    data: Prepared
+    hardware: Hardware
+    notes: list[str]  # of the nodes
+    network: dict[str, str]  # what tells the workers which interface to use, as environment variables
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that is asked for."""
+
+    config: Config
+    config_name: str  # of the file, without ending
+    resume: bool
+    debug: bool
+    began: float  # time.perf_counter() of the command
+
+    def train(self) -> int:
+        """Train to the end of the run; returns the exit code. Raises ConfigError for what can be refused before."""
+        config = self.config
+        refuse_before_ray(config)
+        folder = storage.open_folder(config.ray.storage_path)
+        storage.check_writable(folder)
+        run = directory.find_run(config, self.config_name, folder, self.resume)
+        check_records(config)
+        connect.set_environment(config, self.debug)
+        ready = self._prepare(folder)
+        plan = make_plan(config, ready.data.stats, ready.facts, ready.hardware, read_deepspeed_json(config))
+        self._open(run, plan, ready)
+        from qlora_ray.driver.run import Driver
+        from qlora_ray.worker.messages import Run
+
+        entry, fingerprint = ready.data.entry, ready.data.stats.fingerprint
+        what = Run(config, plan, run, entry, fingerprint, self.debug)
+        summary = Driver(what, self.began).fit(ready.network)
+        screen.show_result(summary, run)
+        return EXIT_CODES.get(summary["status"], 1)
+
+    def _prepare(self, folder: Folder) -> Ready:
+        """Prepare the data while Ray starts. Ray must start on this thread: its processes die with their maker."""
+        from qlora_ray.cluster.quick import look_quickly
+        from qlora_ray.data.spread import run_on_ray
+
+        config, started = self.config, Future[Hardware]()
+
+        def runner():
+            started.result()
+            return run_on_ray
+
+        def prepare_data() -> tuple[BaseFacts, Prepared]:
+            facts = read_facts(local_base(config))
+            return facts, prepare(config, folder, packs(config, facts), runner, console.out)
+
+        with ThreadPoolExecutor(1) as thread:
+            prepared = thread.submit(prepare_data)
+            thread.submit(importlib.import_module, "ray.train.torch")  # takes 2 s, and fit needs it
+            try:
+                hardware = connect.start_ray(config, self.debug)
+                notes, network = look_quickly(config, folder, hardware)
+                started.set_result(hardware)
+            except BaseException as error:
+                started.set_exception(error)  # the thread may be waiting for it
+                raise
+            facts, data = prepared.result()
+        return Ready(facts, data, hardware, notes, network)
+
+    def _open(self, run: Folder, plan: Plan, ready: Ready) -> None:
+        """Say what will be done, and write it into the run directory. Raises ConfigError for what cannot be resumed."""
+        from qlora_ray.cluster.node_facts import versions
+
+        config, data = self.config, ready.data
+        identity = directory.run_identity(config, data.stats, ready.facts, plan)
+        hardware = {"use_gpu": plan.use_gpu, "accelerators": list(ready.hardware.accelerator_types)}
+        before = directory.check_resumable(run, identity, self.resume)
+        ground = directory.Ground(identity, {"versions": versions(), "hardware": hardware}, before)
+        storage.check_space(run, storage_bytes(config, plan.num_trainable_parameters))
+        screen.show_plan(plan, config, data.stats, ready.facts, run)
+        for note in [*ready.notes, *directory.differences(ground)]:
+            say_note(note)
+        directory.write_run_files(run, config, plan, data.stats, ground)
+        directory.write_rejected(run, data)

@@ -1,0 +1,97 @@
+"""Answers one prompt or holds a conversation in the terminal, word by word as they come."""
+
+import sys
+from typing import Any
+
+import torch
+
+from qlora_ray.config import ConfigError
+from qlora_ray.data.formats import BadRecord, Messages
+from qlora_ray.inference.load import Loaded, fit_prompt, room
+from qlora_ray.model.answer import generation_options, left_padded
+
+HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
+
+
+def answer_once(
+    loaded: Loaded, options: dict[str, Any], prompt: str, system: str | None, compare: bool, seed: int
+) -> int:
+    """Print the answer to one prompt. Raises ConfigError for a prompt that cannot be answered."""
+    _say(loaded, [*_opening(system), {"role": "user", "content": prompt}], options, compare, seed)
+    return 0
+
+
+def talk(loaded: Loaded, options: dict[str, Any], system: str | None, compare: bool, seed: int) -> int:
+    """Read turns from stdin and answer each, until /quit or the end of the input."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        import readline  # noqa: F401 - gives input() its history and keys
+
+        print(HELP)
+    messages = _opening(system)
+    while True:
+        try:
+            said = input("> " if is_terminal else "").strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print()
+            continue
+        if said in ("/quit", "/exit"):
+            return 0
+        if said == "/reset":
+            messages = _opening(system)
+            print("(forgotten)")
+        elif said.startswith("/"):
+            print(HELP)
+        elif said:
+            messages = _turn(loaded, messages, said, options, compare, seed)
+
+
+def _turn(loaded, messages: Messages, said: str, options, compare: bool, seed: int) -> Messages:
+    asked = [*messages, {"role": "user", "content": said}]
+    try:
+        answer = _say(loaded, asked, options, compare, seed)
+    except ConfigError as error:  # this turn does not fit; the conversation so far stays
+        print(f"error: {error} /reset begins anew.", file=sys.stderr)
+        return messages
+    except KeyboardInterrupt:
+        print(" (stopped)")
+        return messages
+    return [*asked, {"role": "assistant", "content": answer}]
+
+
+def _opening(system: str | None) -> Messages:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _say(loaded: Loaded, messages: Messages, options, compare: bool, seed: int) -> str:
+    """Stream the answer to stdout, after the base's with `compare`; returns the adapter's."""
+    try:
+        ids = fit_prompt(loaded, messages, options)
+    except BadRecord as error:
+        raise ConfigError(f"the prompt cannot be put to this model: {error}") from error
+    options = room(loaded, ids, options)
+    if compare:
+        print("base:")
+        with loaded.model.disable_adapter():
+            _stream(loaded, ids, options, seed)
+        print("adapter:")
+    return _stream(loaded, ids, options, seed)
+
+
+def _stream(loaded: Loaded, ids: list[int], options, seed: int) -> str:
+    from transformers import TextStreamer
+
+    torch.manual_seed(seed)
+    inputs = left_padded([ids], loaded.tokenizer.pad_token_id, loaded.device)
+    can_stream = options.get("num_beams", 1) == 1
+    streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True) if can_stream else None
+    with torch.no_grad():
+        output = loaded.model.generate(
+            **inputs, streamer=streamer, **generation_options(loaded.model, loaded.tokenizer, options)
+        )
+    text = loaded.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    if not can_stream:
+        print(text)
+    return text

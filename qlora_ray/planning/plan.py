@@ -1,0 +1,341 @@
+"""What will be done, derived once on the driver. Pure: no torch, no Ray, no I/O."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_ray.config import Config, ConfigError
+from qlora_ray.data.stats import DataStats
+from qlora_ray.model.facts import BaseFacts
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, choose
+from qlora_ray.planning import deepspeed, memory
+from qlora_ray.planning.memory import GIB, Sizes
+
+STORAGE_FOR_THE_REST = 32 * 2**20  # logs, metrics, report, tokenizer files
+# Ray's accelerator labels of GPUs without bfloat16 matrix units (compute capability below 8.0).
+GPUS_WITHOUT_BFLOAT16 = {"K80", "P4", "P100", "P40", "V100", "T4", "RTX-2080"}
+# Model types whose attention stays within each sample of a packed row when position_ids restart there: logits and
+# gradients are those of the samples alone (tests/integration/test_packing.py). Others get padded rows.
+PACKED_MODEL_TYPES = {
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2",
+    "gpt_neox", "olmo2", "granite", "glm4", "smollm3",
+}  # fmt: skip
+FEW_STEPS = 10  # an epoch of fewer is worth a word
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the cluster can give: totals over its nodes."""
+
+    num_cpus: float
+    num_gpus: float
+    accelerator_types: tuple[str, ...] = ()
+    other_resources: dict[str, float] = field(default_factory=dict)
+    nodes: tuple[dict[str, float], ...] = ()  # resources of each: a worker lives on one
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything derived from the config, the data and the hardware."""
+
+    num_workers: int  # at most
+    min_workers: int
+    use_gpu: bool
+    resources_per_worker: dict[str, float]
+    compute_dtype: str
+    zero_stage: int
+    recompute: str  # all, none, or auto: fused layers keep what the worker's memory has room for
+    micro_batch_size: int
+    micro_batches_per_step: int  # of all workers together
+    gradient_accumulation_steps: int  # of each worker, where all of num_workers are there
+    steps_per_epoch: int
+    num_steps: int
+    warmup_steps: int
+    eval_every_steps: int | None
+    checkpoint_every_steps: int
+    num_trainable_parameters: int
+    four_bit_share: float  # of the base's parameters
+    notes: tuple[str, ...]
+    tokens_per_micro_batch: int  # at most, padding included
+    layer_shape: LayerShape | None  # of the fused decoder layers
+    may_hold_weights: bool  # whether these may keep dequantized weights between steps
+    memory_forecast_gib: dict[str, float]  # per worker
+    deepspeed: dict[str, Any]
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro_batch_size * self.micro_batches_per_step
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "global_batch_size": self.global_batch_size}
+
+
+def make_plan(
+    config: Config, data: DataStats, base: BaseFacts, hardware: Hardware, deepspeed_json: dict | None
+) -> Plan:
+    """Derive the plan. Raises ConfigError where several fields together ask for the impossible."""
+    use_gpu = uses_gpu(config, hardware)
+    if not use_gpu and config.quantization.compute_dtype == "float16":
+        raise ConfigError(
+            "quantization.compute_dtype=float16: loss scaling needs a GPU and the run is on CPUs. Use auto or float32."
+        )
+    resources = resources_of_a_worker(config, use_gpu)
+    check_workers_fit(config, resources, hardware)
+    accumulation = accumulation_of(config)
+    micro_batches = accumulation * config.ray.max_workers
+    steps_per_epoch = -(-data.num_rows // (micro_batches * config.training.batch_size))
+    num_steps = config.training.max_steps or max(1, round(config.training.num_epochs * steps_per_epoch))
+    compute_dtype = _compute_dtype(config, use_gpu, hardware)
+    stage = zero_stage(config)
+    trainable = num_lora_parameters(config, base)
+    quantized = base.num_linear_parameters if config.quantization.type != "none" else 0
+    has_validation = data.num_validation_rows > 0
+    num_tokens = config.training.batch_size * min(config.training.max_length, data.longest_row)
+    known = memory.sizes(config, base, trainable, stage, compute_dtype)
+    recompute = _recompute(config, use_gpu, known)
+    plan = Plan(
+        num_workers=config.ray.max_workers,
+        min_workers=config.ray.min_workers,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        compute_dtype=compute_dtype,
+        zero_stage=stage,
+        recompute=recompute,
+        micro_batch_size=config.training.batch_size,
+        micro_batches_per_step=micro_batches,
+        gradient_accumulation_steps=accumulation,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        warmup_steps=round(config.training.warmup_ratio * num_steps),
+        eval_every_steps=(config.training.eval_every_steps or max(1, num_steps // 5)) if has_validation else None,
+        checkpoint_every_steps=config.checkpoint.every_steps or min(200, max(1, num_steps // 10)),
+        num_trainable_parameters=trainable,
+        four_bit_share=quantized / base.num_parameters,
+        notes=_notes(config, base, data, steps_per_epoch, use_gpu),
+        tokens_per_micro_batch=num_tokens,
+        layer_shape=known.layer,
+        may_hold_weights=may_hold_weights(config),
+        memory_forecast_gib=_memory_forecast(config, known, num_tokens, recompute),
+        deepspeed=deepspeed.defaults(config, stage, accumulation, compute_dtype, trainable),
+    )
+    if not deepspeed_json:
+        return plan
+    merged = deepspeed.merge(deepspeed_json, plan.deepspeed, plan.num_workers)
+    return dataclasses.replace(plan, deepspeed=merged)
+
+
+def storage_bytes(config: Config, num_trainable: int) -> int:
+    """Bytes that a run writes at most: its checkpoints and one being written, two adapters, and a little for the rest.
+
+    A checkpoint holds weight and two moments of each trained parameter in float32.
+    """
+    checkpoint = num_trainable * 12
+    return (config.checkpoint.keep + 1) * checkpoint + 2 * num_trainable * 4 + STORAGE_FOR_THE_REST
+
+
+def packs(config: Config, base: BaseFacts) -> bool:
+    """Whether rows hold several samples: where asked for, and the base's attention can keep them apart."""
+    return config.training.packing and base.model_type in PACKED_MODEL_TYPES
+
+
+def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, budget_bytes: float) -> Choice:
+    """What the fused layers keep, given the bytes that activations may take on this worker's GPU."""
+    if plan.recompute != "auto" or plan.layer_shape is None:
+        return Choice((Keep.ALL if plan.recompute == "none" else Keep.HOST,) * num_layers)
+    tokens = plan.tokens_per_micro_batch
+    return choose(plan.layer_shape, num_layers, tokens, vocab_size, budget_bytes, plan.may_hold_weights)
+
+
+def may_hold_weights(config: Config) -> bool:
+    """Whether fused layers may keep their weights dequantized between steps, where there is room.
+
+    Several workers share the base: each holding all of it would undo that.
+    """
+    return config.training.dequantized_weights == "auto" and config.ray.max_workers == 1
+
+
+def _recompute(config: Config, use_gpu: bool, known: Sizes) -> str:
+    if config.training.recompute != "auto":
+        return config.training.recompute
+    if not use_gpu:
+        return "none"
+    return "auto" if known.layer else "all"
+
+
+def _memory_forecast(config: Config, known: Sizes, num_tokens: int, recompute: str) -> dict[str, float]:
+    """GiB a worker, by part; where the memory at hand will decide, within training.memory_budget_gib or the leanest."""
+    if known.layer is None:
+        return memory.memory_gib(known, num_tokens, None, recompute == "all")
+    level = {"none": Keep.ALL, "all": Keep.HOST, "auto": Keep.HOST}[recompute]
+    choice = memory.all_layers(known, level)
+    if recompute == "auto" and config.training.memory_budget_gib:
+        room = config.training.memory_budget_gib * GIB - sum(memory.resident_gib(known).values()) * GIB
+        may_hold = may_hold_weights(config)
+        choice = choose(known.layer, known.base.num_layers, num_tokens, known.base.vocab_size, room, may_hold)
+    return memory.memory_gib(known, num_tokens, choice)
+
+
+def num_lora_parameters(config: Config, base: BaseFacts) -> int:
+    """Parameters of the A and B matrices: r x (rows + columns) for each adapted layer (LoRA, arXiv:2106.09685).
+
+    An expert's gate and up are one matrix to PEFT, of twice the rows, and get one LoRA of twice the rank.
+    """
+    adapted = [(rows, columns) for name, rows, columns in base.linear_shapes if _is_adapted(name, config)]
+    for name, rows, columns in base.expert_shapes:
+        if _is_adapted(name, config):
+            is_one_of_two = name.endswith((".w1", ".w3", ".gate_proj", ".up_proj"))
+            adapted.append((2 * rows if is_one_of_two else rows, columns))
+    return sum(config.model.lora_r * (rows + columns) for rows, columns in adapted)
+
+
+def _is_adapted(name: str, config: Config) -> bool:
+    # As PEFT matches them: a list holds suffixes, a text is a regular expression of the whole name.
+    wanted = config.model.target_modules
+    if wanted == "all-linear":
+        return True
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in wanted)
+
+
+def learning_rate_at(step: int, plan: Plan, config: Config) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warmup, then the schedule down to 0."""
+    import math
+
+    peak, schedule = config.training.learning_rate, config.training.lr_schedule
+    if step < plan.warmup_steps:
+        return peak * (step + 1) / plan.warmup_steps
+    done = (step - plan.warmup_steps) / max(1, plan.num_steps - plan.warmup_steps)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return peak * max(0.0, 1 - done) if schedule == "linear" else peak
+
+
+def uses_gpu(config: Config, hardware: Hardware) -> bool:
+    """Whether the workers train on GPUs. Raises ConfigError where they shall and there is none."""
+    if config.ray.use_gpu is True and hardware.num_gpus == 0:
+        raise ConfigError("ray.use_gpu=true: the cluster has no GPU. Use false or auto to train on CPUs.")
+    return hardware.num_gpus > 0 if config.ray.use_gpu == "auto" else config.ray.use_gpu
+
+
+def resources_of_a_worker(config: Config, use_gpu: bool) -> dict[str, float]:
+    """Ray resources that one worker holds."""
+    return {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {}), **config.ray.resources_per_worker}
+
+
+def held(hardware: Hardware) -> dict[str, float]:
+    """Ray resources of all nodes together."""
+    return {**hardware.other_resources, "CPU": hardware.num_cpus, "GPU": hardware.num_gpus}
+
+
+def check_workers_fit(config: Config, resources: dict[str, float], hardware: Hardware) -> None:
+    """Refuse more workers than the cluster can ever hold. Raises ConfigError."""
+    n = config.ray.min_workers
+    of_all = held(hardware)
+    for name, each in resources.items():
+        holds = of_all.get(name, 0)
+        if n * each > holds:
+            fit = int(holds // each)
+            way_out = f"Use ray.num_workers={fit}, or ask" if fit else "Ask"
+            raise ConfigError(
+                f"ray.num_workers={n}: {n} x {each:g} {name} = {n * each:g}, the cluster holds {holds:g}. "
+                f"{way_out} for less with ray.resources_per_worker."
+            )
+    fit = sum(
+        min(int(node.get(name, 0) // each) for name, each in resources.items() if each) for node in hardware.nodes
+    )
+    if hardware.nodes and fit < n:
+        raise ConfigError(
+            f"ray.num_workers={n}: a worker needs {resources} on one node, and the {len(hardware.nodes)} nodes hold "
+            f"{fit} such workers. Use ray.num_workers={fit}, or ask for less with ray.resources_per_worker."
+        )
+
+
+def accumulation_of(config: Config) -> int:
+    """Forward passes per optimizer step of each worker. Raises ConfigError where the global batch cannot be split."""
+    training, n = config.training, config.ray.max_workers
+    if training.global_batch_size is None:
+        return training.gradient_accumulation_steps
+    each = training.batch_size * n
+    if training.global_batch_size % each == 0:
+        return training.global_batch_size // each
+    works = [
+        size for size in range(1, training.global_batch_size // n + 1) if training.global_batch_size % (size * n) == 0
+    ]
+    nearest = sorted(sorted(works, key=lambda size: abs(size - training.batch_size))[:2])
+    way_out = f"Nearest that work: {', '.join(map(str, nearest))}." if nearest else f"Use a multiple of {n} rows."
+    raise ConfigError(
+        f"training.batch_size={training.batch_size}: the global batch of {training.global_batch_size} is not a "
+        f"multiple of batch_size x ray.num_workers = {training.batch_size} x {n}. {way_out}"
+    )
+
+
+def _compute_dtype(config: Config, use_gpu: bool, hardware: Hardware) -> str:
+    if config.quantization.compute_dtype != "auto":
+        return config.quantization.compute_dtype
+    if not use_gpu:
+        return "float32"
+    old = set(hardware.accelerator_types) & GPUS_WITHOUT_BFLOAT16
+    return "float16" if old else "bfloat16"
+
+
+def zero_stage(config: Config) -> int:
+    """The ZeRO stage of the run. Raises ConfigError where a setting does not go with it."""
+    ds = config.deepspeed
+    stage = ds.zero_stage if ds.zero_stage != "auto" else (3 if config.ray.max_workers > 1 else 0)
+    if config.model.lora_variant == "dora" and stage == 3 and config.quantization.type != "none":
+        raise ConfigError(
+            "model.lora_variant=dora: PEFT's DoRA reads the base weight in backward, when ZeRO-3 has released it. "
+            "Set deepspeed.zero_stage: 2 (each worker then holds the whole 4-bit base), or use lora or rslora."
+        )
+    if ds.offload_params != "none" and stage != 3:
+        raise ConfigError(
+            f"deepspeed.offload_params={ds.offload_params}: needs zero_stage 3, the stage is {stage}. "
+            "Set deepspeed.zero_stage=3."
+        )
+    if ds.offload_optimizer != "none" and stage == 0:
+        raise ConfigError(
+            f"deepspeed.offload_optimizer={ds.offload_optimizer}: needs zero_stage 1, 2 or 3, the stage is 0."
+        )
+    return stage
+
+
+def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: int, use_gpu: bool) -> tuple[str, ...]:
+    notes = []
+    if base.num_expert_parameters and config.quantization.type != "none":
+        share = base.num_expert_parameters / base.num_parameters
+        notes.append(f"{share:.0%} of the base's weights are mixture-of-experts weights: they stay 16-bit.")
+        if not base.expert_shapes:
+            notes.append(
+                f"PEFT may adapt the experts of {base.model_type} models: the number of trained parameters and the "
+                "memory forecast leave that out."
+            )
+    elif config.quantization.type != "none" and base.num_linear_parameters < 0.5 * base.num_parameters:
+        share = 1 - base.num_linear_parameters / base.num_parameters
+        notes.append(f"{share:.0%} of the base's weights are not linear layers (embeddings mostly): they stay 16-bit.")
+    if base.context_length and config.training.max_length > base.context_length:
+        notes.append(
+            f"training.max_length={config.training.max_length} exceeds the base's context of {base.context_length}."
+        )
+    if config.training.packing and not packs(config, base):
+        notes.append(
+            f"Rows are padded, not packed: that {base.model_type} models keep the samples of a row apart is not shown."
+        )
+    if data.packed and steps_per_epoch < FEW_STEPS <= data.num_samples:
+        each = data.num_samples / data.num_rows
+        notes.append(
+            f"Packed rows hold {each:.0f} samples each, so an epoch is only {steps_per_epoch} steps. "
+            "For more and smaller ones lower training.max_length or batch_size, or set training.packing=false."
+        )
+    if use_gpu and not config.training.deterministic:
+        notes.append(
+            "GPU kernels may add in another order each time, so an interrupted run ends near the bits of one that was "
+            "not, not at them. For the same bits, 1 to 6% slower: training.deterministic=true."
+        )
+    if data.num_truncated:
+        limit = config.training.max_length
+        notes.append(f"{data.num_truncated} of {data.num_records} records were cut to training.max_length={limit}.")
+    if data.num_rejected:
+        notes.append(f"{data.num_rejected} of {data.num_records} records were rejected.")
+    return tuple(notes)

@@ -1,0 +1,48 @@
+"""What fits on N GPUs of M GiB, and how fast: a table, in under a second and without a GPU."""
+
+from qlora_ray.config import Config, base_model_path
+from qlora_ray.model.facts import read_facts
+from qlora_ray.model.recompute import Choice, Keep, choose
+from qlora_ray.planning import memory
+from qlora_ray.planning.memory import GIB
+from qlora_ray.planning.plan import may_hold_weights, num_lora_parameters, zero_stage
+
+BATCH_SIZES = (1, 2, 4, 8, 16)
+SHARE_OF_MEMORY = 0.93  # the rest is the CUDA context and the allocator's
+
+
+def answer(config: Config, gib: float, gpu: str) -> str:
+    """The table: rows a forward pass against what is kept, peak GiB of a worker and tokens per second of all.
+
+    Raises ConfigError where the base is not a local folder.
+    """
+    base = read_facts(base_model_path(config.model.base_model))
+    trainable = num_lora_parameters(config, base)
+    known = memory.sizes(config, base, trainable, zero_stage(config), "bfloat16")
+    length, workers = config.training.max_length, config.ray.max_workers
+    resident = sum(memory.resident_gib(known).values())
+    lines = [
+        f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters, LoRA r={config.model.lora_r}, "
+        f"rows of {length} tokens, ZeRO stage {known.stage}, {workers} x {gib:g} GiB ({gpu})",
+        f"weights and optimizer {resident:.2f} GiB a worker, "
+        f"{memory.memory_gib(known, length, None)['while_loading']:.2f} while loading",
+        f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",
+    ]
+    for rows in BATCH_SIZES:
+        room = (SHARE_OF_MEMORY * gib - resident) * GIB
+        for choice in _choices(known, rows * length, room, may_hold_weights(config)):
+            peak = memory.peak_gib(memory.memory_gib(known, rows * length, choice, recompute_all=True))
+            speed = memory.tokens_per_second(known, length, choice, gpu)
+            shown = f"{workers * speed:,.0f}" if speed else "-"
+            fits = "" if peak <= SHARE_OF_MEMORY * gib else "  does not fit"
+            lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice or 'layer inputs'}{fits}")
+    return "\n".join(lines)
+
+
+def _choices(known: memory.Sizes, num_tokens: int, room: float, may_hold: bool) -> list[Choice | None]:
+    if known.layer is None:
+        return [None]
+    layers, vocab = known.base.num_layers, known.base.vocab_size
+    auto = choose(known.layer, layers, num_tokens, vocab, room, may_hold)
+    leanest = memory.all_layers(known, Keep.HOST)
+    return [auto] if auto == leanest else [auto, leanest]

@@ -1,0 +1,107 @@
+"""python -m qlora_ray.data: what the model will see. Counts, lengths, packing, rejected records, and the mask."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from qlora_ray import door
+from qlora_ray.config import Config
+from qlora_ray.console import console
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepare a config's data as a run would, and show it; returns the exit code."""
+    parser = door.make_parser("data", "Show what the model will see.")
+    door.add_config_arguments(parser)
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show with their mask (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    return door.run(parser, _show_data, argv)
+
+
+def _show_data(arguments: argparse.Namespace) -> int:
+    config, _ = door.read_arguments(arguments)
+    shown = _look(config, max(0, arguments.rows), arguments.debug)
+    print(json.dumps(shown, ensure_ascii=False)) if arguments.json else _show(shown)
+    return 0
+
+
+def _look(config: Config, num_rows: int, debug: bool) -> dict[str, Any]:
+    from qlora_ray import storage
+    from qlora_ray.cluster import connect
+    from qlora_ray.data.check import check_records
+    from qlora_ray.data.describe import describe, show_rows
+    from qlora_ray.data.prepare import make_recipe, prepare
+    from qlora_ray.data.spread import run_on_ray
+    from qlora_ray.data.work import encoder_of
+    from qlora_ray.model.facts import read_facts
+    from qlora_ray.planning.early import check_files, local_base
+    from qlora_ray.planning.plan import packs
+
+    check_files(config)
+    folder = storage.open_folder(config.ray.storage_path)
+    storage.check_writable(folder)
+    check_records(config)
+    connect.set_environment(config, debug)
+
+    def runner():
+        connect.start_ray(config, debug)
+        return run_on_ray
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    made = prepare(config, folder, packs(config, read_facts(local_base(config))), runner, tell)
+    rows = show_rows(made, encoder_of(make_recipe(config)).tokenizer, num_rows) if num_rows else []
+    return {**describe(made), "rows": rows}
+
+
+def _show(data: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    for name, value in _lines(data).items():
+        table.add_row(name, value)
+    console.print(table)
+    for name in (*data["rejected_files"], data["cache_entry"]):
+        console.print(name, style="dim", soft_wrap=True)
+    console.print("\n[bold]tokens per sample[/]")
+    most = max(one["samples"] for one in data["length_histogram"])
+    for one in data["length_histogram"]:
+        bar = "█" * -(-40 * one["samples"] // most)
+        console.print(f"{one['from']:>7,} to {one['to']:>6,}  {bar} {one['samples']:,}")
+    for number, row in enumerate(data["rows"]):
+        text = Text()
+        for i, piece in enumerate(row["pieces"]):
+            if i and piece["sample"] != row["pieces"][i - 1]["sample"]:
+                text.append("\n┄┄ next sample, which does not see the one above ┄┄\n", style="cyan")
+            visible = piece["text"].replace("\x1b", "␛")  # a record shall not steer the terminal
+            text.append(visible, style="bold green" if piece["trained"] else "dim")
+        console.print(f"\n[bold]row {number}[/]: {row['num_tokens']:,} tokens, {row['num_label_tokens']:,} trained on "
+                      "([bold green]green[/])")  # fmt: skip
+        console.print(text)
+
+
+def _lines(data: dict[str, Any]) -> dict[str, str]:
+    rejected = "; ".join(f"{count:,} {reason}" for reason, count in data["rejected"].items()) or "none"
+    rows = f"{data['num_rows']:,} of {data['max_length']:,} tokens"
+    packed = f"{rows}, {data['packing_efficiency']:.1%} full, {data['num_samples'] / data['num_rows']:.1f} samples each"
+    return {
+        "records": f"{data['num_records']:,} read, {data['num_rejected']:,} rejected, {data['num_truncated']:,} cut "
+        f"to max_length",
+        "formats": ", ".join(f"{name} ({count:,})" for name, count in data["formats"].items()),
+        "samples": f"{data['num_samples']:,} an epoch, median {data['median_length']:,.0f} tokens, longest "
+        f"{data['longest_sample']:,}",
+        "rows": packed if data["packed"] else f"{data['num_rows']:,}, one sample each, padded",
+        "tokens": f"{data['num_tokens']:,} an epoch, {data['num_label_tokens']:,} of them ({data['label_share']:.1%}) "
+        "trained on",
+        "held out": f"{data['num_validation_samples']:,} samples in {data['num_validation_rows']:,} rows, "
+        f"{data['num_validation_label_tokens']:,} tokens trained on",
+        "rejected": rejected,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
