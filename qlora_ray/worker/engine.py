@@ -70,8 +70,11 @@ class Engine:
     __call__ = forward
 
     def train(self, mode: bool = True) -> None:
+        """Go to training or evaluation mode, in which the model can also generate. Every worker must call this."""
         self._engine.train(mode)
         if not mode:  # generation does not pass by the hook
+            if self._is_sharded:
+                _make_available(list(self._parameters.values()))
             self._flat.attach()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -251,6 +254,15 @@ def _keep_resident(optimizer: Any, parameters: list[torch.nn.Parameter]) -> None
         if not parameter.ds_persist:
             parameter.ds_persist = True
             optimizer.persistent_parameters.append(parameter)
+
+
+def _make_available(parameters: list[torch.nn.Parameter]) -> None:
+    """Gather what ZeRO-3 has released: it keeps nothing resident until it has seen a whole step a second time."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    released = [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
+    if released:
+        released[0].all_gather(released)
 
 
 def _gather_as_one(model: torch.nn.Module) -> None:
