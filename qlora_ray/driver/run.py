@@ -120,7 +120,8 @@ class Driver:
                     self._last_step = step
                 case Failed(cause):
                     self._note(self._failures, cause)
-                    progress.note(f"{cause} after step {self._last_step:,}: going back to the last checkpoint")
+                    if not (self._fatal or self._refusal):  # else the run ends, for the reason that was told
+                        progress.note(f"{cause} after step {self._last_step:,}: going back to the last checkpoint")
                 case Interrupted(cause):
                     self._note(self._interruptions, cause)
                     progress.note(f"{cause}: saving after step {self._last_step:,}")

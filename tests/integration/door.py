@@ -40,6 +40,13 @@ def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def told(run_dir: Path) -> list[dict]:
+    """What the lines of metrics.jsonl say of the training, without times and memory."""
+    names = ("step", "loss", "eval_loss", "learning_rate", "num_tokens", "num_label_tokens", "sample_digests")
+    lines = [{name: line[name] for name in names if name in line} for line in metrics(run_dir)]
+    return [line for line in lines if len(line) > 1]
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(run_dir) if "loss" in line}
 

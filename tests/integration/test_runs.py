@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 
 import pytest
@@ -195,6 +196,24 @@ def test_killed_worker_is_replaced_and_the_result_is_the_same(two_workers, stora
         assert door.sha256(storage / "killed" / file) == door.sha256(whole / file), file
 
 
+def test_run_that_crashed_between_two_lines_tells_what_an_undisturbed_one_tells(storage):
+    """With the default intervals: a line each tenth step, and wherever a checkpoint is begun."""
+    asked = (*settings(storage, "counted", 1, 1, "checkpoint.every_steps=6", "evaluation.num_prompts=0"),
+             "logging.every_steps=10", "training.eval_every_steps=20")  # fmt: skip
+    assert door.run(*asked).returncode == 0
+    run = storage / "counted"
+    summary, told = door.summary(run), door.told(run)
+    assert [line["step"] for line in told if "loss" in line] == [1, 6, 10, 12, 18, 20]
+    assert sum(line.get("num_tokens", 0) for line in told) == summary["num_tokens"]
+    for step in (18, 20):  # as if it had crashed at step 17: its lines up to 12 are there
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+    ended = door.run(*asked, "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert door.told(run) == told
+    again = door.summary(run)
+    assert [name for name, value in summary.items() if name != "seconds" and again[name] != value] == []
+
+
 def test_resume_refuses_another_lora_shape(two_workers, storage):
     run, _ = two_workers
     before = sorted(path for path in run.rglob("*"))
@@ -213,12 +232,13 @@ def test_more_workers_than_the_machine_holds_are_refused(storage):
 
 def test_early_stopping_ends_a_run_that_no_longer_improves_and_debug_shows_every_parameter(storage):
     still = ["training.learning_rate=1e-30", "training.early_stopping_patience=1", "training.eval_every_steps=2"]
-    ended = door.run(
-        *settings(storage, "early", 1, 1, *still, "evaluation.num_prompts=0", "training.packing=false"), "--debug"
-    )
+    asked = settings(storage, "early", 1, 1, *still, "evaluation.num_prompts=0", "training.packing=false")
+    ended = door.run(*asked, "--debug")
     assert ended.returncode == 0, ended.stderr
-    summary = door.summary(storage / "early")
+    summary, told = door.summary(storage / "early"), door.told(storage / "early")
     assert (summary["status"], summary["early"], summary["steps"]) == ("done", True, 4)
+    assert door.run(*asked, "--resume").returncode == 0
+    assert door.told(storage / "early") == told and door.summary(storage / "early")["steps"] == 4
     assert (storage / "early" / "adapter_best" / "adapter_model.safetensors").exists()
     table = [line for line in (ended.stdout + ended.stderr).splitlines() if "q_proj" in line]
     assert any("4-bit" in line and "no" in line for line in table)

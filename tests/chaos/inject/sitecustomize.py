@@ -6,6 +6,8 @@ misbehave at the start of one optimizer step, once a run (a marker file remember
 sleep            the training thread sleeps for ever
 skip             the worker leaves out a collective
 raise            the worker raises a ValueError
+guard            the worker raises a GuardError, as where its share of the model is not what it should be
+refuse           the worker raises a ConfigError, as where its node lacks a file
 oom              the worker raises torch.OutOfMemoryError
 nan              the worker's loss is not a number; <step> may be <first>-<last>
 sync-<n>         the process kills itself before its n-th fsync or rename after that step (n even: before, odd: after)
@@ -43,6 +45,14 @@ def misbehave(kind: str) -> None:
         time.sleep(10**6)
     elif kind == "raise":
         raise ValueError("made to fail")
+    elif kind == "guard":
+        from qlora_ray.worker.errors import GuardError
+
+        raise GuardError("made to find that the weights are wrong")
+    elif kind == "refuse":
+        from qlora_ray.config import ConfigError
+
+        raise ConfigError("model.base_model: made to be missing on one node")
     elif kind == "oom":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     elif kind == "skip":
