@@ -13,13 +13,12 @@ from rich.live import Live
 from rich.table import Table
 
 from qlora_ray.cluster import connect
-from qlora_ray.config import Config
 from qlora_ray.console import console
 from qlora_ray.rundir import names
 from qlora_ray.rundir.metrics import read_lines
 from qlora_ray.storage import FREE_SPACE, open_folder, unless_full
 from qlora_ray.sweep import results, space
-from qlora_ray.sweep.capacity import Reports
+from qlora_ray.sweep.capacity import Planned
 from qlora_ray.sweep.ledger import Ledger
 from qlora_ray.sweep.process import STOP_FLAG, STOP_SECONDS, submitted_job
 from qlora_ray.sweep.screen import show_value
@@ -32,10 +31,11 @@ COLOURS = {"running": "cyan", "done": "green", "stopped": "yellow", "failed": "r
 class Session:
     """Ray Tune in a thread, while the main thread watches, shows and can be interrupted."""
 
-    def __init__(self, config: Config, run: Path, ledger: Ledger, reports: Reports, room: int, began: float):
-        self._config, self._run, self._ledger = config, run, ledger
-        self._sweep = space.sweep_of(config)
-        self._reports, self._room, self._began = reports, room, began
+    def __init__(self, planned: Planned, run: Path, ledger: Ledger, began: float):
+        """`began` is the time.monotonic() of the command."""
+        self._config, self._run, self._ledger = planned.config, run, ledger
+        self._sweep = space.sweep_of(planned.config)
+        self._reports, self._room, self._began = planned.reports, planned.room, began
         self._said: queue.Queue[tuple[str, str]] = queue.Queue()
         self._stop: tuple[str, str] | None = None  # status and reason
         self._stop_at = 0.0

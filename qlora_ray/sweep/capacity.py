@@ -18,6 +18,28 @@ class Reports:
     perturbation_interval: int | None  # with pbt
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a sweep before its first trial."""
+
+    config: Config
+    plans: list[Plan]  # of the trials, or of the corners of the space
+    reports: Reports
+    room: int  # trials that run at a time
+    why: str  # no more do
+
+    @property
+    def most_steps(self) -> int:
+        """Optimizer steps of the whole sweep where no trial is stopped early."""
+        return self.reports.num_steps * space.num_trials(self.config)
+
+
+def plan_sweep(config: Config, plans: list[Plan], hardware: Hardware) -> Planned:
+    """Whether trials can be judged, and how many run at a time. Raises ConfigError where they cannot."""
+    reports = reports_of(config, plans)
+    return Planned(config, plans, reports, *concurrent_trials(config, plans, hardware))
+
+
 def check_metric(config: Config) -> None:
     """Refuse a metric that no trial can report. Raises ConfigError."""
     sweep = space.sweep_of(config)

@@ -30,15 +30,14 @@ def show(config: Config) -> None:
     hardware, known = hardware_of(config)
     with tempfile.TemporaryDirectory() as temporary:
         plans = prepare_trials(configs, storage.open_folder(temporary), hardware, inline=True)
-    reports = capacity.reports_of(config, plans)
-    room, why = capacity.concurrent_trials(config, plans, hardware)
+    planned = capacity.plan_sweep(config, plans, hardware)
     table = Table("trial", *space.sweep_of(config).parameters, "steps")
     for trial, plan in zip(trials, plans, strict=False):
         table.add_row(trial.name, *map(screen.show_value, trial.parameters.values()), f"{plan.num_steps:,}")
     if trials:
         console.print(table)
-    rows = screen.plan_rows(config, plans, reports, room, why)
-    rows |= _cost(config, configs[0], plans[0], reports.num_steps * space.num_trials(config))
+    rows = screen.plan_rows(planned)
+    rows |= _cost(config, configs[0], plans[0], planned.most_steps)
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
     for name, value in rows.items():

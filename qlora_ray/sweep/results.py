@@ -13,6 +13,7 @@ from qlora_ray.rundir import names
 from qlora_ray.rundir.metrics import read_lines
 from qlora_ray.rundir.record import read_json
 from qlora_ray.storage import open_folder
+from qlora_ray.sweep.capacity import Planned
 from qlora_ray.sweep.ledger import Ledger, TrialRecord
 from qlora_ray.sweep.space import config_of, mode_of, sweep_of
 
@@ -85,11 +86,9 @@ def steps_of(run: Path, record: TrialRecord) -> int:
     return steps if steps is not None else record.reported
 
 
-def write_summary(
-    run: Path, ledger: Ledger, config: Config, status: str, reason: str | None, num_steps: int
-) -> dict[str, Any]:
-    """Promote the best adapter and write summary.json; returns it. `num_steps` is what one whole trial takes."""
-    sweep = sweep_of(config)
+def write_summary(run: Path, ledger: Ledger, planned: Planned, status: str, reason: str | None) -> dict[str, Any]:
+    """Promote the best adapter and write summary.json; returns it."""
+    config, sweep = planned.config, sweep_of(planned.config)
     best = find_best(ledger, sweep)
     by_status: dict[str, int] = {}
     for record in ledger.trials.values():
@@ -103,7 +102,7 @@ def write_summary(
         "adapter": promote(run, config, best) if best else None,
         "trials": by_status,
         "steps": sum(steps_of(run, record) for record in ledger.trials.values()),
-        "steps_without_stopping": num_steps * len(ledger.trials),
+        "steps_without_stopping": planned.reports.num_steps * len(ledger.trials),
         "tokens": sum(tokens_of(run, name) for name in ledger.trials),
         "exploits": sum(len(record.exploits) for record in ledger.trials.values()),
         "failed": {name: record.reason for name, record in ledger.trials.items() if record.status == "failed"},

@@ -57,7 +57,7 @@ def sweep(config: Config, config_name: str, resume: bool, debug: bool, began: fl
     _share_cores(config, configs)
     hardware = connect.start_ray(config, debug)
     plans = prepare_trials(configs, folder, hardware)
-    return _run(config, run, trials, plans, hardware, debug, began)
+    return _run(capacity.plan_sweep(config, plans, hardware), run, trials, debug, began)
 
 
 def distinct_configs(config: Config, trials: list[Trial]) -> list[Config]:
@@ -111,25 +111,22 @@ def _share_cores(config: Config, configs: list[Config]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // (workers * trials))))
 
 
-def _run(
-    config: Config, run: Path, trials: list[Trial], plans: list[Plan], hardware: Hardware, debug: bool, began: float
-) -> int:
-    reports = capacity.reports_of(config, plans)
-    room, why = capacity.concurrent_trials(config, plans, hardware)
-    most = max(plan.num_trainable_parameters for plan in plans)
+def _run(planned: capacity.Planned, run: Path, trials: list[Trial], debug: bool, began: float) -> int:
+    config = planned.config
+    most = max(plan.num_trainable_parameters for plan in planned.plans)
     needed = storage_bytes(config, most) * space.num_trials(config)
     storage.check_space(storage.open_folder(str(run)), needed)
     ledger = open_ledger(config, run, trials)
     try:
-        screen.show_plan(config, run, plans, reports, room, why)
-        session = board.Session(config, run, ledger, reports, room, began)
+        screen.show_plan(planned, run)
+        session = board.Session(planned, run, ledger, began)
         with contextlib.nullcontext() if debug else chatter_goes_to(f"{run}/sweep.log"):
             status, reason = session.run()
         summary: dict[str, Any] = {}
 
         def close() -> None:
             ledger.append("close", status=status, reason=reason)
-            summary.update(results.write_summary(run, ledger, config, status, reason, reports.num_steps))
+            summary.update(results.write_summary(run, ledger, planned, status, reason))
             page.write(run, config, ledger, summary)
 
         problem = storage.unless_full(close, "what closes the sweep", storage.open_folder(str(run)))

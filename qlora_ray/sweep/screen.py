@@ -8,9 +8,8 @@ from rich.table import Table
 
 from qlora_ray.config import Config
 from qlora_ray.console import console
-from qlora_ray.planning.plan import Plan
 from qlora_ray.sweep import capacity, space
-from qlora_ray.sweep.capacity import Reports
+from qlora_ray.sweep.capacity import Planned, Reports
 
 
 def show_value(value: Any) -> str:
@@ -19,28 +18,29 @@ def show_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def show_plan(config: Config, run: Path, plans: list[Plan], reports: Reports, room: int, why: str) -> None:
+def show_plan(planned: Planned, run: Path) -> None:
     """What will be done, as a table."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
-    for name, value in plan_rows(config, plans, reports, room, why).items():
+    for name, value in plan_rows(planned).items():
         table.add_row(name, value)
     table.add_row("sweep", str(run))
     console.print(table)
     console.print()
 
 
-def plan_rows(config: Config, plans: list[Plan], reports: Reports, room: int, why: str) -> dict[str, str]:
+def plan_rows(planned: Planned) -> dict[str, str]:
     """The lines that --plan and the start of a sweep share."""
-    sweep, largest = space.sweep_of(config), max(plans, key=lambda plan: plan.num_workers)
+    config, reports = planned.config, planned.reports
+    sweep, largest = space.sweep_of(config), max(planned.plans, key=lambda plan: plan.num_workers)
     kind = "GPU" if largest.use_gpu else "CPU"
-    steps, all_steps = capacity.fewest_steps(config, reports), reports.num_steps * space.num_trials(config)
+    steps, all_steps = capacity.fewest_steps(config, reports), planned.most_steps
     told = f"{steps:,} if asha stops all that it may, {all_steps:,} if none" if steps < all_steps else f"{steps:,}"
     resources = " + ".join(f"{each:g} {name}" for name, each in largest.resources_per_worker.items())
     return {
         "trials": f"{space.num_trials(config)} ({sweep.search}), each {reports.num_steps:,} steps at most",
         "decides": f"{sweep.metric} every {reports.every:,} steps, {_scheduler(config, reports)}",
-        "at a time": f"{room} ({why})",
+        "at a time": f"{planned.room} ({planned.why})",
         "a trial": f"{largest.num_workers} x 1 {kind} ({resources} each), ZeRO stage {largest.zero_stage}",
         "steps": told,
     }

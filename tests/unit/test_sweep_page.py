@@ -7,6 +7,7 @@ import pytest
 
 from qlora_ray.config import make_config
 from qlora_ray.sweep import page, results
+from qlora_ray.sweep.capacity import Planned, Reports
 from qlora_ray.sweep.charts import Axis
 from qlora_ray.sweep.ledger import Ledger
 
@@ -34,7 +35,8 @@ def rendered(tmp_path_factory):
         ledger.append("end", trial=name, status="done" if losses else "failed", reason=None if losses else EVIL)
     new = {LR: 5e-3, "model.lora_r": 4}
     ledger.append("exploit", trial="t0001", donor="t0007", step=20, sha256={}, parameters=new)
-    summary = results.write_summary(run, ledger, config, "done", None, 20)
+    planned = Planned(config, [], Reports(20, 10, 10, None), 1, "")
+    summary = results.write_summary(run, ledger, planned, "done", None)
     text = page.write(run, config, ledger, summary).read_text()
     ledger.close()
     return re.sub(r"<script>/\*.*?</script>", "", text, count=1, flags=re.DOTALL), summary  # without plotly itself
