@@ -45,10 +45,20 @@ class ModelConfig(Section):
     """Dropout on the LoRA input. 0 is fastest."""
     target_modules: str | list[str] = "all-linear"
     """Which linear layers get a LoRA: "all-linear", a list of module name suffixes, or a regular expression."""
-    lora_variant: Literal["lora", "rslora", "dora", "pissa", "loftq"] = "lora"
+    lora_variant: Literal["lora", "rslora", "dora", "loftq"] = "lora"
     """rslora scales by 1/sqrt(r); dora also learns magnitudes; loftq starts from the quantization error."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only with a pinned `revision`."""
+
+    @field_validator("lora_variant", mode="before")
+    @classmethod
+    def _is_not_pissa(cls, variant):
+        if variant == "pissa":
+            raise ValueError(
+                "pissa rewrites the base weights, so its adapter would not fit the base that others load. "
+                "Use loftq: the same idea with the base untouched"
+            )
+        return variant
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self):
@@ -343,9 +353,7 @@ class SweepConfig(Section):
     parameters: dict[str, Parameter] = Field(min_length=1)
     """Any dotted key of this file to grid, choice, uniform, loguniform or randint."""
     metric: Literal["eval_loss", "eval_perplexity", "loss", "exact_match_adapter"] = "eval_loss"
-    """What decides between trials."""
-    mode: Literal["min", "max"] | None = None
-    """Whether less or more is better; default: as the metric means it."""
+    """What decides between trials: the lowest, of exact_match_adapter the highest."""
     search: Literal["random", "grid", "optuna"] = "random"
     """random and grid know all trials from the start; optuna (extra "optuna") learns from those that ended."""
     num_trials: int | None = Field(None, ge=1)
@@ -369,9 +377,6 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit_together(self):
-        better = "max" if self.metric == "exact_match_adapter" else "min"
-        if self.mode not in (None, better):
-            raise ValueError(f"sweep.mode={self.mode}: better is {better} of {self.metric}. Leave mode out.")
         for key, parameter in self.parameters.items():
             if self.search == "grid" and parameter.kind != "grid":
                 raise ValueError(
@@ -406,11 +411,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _lora_variant_fits(self):
-        if self.model.lora_variant == "pissa":
-            raise ValueError(
-                "model.lora_variant=pissa: PiSSA rewrites the base weights, so its adapter would not fit the base that "
-                "others load. Use loftq: the same idea with the base untouched."
-            )
         if self.model.lora_variant == "loftq" and self.quantization.type == "none":
             raise ValueError("model.lora_variant=loftq: starts from the quantization error; quantization.type is none.")
         return self

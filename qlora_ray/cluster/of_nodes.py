@@ -87,17 +87,15 @@ def base_model(found: Found):
 
 
 def compilers(found: Found):
-    for node, facts in found.nodes.items():
-        has = facts["tools"]
-        needed = ["cc", "Python.h"] if found.needs.use_gpu else [] if has["shm_op"] else ["g++", "ninja"]
-        missing = [name for name in needed if not has[name]]
-        what = "Triton's kernels" if found.needs.use_gpu else "DeepSpeed's CPU op"
-        if missing and (not found.needs.use_gpu or found.resources.get(node, {}).get("GPU")):
-            todo = "Install a compiler: apt-get install g++ python3-dev; pip install ninja."
-            yield Row("compiler", node, "bad", f"{what}: no {', '.join(missing)}", todo)
+    if not found.needs.use_gpu:  # nothing compiles on CPUs
+        return
+    for node, facts in _with_gpus(found):
+        missing = [name for name, is_there in facts["tools"].items() if not is_there]
+        if missing:
+            todo = "Install a compiler: apt-get install gcc python3-dev."
+            yield Row("compiler", node, "bad", f"Triton's kernels: no {', '.join(missing)}", todo)
         else:
-            text = f"{what}: {', '.join(needed)}" if needed else "DeepSpeed's CPU op is compiled"
-            yield Row("compiler", node, "ok", f"{text}; libaio not needed (no offload to NVMe)")
+            yield Row("compiler", node, "ok", f"Triton's kernels: {', '.join(facts['tools'])}")
 
 
 def clocks(found: Found):
