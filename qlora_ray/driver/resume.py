@@ -23,7 +23,7 @@ DECIDES_NO_STEP = (
     "training.max_length", "training.packing",
     "training.recompute", "training.memory_budget_gib", "training.dequantized_weights",
 )  # fmt: skip
-AT_THE_END = ("evaluation",)  # is done again, by a run with no step left too
+AT_THE_END = ("evaluation.num_prompts", "evaluation.max_new_tokens")  # done again, by a run with no step left too
 SCHEDULE = {
     "training.learning_rate", "training.lr_schedule", "training.warmup_ratio", "training.num_epochs",
     "training.max_steps",

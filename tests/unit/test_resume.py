@@ -68,7 +68,7 @@ DECIDING = [
     ("training__weight_decay", 0.1), ("training__max_grad_norm", 0.5), ("training__loraplus_lr_ratio", 2),
     ("training__neftune_noise_alpha", 5), ("training__eval_every_steps", 1), ("training__num_epochs", 9),
     ("training__max_steps", 4), ("training__early_stopping_patience", 1), ("training__max_skipped_steps", 1),
-    ("training__deterministic", True), ("model__lora_dropout", 0.1),
+    ("training__deterministic", True), ("model__lora_dropout", 0.1), ("evaluation__num_samples", 3),
 ]  # fmt: skip
 
 
