@@ -1,7 +1,6 @@
 """qlora-ray <door>: the same doors as python -m qlora_ray.<door>, imported only when asked for."""
 
 import importlib
-import json
 import sys
 
 DOORS = {
@@ -14,7 +13,7 @@ DOORS = {
     "evaluate": "loss, exact match, F1 and lm-eval tasks, base against adapter",
     "export": "merge an adapter into its base, with proof; or hand it over as GGUF",
     "report": "make report.html of a run, or compare runs",
-    "schema": "print the JSON schema of the config, for editors",
+    "schema": "print every key of the config: a JSON schema for editors, or a page",
 }
 
 
@@ -29,11 +28,6 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in DOORS:
         print(f"error: {argv[0]}: no such door. There are: {', '.join(DOORS)}.", file=sys.stderr)
         return 2
-    if argv[0] == "schema":
-        from qlora_ray.config import Config
-
-        print(json.dumps(Config.model_json_schema(), indent=1))
-        return 0
     module = {"data": "show_data"}.get(argv[0], argv[0])
     return importlib.import_module(f"qlora_ray.{module}").main(argv[1:])
 

@@ -29,10 +29,14 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """A section of the YAML file: no unknown keys, and nothing changes once it is read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
+    """The base and the LoRA on it."""
+
     base_model: str = EMBEDDED_BASE
     """A local folder (safetensors), a hub id, or "embedded": the small model inside this package."""
     revision: str | None = None
@@ -45,10 +49,20 @@ class ModelConfig(Section):
     """Dropout on the LoRA input. 0 is fastest."""
     target_modules: str | list[str] = "all-linear"
     """Which linear layers get a LoRA: "all-linear", a list of module name suffixes, or a regular expression."""
-    lora_variant: Literal["lora", "rslora", "dora", "pissa", "loftq"] = "lora"
+    lora_variant: Literal["lora", "rslora", "dora", "loftq"] = "lora"
     """rslora scales by 1/sqrt(r); dora also learns magnitudes; loftq starts from the quantization error."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only with a pinned `revision`."""
+
+    @field_validator("lora_variant", mode="before")
+    @classmethod
+    def _is_not_pissa(cls, variant):
+        if variant == "pissa":
+            raise ValueError(
+                "pissa rewrites the base weights, so its adapter would not fit the base that others load. "
+                "Use loftq: the same idea with the base untouched"
+            )
+        return variant
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self):
@@ -61,6 +75,8 @@ class ModelConfig(Section):
 
 
 class QuantizationConfig(Section):
+    """How the frozen base is stored."""
+
     type: Literal["nf4", "fp4", "none"] = "nf4"
     """4-bit data type of the frozen base; nf4 from QLoRA (arXiv:2305.14314). "none" keeps it in the compute dtype."""
     double_quant: bool = True
@@ -70,6 +86,8 @@ class QuantizationConfig(Section):
 
 
 class TrainingConfig(Section):
+    """Steps, optimizer, rows, and what is kept in memory."""
+
     num_epochs: float = Field(3, gt=0)
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
@@ -117,6 +135,8 @@ class TrainingConfig(Section):
 
 
 class DataSource(Section):
+    """One of several sources of records, with its own settings."""
+
     path: str = Field(min_length=1)
     """A file, glob, folder, URI or hub data set id."""
     weight: float = Field(1.0, gt=0)
@@ -141,6 +161,8 @@ DataFiles = Annotated[_Path | _Mapping | Annotated[list[_Entry], Tag("list")], D
 
 
 class DataConfig(Section):
+    """Records, and what of them is trained on: [data.md](data.md)."""
+
     train_file: DataFiles = "data/sample_data.json"
     """Path, glob, folder, URI or hub data set id; or a list of those or of {path, weight}. See docs/data.md."""
     validation_file: DataFiles | None = None
@@ -183,6 +205,8 @@ class DataConfig(Section):
 
 
 class DeepSpeedConfig(Section):
+    """How base and optimizer are spread over the workers."""
+
     zero_stage: Literal["auto", 0, 1, 2, 3] = 3
     """ZeRO stage: 3 shards the 4-bit base over the workers; auto: 3 with several workers, 0 with one."""
     offload_params: Literal["none", "cpu"] = "none"
@@ -194,13 +218,16 @@ class DeepSpeedConfig(Section):
 
 
 class RayConfig(Section):
+    """Workers, cluster, and where run directories go: [cluster.md](cluster.md)."""
+
     address: str | None = None
     """Address of a running cluster ("auto" inside one); default: a private Ray on this machine."""
     allow_unauthenticated: bool = False
     """Connect to a cluster of other machines though it asks for no token. Only on a network closed to others."""
     num_workers: int | tuple[int, int] = 1
     """Ray Train workers, one GPU each (or CPU shares). The ZeRO group is all of them. [min, max]: as many as there is
-    room for, more or fewer as nodes come and go; the result does not depend on how many."""
+    room for, more or fewer as nodes come and go; the result does not depend on how many
+    (on CPUs with one and the same OMP_NUM_THREADS)."""
     elastic_resize_monitor_interval_s: float = Field(30, gt=0)
     """Seconds between looks for room for more workers, with [min, max]."""
     use_gpu: bool | Literal["auto"] = "auto"
@@ -216,10 +243,12 @@ class RayConfig(Section):
 
     @property
     def min_workers(self) -> int:
+        """The fewest workers that the run goes on with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
+        """The most workers that there may be."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @field_validator("num_workers", mode="before")
@@ -247,6 +276,8 @@ class RayConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """How often a run is saved: [reliability.md](reliability.md)."""
+
     every_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints: the most that a failure can cost. Default: ten times a run, at most 200."""
     keep: int = Field(3, ge=1)
@@ -254,6 +285,8 @@ class CheckpointConfig(Section):
 
 
 class WatchdogConfig(Section):
+    """Deadlines, in seconds, after which a worker counts as stuck: [reliability.md](reliability.md)."""
+
     load_seconds: float = Field(1800, gt=0)
     """Longest time from a worker's start to its first step; then the worker is ended and the run recovers."""
     step_seconds: float = Field(600, gt=0)
@@ -269,6 +302,8 @@ class WatchdogConfig(Section):
 
 
 class LoggingConfig(Section):
+    """What is written down while a run goes on."""
+
     every_steps: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl; each waits once for the GPU."""
     trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(default_factory=list)
@@ -276,6 +311,8 @@ class LoggingConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """Answers to held-out prompts."""
+
     num_prompts: int = Field(8, ge=0)
     """Held-out prompts answered at the end by base and adapter, compared exactly; 0 turns it off."""
     max_new_tokens: int = Field(64, ge=1)
@@ -300,6 +337,7 @@ class Parameter(Section):
 
     @property
     def kind(self) -> str:
+        """Which of them is given, e.g. "loguniform"."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @property
@@ -322,6 +360,8 @@ class Parameter(Section):
 
 
 class AshaOptions(Section):
+    """When a bad trial is stopped, under the names of Ray Tune's ASHAScheduler."""
+
     grace_period: int | None = Field(None, ge=1)
     """Steps that every trial gets; default: up to its first report."""
     reduction_factor: float = Field(3, gt=1)
@@ -329,6 +369,8 @@ class AshaOptions(Section):
 
 
 class PbtOptions(Section):
+    """When a bad trial goes on from a good one, under the names of Ray Tune's PopulationBasedTraining."""
+
     perturbation_interval: int | None = Field(None, ge=1)
     """Steps between exploits; default: training.eval_every_steps."""
     quantile_fraction: float = Field(0.25, gt=0, le=0.5)
@@ -340,12 +382,12 @@ class PbtOptions(Section):
 
 
 class SweepConfig(Section):
+    """Which settings vary between trials, and what decides: [sweeps.md](sweeps.md)."""
+
     parameters: dict[str, Parameter] = Field(min_length=1)
     """Any dotted key of this file to grid, choice, uniform, loguniform or randint."""
     metric: Literal["eval_loss", "eval_perplexity", "loss", "exact_match_adapter"] = "eval_loss"
-    """What decides between trials."""
-    mode: Literal["min", "max"] | None = None
-    """Whether less or more is better; default: as the metric means it."""
+    """What decides between trials: the lowest, of exact_match_adapter the highest."""
     search: Literal["random", "grid", "optuna"] = "random"
     """random and grid know all trials from the start; optuna (extra "optuna") learns from those that ended."""
     num_trials: int | None = Field(None, ge=1)
@@ -369,9 +411,6 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit_together(self):
-        better = "max" if self.metric == "exact_match_adapter" else "min"
-        if self.mode not in (None, better):
-            raise ValueError(f"sweep.mode={self.mode}: better is {better} of {self.metric}. Leave mode out.")
         for key, parameter in self.parameters.items():
             if self.search == "grid" and parameter.kind != "grid":
                 raise ValueError(
@@ -406,11 +445,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _lora_variant_fits(self):
-        if self.model.lora_variant == "pissa":
-            raise ValueError(
-                "model.lora_variant=pissa: PiSSA rewrites the base weights, so its adapter would not fit the base that "
-                "others load. Use loftq: the same idea with the base untouched."
-            )
         if self.model.lora_variant == "loftq" and self.quantization.type == "none":
             raise ValueError("model.lora_variant=loftq: starts from the quantization error; quantization.type is none.")
         return self

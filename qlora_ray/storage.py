@@ -32,14 +32,17 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
+        """Whether it lies on a disk of this machine, NFS included."""
         return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
 
     @property
     def name(self) -> str:
+        """The last part of its path."""
         return self.path.rsplit("/", 1)[-1]
 
     @property
     def parent(self) -> "Folder":
+        """The folder it lies in."""
         return Folder(self.filesystem, self.path.rsplit("/", 1)[0])
 
     def size(self) -> int | None:
@@ -47,6 +50,7 @@ class Folder:
         return self.filesystem.get_file_info(self.path).size
 
     def exists(self) -> bool:
+        """Whether there is a file or folder."""
         return self.filesystem.get_file_info(self.path).type != pyarrow.fs.FileType.NotFound
 
     def list(self) -> list[str]:
@@ -65,10 +69,12 @@ class Folder:
             return self.filesystem.get_file_info(selector)
 
     def make(self) -> "Folder":
+        """Make the folder and those above it, where they are missing; returns it."""
         self.filesystem.create_dir(self.path, recursive=True)
         return self
 
     def read_bytes(self) -> bytes:
+        """The whole of this file. Raises FileNotFoundError."""
         with self.filesystem.open_input_file(self.path) as file:
             return file.read()
 
@@ -101,6 +107,7 @@ class Folder:
         sync_folder(folder)
 
     def delete(self) -> None:
+        """Remove this file, or folder with all in it; nothing where there is none."""
         info = self.filesystem.get_file_info(self.path)
         if info.type == pyarrow.fs.FileType.Directory:
             self.filesystem.delete_dir(self.path)
@@ -108,6 +115,7 @@ class Folder:
             self.filesystem.delete_file(self.path)
 
     def rename(self, target: "Folder") -> None:
+        """Move it, and on a local disk sync the folder that it now lies in. Object stores move files alone."""
         self.filesystem.move(self.path, target.path)
         if self.is_local:
             sync_folder(os.path.dirname(target.path))

@@ -82,6 +82,7 @@ def token() -> str | None:
 
 
 def token_path() -> Path:
+    """The file that holds the token: $RAY_AUTH_TOKEN_PATH, else where Ray looks."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
 
 

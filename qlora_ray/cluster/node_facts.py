@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import ctypes.util
 import hashlib
 import os
 import platform
@@ -99,15 +98,10 @@ def interface_of(address: str) -> dict[str, Any] | None:
 
 
 def tools() -> dict[str, bool]:
-    """What compiles at run time: DeepSpeed's shared-memory op on CPUs, Triton's kernels on GPUs."""
-    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    """What Triton needs to compile its kernels, on GPUs alone, and whether it is there."""
     return {
-        "g++": shutil.which(os.environ.get("CXX", "g++")) is not None,
-        "ninja": find_spec("ninja") is not None or shutil.which("ninja") is not None,
         "cc": any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")),
         "Python.h": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
-        "libaio": ctypes.util.find_library("aio") is not None,
-        "shm_op": any(built.glob("**/deepspeed_shm_comm*.so")),
     }
 
 

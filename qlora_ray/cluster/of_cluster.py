@@ -9,6 +9,7 @@ STOP_SECONDS = 60
 
 
 def answers(found: Found):
+    """Nodes that gave no facts."""
     for node, why in found.silent.items():
         todo = "See that the node is up and qlora_ray is installed there; look at its Ray logs."
         yield Row("answer", node, "bad", why, todo)
@@ -41,6 +42,7 @@ def network(found: Found):
 
 
 def all_reduce(found: Found):
+    """Whether a real sum over all nodes came about, and its bus bandwidth; no row where none was tried."""
     result = found.all_reduce
     if result is None:
         return
@@ -58,6 +60,7 @@ def all_reduce(found: Found):
 
 
 def shared_storage(found: Found):
+    """Whether each node reads what the driver wrote to ray.storage_path, and the driver what the node wrote."""
     for node, facts in found.nodes.items():
         probe = facts["storage"]
         if probe is None:
@@ -73,6 +76,7 @@ def shared_storage(found: Found):
 
 
 def disk(found: Found):
+    """Free bytes at a local ray.storage_path against what the run writes."""
     for node, facts in found.nodes.items():
         if facts["disk_free"] is None:
             continue
@@ -102,6 +106,7 @@ def shared_memory(found: Found):
 
 
 def cpus(found: Found):
+    """Whether the workers fit, by the plan's own arithmetic."""
     total = sum(held.get("CPU", 0) for held in found.resources.values())
     if found.workers_fit:
         yield Row("CPUs", "all", "bad", found.workers_fit, "See there.")
@@ -110,6 +115,7 @@ def cpus(found: Found):
 
 
 def authentication(found: Found):
+    """Whether the cluster asks for a token, and whether only its owner reads the token file."""
     texts = {"private": "a private Ray, with a token of this machine", "takes ours": "the cluster asks for a token"}
     if found.token_mode is not None and found.token_mode & 0o077:
         text = f"others can read the token file (mode {found.token_mode & 0o777:04o})"
@@ -122,6 +128,7 @@ def authentication(found: Found):
 
 
 def job_stop(found: Found):
+    """Seconds that `ray job stop` leaves a run to save; no row outside of a Ray job."""
     if found.stop_seconds is None:
         return
     text = f"`ray job stop` grants {found.stop_seconds} s to save"

@@ -11,6 +11,7 @@ OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
 
 def versions(found: Found):
+    """Python, packages and this package's code, against the driver's."""
     ours = found.driver["versions"]
     for node, facts in found.nodes.items():
         other = {name: value for name, value in facts["versions"].items() if value != ours[name]}
@@ -27,6 +28,7 @@ def versions(found: Found):
 
 
 def gpus(found: Found):
+    """The GPUs of each node, and their free memory (GiB) against what a worker needs."""
     if not found.needs.use_gpu:
         yield Row("GPU", "all", "ok", "the run is on CPUs")
         return
@@ -50,6 +52,7 @@ def gpus(found: Found):
 
 
 def cuda(found: Found):
+    """Whether torch is built for CUDA, and the driver is new enough for it; no row for a run on CPUs."""
     if not found.needs.use_gpu:
         return
     for node, facts in _with_gpus(found):
@@ -67,6 +70,7 @@ def cuda(found: Found):
 
 
 def bfloat16(found: Found):
+    """Whether the GPUs have bfloat16, where the run computes in it."""
     if not found.needs.use_gpu or found.needs.compute_dtype not in ("auto", "bfloat16"):
         return
     for node, facts in _with_gpus(found):
@@ -79,6 +83,7 @@ def bfloat16(found: Found):
 
 
 def base_model(found: Found):
+    """Whether each node can load the base model."""
     states: dict[bool | None, Literal["ok", "bad", "unknown"]] = {True: "ok", False: "bad", None: "unknown"}
     for node, facts in found.nodes.items():
         here, why = facts["base"]["here"], facts["base"]["why"]
@@ -87,20 +92,20 @@ def base_model(found: Found):
 
 
 def compilers(found: Found):
-    for node, facts in found.nodes.items():
-        has = facts["tools"]
-        needed = ["cc", "Python.h"] if found.needs.use_gpu else [] if has["shm_op"] else ["g++", "ninja"]
-        missing = [name for name in needed if not has[name]]
-        what = "Triton's kernels" if found.needs.use_gpu else "DeepSpeed's CPU op"
-        if missing and (not found.needs.use_gpu or found.resources.get(node, {}).get("GPU")):
-            todo = "Install a compiler: apt-get install g++ python3-dev; pip install ninja."
-            yield Row("compiler", node, "bad", f"{what}: no {', '.join(missing)}", todo)
+    """Whether Triton can compile its kernels; nothing compiles on CPUs, which get no row."""
+    if not found.needs.use_gpu:
+        return
+    for node, facts in _with_gpus(found):
+        missing = [name for name, is_there in facts["tools"].items() if not is_there]
+        if missing:
+            todo = "Install a compiler: apt-get install gcc python3-dev."
+            yield Row("compiler", node, "bad", f"Triton's kernels: no {', '.join(missing)}", todo)
         else:
-            text = f"{what}: {', '.join(needed)}" if needed else "DeepSpeed's CPU op is compiled"
-            yield Row("compiler", node, "ok", f"{text}; libaio not needed (no offload to NVMe)")
+            yield Row("compiler", node, "ok", f"Triton's kernels: {', '.join(facts['tools'])}")
 
 
 def clocks(found: Found):
+    """Seconds between each node's clock and the driver's."""
     for node, facts in found.nodes.items():
         skew = facts.get("skew", 0.0)
         text = (
@@ -115,6 +120,7 @@ def clocks(found: Found):
 
 
 def open_files(found: Found):
+    """The soft and hard limits of open files; Ray raises the soft one itself."""
     for node, facts in found.nodes.items():
         soft, hard = facts["open_files"]
         text = f"{soft:,} open files, at most {hard:,}" if hard >= 0 else f"{soft:,} open files, no limit"

@@ -1,3 +1,5 @@
+"""python -m qlora_ray.data: the door is show_data.py."""
+
 import sys
 
 from qlora_ray.show_data import main

@@ -52,6 +52,7 @@ class Rejected:
         self.by_reason: dict[str, tuple[int, str]] = {}  # how many, and where the first is
 
     def count(self, where: str, made: object) -> None:
+        """Note one record, and why it is rejected if `made` is a BadRecord; `where` names its place."""
         self.num_records += 1
         if isinstance(made, BadRecord):
             detail = f", {made.detail}" if made.detail else ""

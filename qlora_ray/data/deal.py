@@ -20,6 +20,7 @@ class Index:
 
     @classmethod
     def of(cls, samples: tuple[Samples, ...]) -> "Index":
+        """Of the samples of each source, records numbered through all of them."""
         before = np.cumsum([0, *(one.num_usable for one in samples)])
         each = [one.index() for one in samples]
         return cls(
@@ -31,6 +32,7 @@ class Index:
 
     @property
     def num_records(self) -> int:
+        """Usable records of all sources."""
         return int(self.records_before[-1])
 
     def weighted(self, records: np.ndarray, weights: list[float], seed: int) -> np.ndarray:

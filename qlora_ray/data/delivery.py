@@ -38,6 +38,7 @@ class Stream:
 
     @property
     def num_micro_batches(self) -> int:
+        """Micro-batches that this worker will get from here to the last step."""
         mine = micro_batches_of(self.rank, self.num_workers, self.order.micro_batches_per_step)
         return (self.last_step - self.first_step) * len(mine)
 

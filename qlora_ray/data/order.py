@@ -20,10 +20,12 @@ class Order:
 
     @property
     def global_batch_size(self) -> int:
+        """Rows that one optimizer step reads."""
         return self.micro_batch_size * self.micro_batches_per_step
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps that read each row once; the last may be short of rows."""
         return -(-self.num_rows // self.global_batch_size)
 
     def epoch_of(self, step: int) -> int:

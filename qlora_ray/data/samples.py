@@ -58,6 +58,7 @@ class Samples:
 
     @property
     def num_rejected(self) -> int:
+        """Records that are left out."""
         return self.num_records - self.num_usable
 
     def messages(self) -> Iterator[tuple[int, Messages]]:

@@ -35,6 +35,7 @@ class DataFile:
 
     @property
     def is_local(self) -> bool:
+        """Whether it lies on a disk of this machine."""
         return isinstance(self.filesystem, LocalFileSystem)
 
     @property

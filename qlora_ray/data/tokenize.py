@@ -31,6 +31,7 @@ class Sample:
 
     @property
     def num_labels(self) -> int:
+        """Tokens that are trained on."""
         return sum(end - start for start, end in self.spans)
 
 

@@ -139,14 +139,17 @@ class _Tally:
 
 
 def part_name(number: int) -> str:
+    """File of the samples that chunk `number` has made."""
     return f"part_{number:06d}.arrow"
 
 
 def rejected_name(number: int) -> str:
+    """File of the records that chunk `number` has left out."""
     return f"rejected_{number:06d}.jsonl"
 
 
 def messages_name(number: int) -> str:
+    """File of the messages that chunk `number` has found."""
     return f"messages_{number:06d}.jsonl"
 
 

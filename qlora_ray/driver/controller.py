@@ -24,6 +24,7 @@ class ReportFailures(UserCallback):
         self._channel, self._log_folder = channel, log_folder
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray Train calls this when workers have failed: tell the driver why, unless it was announced."""
         if not any(map(_was_preempted, worker_exceptions.values())):  # announced: see worker/notice.py
             self._channel.tell.remote(Failed(self._cause(worker_exceptions)))
 
@@ -84,6 +85,7 @@ class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):
         self._channel, self._num_workers, self._is_running = channel, 0, False
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """Ray Train calls this when a group trains: note its size."""
         self._is_running, self._num_workers = True, len(worker_group)
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
@@ -97,6 +99,7 @@ class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):
             ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=COORDINATOR_TIMEOUT_SECONDS)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Ray Train calls this before it ends a group for one of another size: wait until that has saved."""
         import ray
 
         if not self._is_running:

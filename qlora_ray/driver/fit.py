@@ -27,6 +27,7 @@ class Fit:
         self._thread.start()
 
     def is_running(self) -> bool:
+        """Whether Ray Train has not come to an end yet."""
         return self._thread.is_alive()
 
     def _run(self) -> None:

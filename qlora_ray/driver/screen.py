@@ -124,6 +124,16 @@ def show_result(summary: dict[str, Any], run: Folder) -> None:
     if summary.get("first_loss") is not None:
         console.print(f"loss {summary['first_loss']:.4f} -> {summary['last_loss']:.4f} in {summary['steps']:,} steps")
     _show_samples(run, summary)
+    _show_places(run)
+
+
+def show_done_before(step: int, run: Folder) -> None:
+    """That a run is resumed which has nothing left to do, and where its results are."""
+    console.print(f"Done already: all of this run, up to step {step:,}, with this config. Nothing was changed.")
+    _show_places(run)
+
+
+def _show_places(run: Folder) -> None:
     console.print(f"adapter  {escape(run.path)}/{names.ADAPTER}")
     console.print(f"report   {escape(run.path)}/{names.REPORT}")
 

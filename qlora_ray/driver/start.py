@@ -52,7 +52,8 @@ class Start:
         connect.set_environment(config, self.debug)
         ready = self._prepare(folder)
         plan = make_plan(config, ready.data.stats, ready.facts, ready.hardware, read_deepspeed_json(config))
-        self._open(run, plan, ready)
+        if not self._open(run, plan, ready):
+            return 0
         from qlora_ray.driver.run import Driver
         from qlora_ray.worker.messages import Run
 
@@ -90,18 +91,30 @@ class Start:
             facts, data = prepared.result()
         return Ready(facts, data, hardware, notes, network)
 
-    def _open(self, run: Folder, plan: Plan, ready: Ready) -> None:
-        """Say what will be done, and write it into the run directory. Raises ConfigError for what cannot be resumed."""
+    def _open(self, run: Folder, plan: Plan, ready: Ready) -> bool:
+        """Say what will be done, and write it into the run directory; False where all of it is done already.
+
+        Raises ConfigError for what cannot be resumed.
+        """
         from qlora_ray.cluster.node_facts import versions
+        from qlora_ray.driver import resume
 
         config, data = self.config, ready.data
         identity = directory.run_identity(config, data.stats, ready.facts, plan)
         hardware = {"use_gpu": plan.use_gpu, "accelerators": list(ready.hardware.accelerator_types)}
         before = directory.check_resumable(run, identity, self.resume)
-        ground = directory.Ground(identity, {"versions": versions(), "hardware": hardware}, before)
+        found = resume.look(run, config, plan) if self.resume else None
+        if found and found.is_complete:
+            screen.show_done_before(found.state.step, run)
+            return False
+        changed = [resume.record(found)] if found and found.changes else []
+        ground = directory.Ground(identity, {"versions": versions(), "hardware": hardware}, before, changed)
         storage.check_space(run, storage_bytes(config, plan.num_trainable_parameters))
         screen.show_plan(plan, config, data.stats, ready.facts, run)
-        for note in [*ready.notes, *directory.differences(ground)]:
+        for note in [
+            *ready.notes, *directory.differences(ground), *(resume.notes(found, config, plan) if found else [])
+        ]:  # fmt: skip
             say_note(note)
         directory.write_run_files(run, config, plan, data.stats, ground)
         directory.write_rejected(run, data)
+        return True

@@ -43,14 +43,6 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def exported_name(name: str) -> str:
-    """PEFT's name of a LoRA parameter in adapter_model.safetensors: without the adapter's own name."""
-    name = name.removeprefix("module.")
-    if f".{ADAPTER_NAME}.weight" in name and "lora_magnitude_vector" in name:
-        return name.replace(f".{ADAPTER_NAME}.weight", "")  # as peft.utils.save_and_load does for DoRA
-    return name.replace(f".{ADAPTER_NAME}.", ".")
-
-
 def _start_from_quantization_error(adapted: PeftModel, folder: str) -> None:
     """LoftQ (arXiv:2310.08659), one step: scaling x B A = best rank-r approximation of W - dequantize(W4)."""
     from bitsandbytes.functional import dequantize_4bit

@@ -112,4 +112,5 @@ def tokens_per_second(sizes: Sizes, length: int, choice: Choice | None, gpu: str
 
 
 def all_layers(sizes: Sizes, level: Keep) -> Choice:
+    """The same level for every layer."""
     return Choice((level,) * sizes.base.num_layers)

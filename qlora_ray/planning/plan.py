@@ -65,9 +65,11 @@ class Plan:
 
     @property
     def global_batch_size(self) -> int:
+        """Rows that one optimizer step reads, over all workers."""
         return self.micro_batch_size * self.micro_batches_per_step
 
     def as_dict(self) -> dict[str, Any]:
+        """What plan.json holds."""
         return {**dataclasses.asdict(self), "global_batch_size": self.global_batch_size}
 
 

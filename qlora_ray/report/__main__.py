@@ -1,3 +1,5 @@
+"""python -m qlora_ray.report: the door is report/door.py."""
+
 import sys
 
 from qlora_ray.report.door import main

@@ -15,6 +15,8 @@ BLUE, ORANGE, GREY = "#3f87e5", "#e5812b", "#8a8f98"
 
 
 class Curve(NamedTuple):
+    """How one metric is drawn."""
+
     metric: str
     title: str
     tick_format: str
@@ -50,6 +52,7 @@ def build_charts(run: RunRecord) -> "dict[str, Figure]":
 
 
 def loss_chart(run: RunRecord) -> "Figure":
+    """Training and validation loss over steps, with the failures that were survived."""
     import plotly.graph_objects as go
 
     steps, losses = series(run.metrics, "loss")
@@ -73,6 +76,7 @@ def loss_chart(run: RunRecord) -> "Figure":
 
 
 def curve_chart(curve: Curve, steps: list[int], values: list[float]) -> "Figure":
+    """One metric over steps."""
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=layout(height=210))
@@ -86,6 +90,7 @@ def curve_chart(curve: Curve, steps: list[int], values: list[float]) -> "Figure"
 
 
 def seconds_chart(phases: dict[str, float]) -> "Figure":
+    """Seconds by phase, as bars with their share of the sum."""
     import plotly.graph_objects as go
 
     names, total = list(phases), sum(phases.values())
@@ -153,6 +158,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def show_duration(seconds: float | None) -> str:
+    """Seconds as people say them; a dash for None."""
     if seconds is None:
         return "–"
     if seconds < 60:
@@ -162,6 +168,7 @@ def show_duration(seconds: float | None) -> str:
 
 
 def layout(height: int, x_title: str = "") -> dict[str, Any]:
+    """What all charts share: `height` in pixels, no background, thin axes."""
     title = {"title": {"text": x_title, "standoff": 8}} if x_title else {}
     axis = {"zeroline": False, "automargin": True, "fixedrange": False}
     return {

@@ -121,10 +121,12 @@ def plan_groups(plan: dict) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def show(value: float | None, number_format: str, unit: str = "") -> str:
+    """A figure with its unit; a dash for None."""
     return MISSING if value is None else f"{value:{number_format}}{unit}"
 
 
 def change(before: float | None, after: float | None, number_format: str) -> str:
+    """Two figures with an arrow between them; a dash where there is neither."""
     if before is None and after is None:
         return MISSING
     return f"{show(before, number_format)} → {show(after, number_format)}"

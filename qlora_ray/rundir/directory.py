@@ -91,6 +91,7 @@ class Ground:
     identity: dict[str, Any]  # of run_identity: another one is refused
     surroundings: dict[str, dict[str, Any]]  # versions, hardware: another one is told
     before: dict[str, Any]  # the manifest of the run that is gone on with; {} for a new one
+    changed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # settings, with this resumption
 
     @property
     def former(self) -> list[dict[str, Any]]:
@@ -121,6 +122,7 @@ def write_run_files(run: Folder, config: Config, plan: Plan, data: DataStats, gr
         "identity": ground.identity,
         **ground.surroundings,
         "before": ground.former,
+        "changes": [*ground.before.get("changes", []), *ground.changed],
         "git_commit": git_commit(),
         "data": dataclasses.asdict(data),
         "base_revision": config.model.revision,

@@ -86,6 +86,7 @@ def parallel_chart(points: list[tuple[str, dict[str, Any], float]], metric: str,
 
 
 def importance_chart(found: list[Importance]) -> "Figure":
+    """The strength of each parameter, 0 to 1, as bars."""
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=layout(height=50 + 38 * len(found)))
@@ -109,6 +110,7 @@ class Axis:
         self._log = self._numbers and self._values[0] > 0 and self._values[-1] / self._values[0] > 10
 
     def place(self, value: Any) -> float:
+        """Where a value stands, 0 at the bottom to 1 at the top."""
         if len(self._values) == 1:
             return 0.5
         if not self._numbers:
@@ -119,6 +121,7 @@ class Axis:
         return (value - low) / (high - low)
 
     def ticks(self) -> list[tuple[float, str]]:
+        """(place, text) of each value, or of both ends where there are many."""
         few = self._values if len(self._values) <= 5 else [self._values[0], self._values[-1]]
         return [(self.place(value), show(value)) for value in few]
 
@@ -134,4 +137,5 @@ def colour(place: float) -> str:
 
 
 def show(value: Any) -> str:
+    """A value in few digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -17,6 +17,8 @@ MIN_TRIALS = 8
 
 @dataclass(frozen=True)
 class Importance:
+    """How strongly one parameter goes with the metric."""
+
     key: str
     strength: float  # 0 to 1
     how: str

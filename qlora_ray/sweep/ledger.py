@@ -40,6 +40,7 @@ class TrialRecord:
 
     @property
     def has_ended(self) -> bool:
+        """Whether it never runs again."""
         return self.status in ("done", "stopped", "failed")
 
 
@@ -78,6 +79,7 @@ class Ledger:
         self._take(entry)
 
     def close(self) -> None:
+        """Give the file back."""
         os.close(self._file)
 
     def live(self) -> list[TrialRecord]:

@@ -66,6 +66,7 @@ class TrialProcess:
         return child.held(self._lock)
 
     def is_started(self) -> bool:
+        """Whether this object has started the process."""
         return self._process is not None
 
     def newest_step(self) -> int | None:

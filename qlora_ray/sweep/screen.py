@@ -13,6 +13,7 @@ from qlora_ray.sweep.capacity import Planned, Reports
 
 
 def show_value(value: Any) -> str:
+    """A value in few digits; a dash for None."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

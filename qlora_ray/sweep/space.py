@@ -49,10 +49,12 @@ def known_trials(config: Config) -> list[Trial]:
 
 
 def trial_name(number: int) -> str:
+    """Name of the trial `number` (from 0): t0000, t0001, ..."""
     return f"t{number:04d}"
 
 
 def num_trials(config: Config) -> int:
+    """How many trials the sweep has. Raises ConfigError where there is no sweep."""
     sweep = sweep_of(config)
     if sweep.search == "grid":
         return math.prod(len(one.values) for one in sweep.parameters.values())

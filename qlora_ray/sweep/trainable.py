@@ -23,6 +23,7 @@ class TrialActor(tune.Trainable):
     """One step is one report of the metric. Ray Tune's checkpoints only name a trial and a step of ours."""
 
     def setup(self, config: dict[str, Any], job: dict[str, Any] | None = None) -> None:
+        """Ray Tune calls this first: `config` names the trial, `job` is what all trials of the sweep share."""
         assert job is not None  # Ray Tune gives what with_parameters was given
         self._job, self._run = job, Path(job["run"])
         self._name = config["trial"]

@@ -42,12 +42,14 @@ class WriteLedger(NotPickled, tune.Callback):
         self.is_stopping = False
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Ray Tune calls this when a trial starts or goes on."""
         name = trial.config["trial"]
         self.running.add(name)
         self._ledger.trials[name].status = "running"
         self._changed(name, "started")
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """Ray Tune calls this at each report: write it and what led to it before anything is decided by it."""
         name = trial.config["trial"]
         record = self._ledger.trials[name]
         exploited = result.get("exploit")
@@ -63,6 +65,7 @@ class WriteLedger(NotPickled, tune.Callback):
             self._changed(name, f"step {step}: {self._metric} {value:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Ray Tune calls this when a trial has ended by itself or the scheduler's word."""
         name, result = trial.config["trial"], trial.last_result or {}
         self.running.discard(name)
         if name in self.interrupted or self._ledger.trials[name].has_ended:
@@ -73,6 +76,7 @@ class WriteLedger(NotPickled, tune.Callback):
             self._end(name, "stopped", f"by the scheduler at step {result.get('step', 0)}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Ray Tune calls this when a trial's actor died too often."""
         name = trial.config["trial"]
         self.running.discard(name)
         if not self.is_stopping:
@@ -93,6 +97,7 @@ class StopAll(NotPickled, tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
+        """Ray Tune asks this after each report: whether the sweep is over."""
         return self._may_end()
 
 
@@ -110,6 +115,7 @@ class ToldAsha(ASHAScheduler):
                 self._tell(stand_in, record)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Ray Tune calls this for each trial: tell ASHA the reports that an earlier session has heard."""
         super().on_trial_add(tune_controller, trial)
         if record := self._records.get(trial.config["trial"]):
             self._tell(trial, record)

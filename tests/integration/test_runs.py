@@ -223,6 +223,43 @@ def test_resume_refuses_another_lora_shape(two_workers, storage):
     assert sorted(path for path in run.rglob("*")) == before
 
 
+def contents(run) -> dict:
+    """Digest of every file of a run directory but its logs, which Ray appends to."""
+    return {path: door.sha256(path) for path in run.rglob("*") if path.is_file() and "logs" not in path.parts}
+
+
+def test_finished_run_resumed_as_it_was_says_so_and_touches_nothing(two_workers, storage):
+    run, _ = two_workers
+    before = contents(run)
+    ended = door.run(*settings(storage, "two", 2, 1, "logging.every_steps=5"), "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert f"Done already: all of this run, up to step {STEPS}" in ended.stdout
+    assert contents(run) == before
+
+
+def test_finished_run_resumed_with_another_learning_rate_is_refused_by_name_and_stays_as_it_is(two_workers, storage):
+    run, _ = two_workers
+    before = contents(run)
+    ended = door.run(*settings(storage, "two", 2, 1, "training.learning_rate=5e-4"), "--resume")
+    assert ended.returncode == 2
+    assert "error: --resume: training.learning_rate=0.0005 (before: 0.001): no step is left" in ended.stderr
+    assert contents(run) == before
+
+
+def test_finished_run_resumed_with_more_steps_trains_them_and_tells_the_rate_from_there_on(two_workers, storage):
+    run, _ = two_workers
+    shutil.copytree(run, storage / "longer")
+    ended = door.run(*settings(storage, "longer", 2, 1, f"training.max_steps={STEPS + 4}"), "--resume")
+    assert ended.returncode == 0, ended.stderr
+    rates = {line["step"]: line["learning_rate"] for line in door.metrics(storage / "longer") if "loss" in line}
+    assert max(rates) == STEPS + 4 and rates[STEPS + 1] > 2 * rates[STEPS]
+    assert f"Changed from step {STEPS + 1} on: training.max_steps {STEPS} -> {STEPS + 4}" in ended.stdout
+    told = f"from step {STEPS + 1} on: {rates[STEPS + 1]:.3g} (the run so far ended at {rates[STEPS]:.3g})"
+    assert told in ended.stdout
+    changes = json.loads((storage / "longer" / "manifest.json").read_text())["changes"]
+    assert changes == [{"after_step": STEPS, "changed": {"training.max_steps": [STEPS, STEPS + 4]}}]
+
+
 def test_more_workers_than_the_machine_holds_are_refused(storage):
     ended = door.run(*settings(storage, "many", 64, 1))
     assert ended.returncode == 2

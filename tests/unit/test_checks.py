@@ -28,7 +28,7 @@ NODE = {
     "shm_free": 64 * 2**30,
     "disk_free": 500 * 2**30,
     "base": {"here": True, "why": "/models/llama"},
-    "tools": {"g++": True, "ninja": True, "cc": True, "Python.h": True, "libaio": False, "shm_op": False},
+    "tools": {"cc": True, "Python.h": True},
     "storage": {"reads": True, "wrote": "x", "why": "", "driver_reads": True},
     "time": 0.0,
     "skew": 0.0,
@@ -69,6 +69,7 @@ def test_healthy_cluster_is_green_in_every_check():
 
 
 CPU = Needs(False, "auto", 2, None, 2**20, 2**20)
+NO_COMPILER = dict.fromkeys(facts_module.tools(), False)
 BROKEN = [
     ("versions.torch", "2.12.0", NEEDS, "versions", "torch 2.12.0 (driver 2.13.0)"),
     ("versions.python", "3.12.5", NEEDS, "versions", "python 3.12.5 (driver 3.12.4)"),
@@ -86,7 +87,7 @@ BROKEN = [
     ("shm_free", 64 * 2**20, NEEDS, "/dev/shm", "/dev/shm has 0.06 free"),
     ("base", {"here": False, "why": "no folder /models/llama"}, NEEDS, "base model", "no folder"),
     ("tools.cc", False, NEEDS, "compiler", "Triton's kernels: no cc"),
-    ("tools.g++", False, CPU, "compiler", "DeepSpeed's CPU op: no g++"),
+    ("tools", {"cc": True, "Python.h": False}, NEEDS, "compiler", "Triton's kernels: no Python.h"),
     ("skew", -12.5, NEEDS, "clock", "12.5 s behind"),
     ("open_files", (1024, 4096), NEEDS, "open files", "at most 4,096"),
 ]
@@ -124,8 +125,14 @@ def test_slow_network_is_a_warning_not_a_refusal():
     assert [row.state for row in look(found, CHECKS) if row.check == "all-reduce"] == ["unknown"] and not red(found)
 
 
+@pytest.mark.parametrize("checks", [CHECKS, QUICK], ids=["doctor", "train"])
+def test_run_on_cpus_asks_no_node_for_a_compiler(checks):
+    assert red(changed("tools", NO_COMPILER, CPU), checks) == []
+
+
 def test_nodes_without_gpus_need_none_of_what_gpus_need():
     found = changed("gpus", [])
+    found.nodes["10.0.0.2"]["tools"] = NO_COMPILER
     held = {"10.0.0.1": HELD, "10.0.0.2": {**HELD, "GPU": 0}}
     assert red(dataclasses.replace(found, resources=held)) == []
 

@@ -173,6 +173,11 @@ def test_fields_that_contradict_are_refused_by_name(written, overrides, key):
     assert said.startswith(key) and not said.startswith("Value error")
 
 
+def test_pissa_is_not_offered_and_who_asks_for_it_is_told_what_to_use(written):
+    assert "loftq" in message(written(""), "model.lora_variant=pissa")
+    assert "pissa" not in json.dumps(Config.model_json_schema()["$defs"]["ModelConfig"]["properties"]["lora_variant"])
+
+
 def test_config_is_frozen():
     with pytest.raises(pydantic.ValidationError):
         Config().training.batch_size = 8

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 from qlora_ray import show_data as door
 from qlora_ray.config import bundled_root
@@ -32,8 +31,3 @@ def test_formats_and_packed_families_are_those_of_the_code():
     assert set(re.findall(r"^\| `(\w+)` \|", TEXT, re.M)) == set(FORMATS)
     (listed,) = re.findall(r"test_packing.py`\), for: (.*?), with and without", TEXT, re.S)
     assert set(re.split(r",\s+", listed)) == PACKED_MODEL_TYPES
-
-
-def test_files_that_are_named_exist():
-    for name in re.findall(r"`(tests/[\w/]+\.py)`", TEXT):
-        assert (Path(bundled_root()) / name).exists()

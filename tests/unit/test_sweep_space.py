@@ -78,7 +78,7 @@ def test_trial_config_is_the_base_with_its_parameters_and_no_sweep():
         ({LR: {"grid": [1]}}, {"search": "random"}, "Use choice, or sweep.search=grid"),
         ({LR: {"grid": [1]}}, {"search": "grid", "num_trials": 3}, "as many trials as combinations"),
         ({"model.target_modules": {"choice": [["q_proj"]]}}, {"search": "optuna"}, "lists a list"),
-        ({LR: {"choice": [1]}}, {"mode": "max"}, "better is min of eval_loss"),
+        ({LR: {"choice": [1]}}, {"mode": "max"}, "sweep.mode: unknown key"),
         ({LR: {"choice": [1]}}, {"scheduler": "pbt", "search": "optuna"}, "Use sweep.search=random"),
         ({LR: {"choice": [1]}}, {"scheduler": "hyperband"}, "'fifo', 'asha' or 'pbt'"),
     ],
