@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
+from qlora_ray.libraries import Patch
+
 # Names or patterns; docs/cluster.md repeats them. What is not here stays on the driver's machine.
 CARRIED = (
     "NCCL_*", "GLOO_*", "TORCH_NCCL_*", "UCX_*", "FI_*",  # how processes reach each other
@@ -16,6 +18,11 @@ CARRIED = (
 )  # fmt: skip
 SECRET_NAME = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|AUTH", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"://[^/\s@]*@|\bhf_[A-Za-z0-9]{16,}|\bBearer\s", re.IGNORECASE)  # user:password@host
+SUBMITTED_JOB = Patch(
+    "ray", "2.60.0", "reads the variable in which Ray's job manager leaves a job's runtime_env",
+    gains="what a job sets for itself is not told to Ray twice, which it refuses; relative paths are those of the job",
+    delete_when="ray.runtime_context names the runtime_env of a submitted job before ray.init",
+)  # fmt: skip
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where Ray's job manager leaves a job's runtime_env
 
 

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_ray.config import ConfigError
+from qlora_ray.libraries import Patch
 
 Answer = Literal["open", "asks for a token", "takes ours", "no answer"]
 ASK_SECONDS = 5.0
-# Answers with Ray's version, and needs no arguments (ray/protobuf/gcs_service.proto).
+HARMLESS_QUESTION = Patch(
+    "ray", "2.60.0", "asks a head CheckAlive by gRPC, which needs no arguments (ray/protobuf/gcs_service.proto)",
+    gains="whether a cluster wants a token is known before anything is sent there",
+    delete_when="Ray offers a question that needs no connection",
+)  # fmt: skip
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 
 

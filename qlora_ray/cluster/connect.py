@@ -1,4 +1,7 @@
-"""Connects to the Ray cluster of a run, or starts a private one, and has its processes ready when they are needed."""
+"""Connects to the Ray cluster of a run, or starts a private one, and has its processes ready when they are needed.
+
+Stands on four of Ray's internals: SETTINGS, ADDRESS, OWN_PROCESSES and GROUPS_OF_JOB.
+"""
 
 import logging
 import os
@@ -8,9 +11,31 @@ from typing import Any
 from qlora_ray import environment
 from qlora_ray.cluster import authentication
 from qlora_ray.config import Config, ConfigError
+from qlora_ray.libraries import Patch
 from qlora_ray.planning.plan import Hardware
 
 VITAL = {"raylet", "gcs_server"}
+
+SETTINGS = Patch(
+    "ray", "2.60.0", "environment variables that Ray's code reads and its documentation does not name",
+    gains="a failure is seen within half a second, a notice of a node within one, and a lost node is not waited for",
+    delete_when="each has a documented setting",
+)  # fmt: skip
+ADDRESS = Patch(
+    "ray", "2.60.0", "ray._private.services.canonicalize_bootstrap_address finds the cluster of this machine",
+    gains="a cluster that takes commands from anyone is refused before ray.init has sent it anything",
+    delete_when="ray.init refuses such a cluster, or says which it would take",
+)  # fmt: skip
+OWN_PROCESSES = Patch(
+    "ray", "2.60.0", "ray._private.worker._global_node.dead_processes() is asked",
+    gains="a run whose private Ray has died ends with that reason, and does not hang",
+    delete_when="Ray tells its driver that its head is gone",
+)  # fmt: skip
+GROUPS_OF_JOB = Patch(
+    "ray", "2.60.0", "the id of a placement group ends with that of its job (ray/common/id.h)",
+    gains="what a dead controller's workers held is freed, and what other runs hold is not",
+    delete_when="placement_group_table names the job, or Ray frees the groups of a detached actor that died",
+)  # fmt: skip
 
 
 def set_environment(config: Config, debug: bool) -> None:
@@ -117,6 +142,5 @@ def release_workers() -> None:
 
     job = ray.get_runtime_context().get_job_id()
     for name, group in placement_group_table().items():
-        # The id of a placement group ends with that of its job (ray/common/id.h): those of other runs are left alone.
         if name.endswith(job) and group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))

@@ -19,9 +19,10 @@ from typing import Any
 
 import qlora_ray
 from qlora_ray.config import ConfigError, base_model_path
+from qlora_ray.libraries import TESTED
 from qlora_ray.storage import Folder
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "numpy", "pyarrow", "tokenizers")
+PACKAGES = (*TESTED, "numpy", "pyarrow", "tokenizers")
 COMMAND_SECONDS = 10
 SEEN_WITHIN_SECONDS = 3.0  # NFS shows a new file late
 

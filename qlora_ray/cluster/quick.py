@@ -2,7 +2,7 @@
 
 import os
 
-from qlora_ray import environment
+from qlora_ray import environment, libraries
 from qlora_ray.cluster.ask import ask
 from qlora_ray.cluster.checks import QUICK
 from qlora_ray.cluster.found import look
@@ -23,6 +23,7 @@ def look_quickly(config: Config, folder: Folder, hardware: Hardware) -> tuple[li
     rows = look(found, QUICK)
     refuse(rows)
     notes = [f"{row.check} of node {row.node}: {row.found}. {row.todo}" for row in rows if row.state == "unknown"]
+    notes += libraries.untested(found.driver["versions"])
     notes += [f"node {node} was not checked: {why}." for node, why in found.silent.items()]
     if found.authentication != "private" and (names := environment.kept_back(os.environ)):
         notes.append(f"not given to the workers, since they look like secrets: {', '.join(names)}.")

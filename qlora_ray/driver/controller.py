@@ -1,4 +1,7 @@
-"""What runs in Ray Train's controller: it tells the driver why a worker group failed, and saves before a resize."""
+"""What runs in Ray Train's controller: it tells the driver why a worker group failed, and saves before a resize.
+
+Stands on three of Ray's internals: CAUSES, HOOKS and FRESH_NODES.
+"""
 
 import contextlib
 import re
@@ -10,7 +13,24 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
+from qlora_ray.libraries import Patch
 from qlora_ray.worker.messages import DEATH, FREEZE, Failed
+
+CAUSES = Patch(
+    "ray", "2.60.0", "health_check_failure, _base_exc and the name WorkerHealthCheckTimeoutError are read from errors",
+    gains="the cause of a failure in one line: what a worker raised, that it died, or that it froze",
+    delete_when="ray.train exports these exceptions with what they wrap",
+)  # fmt: skip
+HOOKS = Patch(
+    "ray", "2.60.0", "SaveBeforeResize is a ControllerCallback and a WorkerGroupCallback",
+    gains="a checkpoint before Ray Train replaces a worker group by a larger one, which it does without a word to it",
+    delete_when="UserCallback tells of a resize before it is done",
+)  # fmt: skip
+FRESH_NODES = Patch(
+    "ray", "2.60.0", "the autoscaling coordinator, which Ray Train asks for nodes, is told to look at them anew",
+    gains="up to 20 s of a node failure, in which the new group waits for a node that is gone",
+    delete_when="Ray Train does so itself after a failure",
+)  # fmt: skip
 
 COLLATERAL = re.compile(r"connection (closed|reset)|connection refused|timed out|NCCL|gloo|aborted", re.IGNORECASE)
 SAVE_TIMEOUT_SECONDS = 60  # after that, the group is replaced as Ray Train does without us: its last checkpoint counts
@@ -69,17 +89,14 @@ def _describe(error: Exception) -> str:
     inner = getattr(error, "health_check_failure", None) or getattr(error, "_base_exc", error)
     if isinstance(inner, RayActorError):
         return DEATH
-    if type(inner).__name__ == "WorkerHealthCheckTimeoutError":  # Ray Train does not export it
+    if type(inner).__name__ == "WorkerHealthCheckTimeoutError":
         return FREEZE
     text = str(inner).strip()
     return f"{type(inner).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):
-    """Has a running worker group save a checkpoint before Ray Train replaces it by a larger one.
-
-    Ray Train ends the group without a word to it (ray/train/v2/_internal/execution/controller/controller.py).
-    """
+    """Has a running worker group save a checkpoint before Ray Train replaces it by a larger one."""
 
     def __init__(self, channel: Any):
         self._channel, self._num_workers, self._is_running = channel, 0, False

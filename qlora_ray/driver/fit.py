@@ -1,15 +1,23 @@
-"""TorchTrainer.fit in a thread, and what it is given."""
+"""TorchTrainer.fit in a thread, and what it is given.
+
+Leaves out two of Ray Train's own callbacks: FEWER_CALLBACKS.
+"""
 
 import threading
 import time
 from typing import Any
 
 from qlora_ray.cluster import connect
+from qlora_ray.libraries import Patch
 from qlora_ray.rundir import names
 from qlora_ray.worker.messages import DEATH, Failed, Run
 
-# Each starts a process beside the workers: one for data that Ray Train delivers, which is none, and one that asks a
-# dashboard, which not every cluster runs (see connect.release_workers).
+FEWER_CALLBACKS = Patch(
+    "ray", "2.60.0", "TorchTrainer._create_default_callbacks leaves out those in NEEDLESS",
+    gains="two processes beside the workers: one for data that Ray Train delivers, which is none, and one that asks a "
+    "dashboard, which not every cluster runs (see connect.release_workers)",
+    delete_when="each starts its process only where there is work for it",
+)  # fmt: skip
 NEEDLESS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 

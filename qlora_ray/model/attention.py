@@ -1,4 +1,7 @@
-"""Causal attention for training, over rows of one sample or of several that must not see each other."""
+"""Causal attention for training, over rows of one sample or of several that must not see each other.
+
+Stands on two internals, of torch and of transformers: FLASH and OWN_MASK.
+"""
 
 # B rows, T tokens per row, M = B x T, H heads of E values, S samples
 import logging
@@ -7,14 +10,28 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from qlora_ray.libraries import Patch
+
 MAX_FLASH_HEAD = 256  # largest E of PyTorch's FlashAttention
 logger = logging.getLogger(__name__)
+
+FLASH = Patch(
+    "torch", "2.13.0", "torch.ops.aten._flash_attention_forward is called with the borders of samples",
+    gains="all samples of packed rows in one kernel, without a mask",
+    delete_when="torch.nn.attention.varlen is no prototype any more",
+)  # fmt: skip
+OWN_MASK = Patch(
+    "transformers", "5.23.0", "masking_utils hands a mask of four dimensions on to the layers as it is",
+    gains="borders of samples reach the fused layers, and transformers does not look for packed rows, which waits for "
+    "the GPU",
+    delete_when="transformers takes the borders of samples",
+)  # fmt: skip
 
 
 def mask_of_borders(borders: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Borders of the samples (S + 1,), in tokens through all rows, as `attend` takes them in the place of a mask.
 
-    (1, 1, L, S + 1) int32 with L the longest sample: transformers hands a mask of four dimensions on as it is.
+    (1, 1, L, S + 1) int32 with L the longest sample.
     """
     longest = int(borders.diff().max())
     return borders.to(device, torch.int32, non_blocking=True).expand(1, 1, longest, -1)

@@ -1,4 +1,7 @@
-"""Loads the frozen base in 4 bits: each linear layer packed, everything else in the compute dtype."""
+"""Loads the frozen base in 4 bits: each linear layer packed, everything else in the compute dtype.
+
+Stands on three internals of transformers and bitsandbytes: PLAIN_LINEAR, STAY_TRAINABLE and LAYERS_BY_NAME.
+"""
 
 import logging
 from dataclasses import dataclass
@@ -7,6 +10,24 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
+from qlora_ray.libraries import Patch
+
+PLAIN_LINEAR = Patch(
+    "transformers", "5.23.0", "modeling_falcon.FalconLinear is torch.nn.Linear, which has the same arithmetic",
+    gains="Falcon in 4 bits: transformers quantizes nn.Linear itself, not its subclasses",
+    delete_when="transformers quantizes subclasses, or Falcon uses nn.Linear",
+)  # fmt: skip
+STAY_TRAINABLE = Patch(
+    "bitsandbytes", "0.50.2", "support_avx512bf16_for_cpu of every Linear4bit is off",
+    gains="on CPUs with AVX512-BF16 training goes on after an evaluation: there the first forward in eval() repacks a "
+    "weight for a kernel without a backward, and training silently gets no gradient",
+    delete_when="Linear4bit undoes the repacking in train()",
+)  # fmt: skip
+LAYERS_BY_NAME = Patch(
+    "transformers", "5.23.0", "get_modules_to_not_convert, replace_with_bnb_linear and its source_cls name the layers",
+    gains="which layers load_base packs is known without memory for weights",
+    delete_when="transformers lists what a quantization config will replace",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,15 +104,12 @@ def count_bytes(model: torch.nn.Module) -> BytesByKind:
 
 
 def _build_linear_layers_that_can_be_quantized() -> None:
-    # transformers quantizes nn.Linear itself, not its subclasses, and Falcon has its own with the same arithmetic.
     from transformers.models.falcon import modeling_falcon
 
     setattr(modeling_falcon, "FalconLinear", torch.nn.Linear)  # noqa: B010 - a type checker refuses the assignment
 
 
 def _keep_weights_trainable_on_cpu(model: torch.nn.Module) -> None:
-    # On CPUs with AVX512-BF16 bitsandbytes repacks a weight in the first evaluation forward, for a kernel without a
-    # backward; training after that silently gets no gradient. Drop with a bitsandbytes that undoes it in train().
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():

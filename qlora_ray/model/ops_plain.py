@@ -7,6 +7,15 @@ Their gradients are written out; `ops_triton` does the same with one kernel each
 import torch
 import torch.nn.functional as F
 
+from qlora_ray.libraries import Patch
+
+PACKED_FORMAT = Patch(
+    "bitsandbytes", "0.50.2", "reads quant_state (absmax, code, offset, state2) and the order of packed values, here "
+    "and in ops_triton.py",
+    gains="a weight is unpacked by one kernel, to where the product reads it, instead of by two and a copy",
+    delete_when="dequantize_4bit writes into a slice of a buffer",
+)  # fmt: skip
+
 
 def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
     """Write a bitsandbytes 4-bit weight into `out`, (rows, columns) in the compute dtype, any row stride."""

@@ -1,4 +1,7 @@
-"""Ray Tune, told of our trials: its schedulers decide, its searcher suggests, the ledger writes down what it does."""
+"""Ray Tune, told of our trials: its schedulers decide, its searcher suggests, the ledger writes down what it does.
+
+Changes three of its internals: NO_KEYS, TOLD_AGAIN and OWN_NAMES.
+"""
 
 import random
 from collections.abc import Callable
@@ -13,12 +16,29 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from qlora_ray import environment
 from qlora_ray.config import Config, SweepConfig
+from qlora_ray.libraries import Patch
 from qlora_ray.sweep import exploit, space
 from qlora_ray.sweep.capacity import Reports
 from qlora_ray.sweep.domain import domain
 from qlora_ray.sweep.ledger import Ledger, TrialRecord
 
 MAX_ACTOR_DEATHS = 20  # of a trial, in all; processes of trials are watched by their actor
+
+NO_KEYS = Patch(
+    "ray", "2.60.0", "class_cache.ENV_VARS_TO_PROPAGATE has no name of a secret",
+    gains="the driver's AWS keys do not stand in a runtime environment that Ray logs",
+    delete_when="Ray Tune propagates no keys, or asks which",
+)  # fmt: skip
+TOLD_AGAIN = Patch(
+    "ray", "2.60.0", "ASHAScheduler takes reports without a controller, and of trials that are only a trial_id",
+    gains="a sweep whose driver was killed decides as it would have",
+    delete_when="Ray Tune restores a scheduler from reports",
+)  # fmt: skip
+OWN_NAMES = Patch(
+    "ray", "2.60.0", "PopulationBasedTraining._get_new_config is overridden",
+    gains="a trial that takes over another's parameters keeps its own name, and so its directory",
+    delete_when="custom_explore_fn is told the trial",
+)  # fmt: skip
 
 
 class NotPickled:

@@ -33,7 +33,7 @@ class FlatLora:
                 self._places[whole].append((owner, attribute, offset, shape))
                 self._homes[name] = (whole, offset, shape)
                 offset += shape.numel()
-                del owner._parameters[attribute]
+                delattr(owner, attribute)
             values = torch.cat([matrices[name].detach().flatten() for name in names])
             self.parameters[whole] = torch.nn.Parameter(self._padded(values))
             model.register_parameter(whole, self.parameters[whole])

@@ -1,12 +1,23 @@
-"""Notices that a node of this worker group will be taken away: spot capacity, maintenance, `ray drain-node`."""
+"""Notices that a node of this worker group will be taken away: spot capacity, maintenance, `ray drain-node`.
+
+Reads Ray Train's own record of it: PREEMPTION.
+"""
 
 import time
 from collections.abc import Callable
+
+from qlora_ray.libraries import Patch
 
 # Ray Train waits so long for a node whose drain has no deadline (ray/train/v2/_internal/constants.py).
 SECONDS_WITHOUT_DEADLINE = 120.0
 MARGIN_SECONDS = 2.0
 AFTER_DEADLINE_SECONDS = 30.0  # if the group still lives then, the node has stayed
+
+PREEMPTION = Patch(
+    "ray", "2.60.0", "reads preemption_context.preemption_info of a worker's TrainContext",
+    gains="what ray.train.get_preemption_info() returns, without its barrier over all workers at every step",
+    delete_when="ray.train.get_preemption_info() can be asked on one worker",
+)  # fmt: skip
 
 
 class Notice:
@@ -34,7 +45,6 @@ class Notice:
 
 
 def _preemption_info():
-    # What ray.train.get_preemption_info() returns, without its barrier over all workers at every step.
     from ray.train.v2._internal.execution.context import get_train_context
 
     return get_train_context().preemption_context.preemption_info

@@ -1,4 +1,7 @@
-"""What happens on a worker before step 1: logs, model, adapter, engine, and the proof that sharding changed nothing."""
+"""What happens on a worker before step 1: logs, model, adapter, engine, and the proof that sharding changed nothing.
+
+Stands on internals of torch and transformers: WORKSPACE and NOISE.
+"""
 
 import logging
 import os
@@ -11,6 +14,7 @@ import torch.distributed as dist
 from qlora_ray.config import Config, ConfigError, base_model_path
 from qlora_ray.data.rows import chat_template_of, open_rows
 from qlora_ray.data.tokenize import load_tokenizer
+from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.fused import fuse, fused_layers, keep
@@ -32,6 +36,18 @@ SHARE_OF_FREE_MEMORY = 0.9  # that recompute=auto fills: the rest is for the all
 # The same kernels on the same values: only the order of sums may differ. 4-bit weights that were cast by mistake
 # change a loss by 4e-3 of its value and more.
 GUARD_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
+
+WORKSPACE = Patch(
+    "torch", "2.13.0", "CUBLAS_WORKSPACE_CONFIG is there for the first product alone",
+    gains="50 us of the host at every product: PyTorch wants it and asks at the first, but reads it at each one while "
+    "it is there; one workspace a stream makes cuBLAS reproducible (docs.nvidia.com/cuda/cublas: Reproducibility)",
+    delete_when="PyTorch parses it once",
+)  # fmt: skip
+NOISE = Patch(
+    "transformers", "5.23.0", "neftune_post_forward_hook reads neftune_noise_alpha of the embeddings",
+    gains="NEFTune as transformers' Trainer does it, on the embeddings of a PEFT model",
+    delete_when="activate_neftune, which takes a PEFT model, is in every version that pyproject.toml allows",
+)  # fmt: skip
 
 
 def send_output_to_log(run_folder: Folder, rank: int, debug: bool) -> str | None:
@@ -66,9 +82,6 @@ def choose_kernels(config: Config, device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # else every buffer is written once more
     if device.type == "cuda":
-        # PyTorch wants this of cuBLAS and asks at the first product alone, but reads and parses it at every one while
-        # it is there: 50 us of the host each. Its own workspace, one a stream, is what makes cuBLAS reproducible
-        # (docs.nvidia.com/cuda/cublas, "Results reproducibility").
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         one = torch.ones(16, 16, device=device)
         torch.mm(one, one)

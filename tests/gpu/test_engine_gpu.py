@@ -58,6 +58,22 @@ def test_step_whose_gradient_is_not_finite_changes_nothing(stage, dtype, nccl):
     assert all(loss == loss for loss in tiny_models.train(sharded, range(2, 4), 1e-3))
 
 
+@pytest.mark.bites("worker.deepspeed_patches.NAMED_STREAM")
+def test_deepspeed_asks_torch_for_the_stream_of_a_named_device(nccl, monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    sharded = tiny_models.build(tiny_models.make_config(EMBEDDED_BASE), 3, "bfloat16", device="cuda")
+    through, plain = [], get_accelerator().current_stream
+    monkeypatch.setattr(get_accelerator(), "current_stream", lambda *some: through.append(some) or plain(*some))
+    tiny_models.train(sharded, range(1), 1e-3)
+    assert through  # DeepSpeed asks there
+    named, of_torch = [], torch.cuda.current_stream
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: named.append(device) or of_torch(device))
+    plain()
+    assert named == [torch.cuda.current_device()]
+
+
+@pytest.mark.bites("worker.engine.FOUND_INF")
 def test_a_step_waits_for_the_gpu_once_and_after_it_is_launched(nccl, recwarn):
     sharded = tiny_models.build(tiny_models.make_config(EMBEDDED_BASE), 3, "bfloat16", device="cuda")
     tiny_models.train(sharded, range(2), 1e-3)

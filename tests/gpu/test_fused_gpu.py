@@ -21,6 +21,7 @@ def assert_close(ours: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype):
     assert error < TOLERANCE[dtype]
 
 
+@pytest.mark.bites("model.ops_plain.PACKED_FORMAT")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -146,6 +147,7 @@ def test_what_is_kept_for_backward_changes_no_bit(folders, level):
         assert all(torch.equal(gradients[name], others[name]) for name in gradients)
 
 
+@pytest.mark.bites("model.attention.FLASH")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads, few", [(8, 2), (6, 6)])
 def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(dtype, heads, few, caplog):

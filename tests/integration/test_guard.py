@@ -50,6 +50,7 @@ def test_guard_stops_a_run_whose_packed_weights_were_cast(monkeypatch, process_g
         setup.check_same_loss(before, after, plan)
 
 
+@pytest.mark.bites("worker.setup.NOISE")
 def test_neftune_noise_is_there_in_training_only(process_group):
     model = tiny_models.build(tiny_models.make_config(base_model_path("embedded"))).model
     rows = tiny_models.batch()

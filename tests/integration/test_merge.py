@@ -58,6 +58,7 @@ def test_layers_without_a_lora_are_the_trained_on_ones_too(tmp_path):
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.bites("model.base.LAYERS_BY_NAME")
 def test_four_bit_modules_are_those_that_loading_packs(family, tmp_path):
     folder = tiny_models.save(family, tmp_path)
     config = tiny_models.make_config(folder)

@@ -21,6 +21,7 @@ def folders(tmp_path_factory):
     }
 
 
+@pytest.mark.bites("model.fused.LORA_LAYERS")
 @pytest.mark.parametrize("family", [*FUSED, "gemma2", "gpt_neox"])
 def test_gradients_are_those_of_peft_in_float64(folders, family):
     nats, gradients = fused_models.nats_and_gradients(
@@ -108,6 +109,7 @@ def test_parameter_names_and_state_dict_stay_pefts(folders, tmp_path):
     torch.testing.assert_close(tiny_models.logits(reloaded), tiny_models.logits(fused), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.bites("model.fused.LORA_LAYERS")
 def test_generation_and_disabled_adapters_take_pefts_own_path(folders):
     fused = fused_models.build(folders["llama"], torch.float32).eval()
     plain = fused_models.build(folders["llama"], torch.float32, fused=False).eval()
@@ -153,6 +155,7 @@ def test_packed_samples_are_those_in_rows_of_their_own(folders, family):
         assert fused_models.error(found[1], gradients) < 1e-5
 
 
+@pytest.mark.bites("model.attention.OWN_MASK")
 def test_borders_reach_the_layers_and_make_pefts_mask_where_adapters_are_off(folders, monkeypatch):
     from qlora_ray.model import attention
     from qlora_ray.worker.loss import sum_of_nats
@@ -172,6 +175,7 @@ def test_borders_reach_the_layers_and_make_pefts_mask_where_adapters_are_off(fol
     assert torch.equal(by_borders, by_mask)
 
 
+@pytest.mark.bites("model.attention.OWN_MASK")
 def test_rows_of_one_sample_need_no_look_for_packed_ones(folders, monkeypatch):
     from transformers import masking_utils
 

@@ -33,6 +33,7 @@ def trial(name):
     return SimpleNamespace(trial_id=f"ray-{name}", config={"trial": name})
 
 
+@pytest.mark.bites("sweep.tuning.TOLD_AGAIN")
 def test_asha_of_a_resumed_sweep_decides_as_the_one_that_was_killed_would_have(ledger):
     losses = {"t0000": 1.0, "t0001": 2.0, "t0002": 3.0, "t0003": 4.0}
     plain = ASHAScheduler(metric="eval_loss", mode="min", time_attr="step", max_t=90, grace_period=10,
@@ -152,8 +153,12 @@ def test_mode_of_each_metric():
     assert space.mode_of(asked(metric="exact_match_adapter").sweep) == "max"
 
 
+@pytest.mark.bites("sweep.tuning.NO_KEYS")
 def test_ray_tune_gives_no_key_of_the_driver_to_its_actors(monkeypatch):
     monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", class_cache.ENV_VARS_TO_PROPAGATE | {"AWS_SESSION_TOKEN"})
     keep_keys_back()
     assert "RAY_TRAIN_V2_ENABLED" in class_cache.ENV_VARS_TO_PROPAGATE
     assert not {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a key")
+    actor = class_cache._ActorClassCache().get(type("Trainable", (), {}))
+    assert "a key" not in str(actor._default_options["runtime_env"])
