@@ -7,8 +7,9 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
-from qlora_ray.model.adapter import add_adapter, trainable
+from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
 from qlora_ray.model.base import load_base
+from qlora_ray.model.dropout import Drop, drop_of, kept
 from qlora_ray.model.fused import fuse
 from qlora_ray.worker.loss import sum_of_nats
 from tests.integration import tiny_models
@@ -42,6 +43,31 @@ def build_reference(folder: Path | str, device: str = "cpu", **model) -> PeftMod
                 dense.weight, dense.bias = torch.nn.Parameter(values, requires_grad=False), layer.bias
                 setattr(parent, name, dense)
     return adapted.double()
+
+
+def with_masks_of_fused(model: PeftModel, probability: float, seed: int) -> PeftModel:
+    """Give each LoRA outside fused layers the mask that its group would have in a fused Llama layer."""
+    groups = ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj")
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if parts[-1] == "lora_dropout":
+            group = next(i for i, names in enumerate(groups) if parts[-2] in names.split())
+            layer = int(parts[parts.index("layers") + 1])
+            module[ADAPTER_NAME] = GivenMask(drop_of(probability, seed, 4 * layer + group))
+    return model
+
+
+class GivenMask(torch.nn.Module):
+    """Dropout with a mask of model/dropout.py."""
+
+    def __init__(self, drop: Drop):
+        super().__init__()
+        self._drop = drop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        keep = kept(flat.shape[0], flat.shape[1], self._drop, x.device).view(x.shape)
+        return torch.where(keep, x * self._drop.scale, 0)
 
 
 def nats_and_gradients(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:

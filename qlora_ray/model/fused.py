@@ -12,6 +12,7 @@ import torch
 
 from qlora_ray.libraries import Patch
 from qlora_ray.model.attention import dense_mask
+from qlora_ray.model.dropout import drop_of, probability_of
 from qlora_ray.model.facts import FUSED_LAYERS
 from qlora_ray.model.head import make_head_return_nats
 from qlora_ray.model.layer import FusedLayer, Passed
@@ -19,6 +20,7 @@ from qlora_ray.model.projection import LoraProjection, Single, member, ops_for, 
 from qlora_ray.model.recompute import Choice
 from qlora_ray.model.stash import HostStash
 
+FIRST_PLACE = 2**31  # of projections outside fused layers, in the masks of dropout
 logger = logging.getLogger(__name__)
 
 OWN_FORWARD = Patch(
@@ -47,7 +49,7 @@ def fuse(model: torch.nn.Module) -> str:
     num_projections = 0
     for module in model.modules():
         if _is_lora(module) and id(module) not in inside:
-            num_projections += _fuse_projection(module, reasons)
+            num_projections += _fuse_projection(module, num_projections, reasons)
     if fused and len(fused) == len(layers):
         _fuse_ends(model)
     line = f"fused: {len(fused)} decoder layers, {num_projections} other projections"
@@ -118,7 +120,7 @@ def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, pas
     return True
 
 
-def _fuse_projection(module: torch.nn.Module, reasons: Counter[str]) -> int:
+def _fuse_projection(module: torch.nn.Module, number: int, reasons: Counter[str]) -> int:
     reason = why_not(module)
     if reason:
         reasons[reason] += 1
@@ -128,7 +130,8 @@ def _fuse_projection(module: torch.nn.Module, reasons: Counter[str]) -> int:
     def forward(x: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
         if args or more or module.disable_adapters or module.merged or x.dtype != single.member.base.compute_dtype:
             return plain(x, *args, **more)
-        return LoraProjection.apply(x, single, *single.parameters())
+        drop = drop_of(probability_of(module), torch.initial_seed(), FIRST_PLACE + number)
+        return LoraProjection.apply(x, single, drop, *single.parameters())
 
     module.fused, module.forward = single, forward
     return 1

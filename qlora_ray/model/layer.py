@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qlora_ray.model.attention import attend
+from qlora_ray.model.dropout import NOTHING, Drop, drop_of, probability_of
 from qlora_ray.model.projection import Group, Single, member, ops_for
 from qlora_ray.model.recompute import Keep
 from qlora_ray.model.stash import HostStash
@@ -30,6 +31,7 @@ class Kept:
     inverse2: torch.Tensor | None = None  # (M,)
     gate_up: torch.Tensor | None = None  # (M, 2 I)
     z_down: torch.Tensor | None = None  # (M, R)
+    drops: tuple[Drop, ...] = (NOTHING,) * 4  # of what the LoRAs of q k v, o, gate up, down read
 
 
 class Passed:
@@ -49,6 +51,8 @@ class FusedLayer:
         self.gate_up = Group([member(mlp.gate_proj), member(mlp.up_proj)], apart=True)
         self.down = Group([member(mlp.down_proj)], spare_rows=member(mlp.down_proj).rank)
         self.down_back = Single(member(mlp.down_proj), held_by=self.down)
+        groups = (self.qkv, self.out, self.gate_up, self.down)
+        self.loras = [next((m.lora for m in group.members if m.lora), None) for group in groups]
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.num_heads = [rows // self.head_dim for rows in self.qkv.rows]  # of q, k, v
         self.index, self.stash, self.passed, self.keep = index, stash, passed, Keep.ALL
@@ -65,6 +69,11 @@ class FusedLayer:
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None):
         """x (B, T, D), cos and sin (B or 1, T, E) -> (B, T, D)."""
         return _Layer.apply(x, self, cos, sin, mask, torch.is_grad_enabled(), *self.parameters())
+
+    def draw(self) -> tuple[Drop, ...]:
+        """Which values the LoRAs of each group shall not see in this micro-batch."""
+        seed = torch.initial_seed()
+        return tuple(drop_of(probability_of(lora), seed, 4 * self.index + i) for i, lora in enumerate(self.loras))
 
     def attention_part(self, kept: Kept, shape: torch.Size, angles, mask, with_graph: bool) -> None:
         """Fill in n1 and attention."""
@@ -83,17 +92,18 @@ class FusedLayer:
     def normalize_input(self, kept: Kept) -> None:
         if kept.n1 is None:
             kept.n1 = self.qkv.buffer(kept.x)
-            kept.inverse1 = self._normalize(0, kept.x, None, kept.n1, self.qkv)
+            kept.inverse1 = self._normalize(0, kept.x, None, kept.n1, kept.drops[0])
 
     def residual_part(self, kept: Kept) -> None:
         """Fill in x1 and n2."""
         added = None
         if kept.x1 is None:
             output = kept.attention[3].detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H x E)
-            added, kept.z_o = self.out.forward(output)
+            added, kept.z_o = self.out.forward(output, kept.drops[1])
         if kept.n2 is None:
             kept.n2 = self.gate_up.buffer(kept.x)
-            kept.inverse2 = self._normalize(1, kept.x if added is not None else kept.x1, added, kept.n2, self.gate_up)
+            x = kept.x if added is not None else kept.x1
+            kept.inverse2 = self._normalize(1, x, added, kept.n2, kept.drops[2])
         if added is not None:
             kept.x1 = added  # the norm has added x to it in place
 
@@ -102,7 +112,7 @@ class FusedLayer:
         kept.gate_up = self.gate_up.forward(kept.n2)
         h = self.down.buffer(kept.gate_up)  # (M, I + R)
         ops_for(h.device).swiglu(kept.gate_up, h[:, : self.down.inputs])
-        self.down.fill(h)
+        self.down.fill(h, kept.drops[3])
         y = self.down.forward(h)
         kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
         return y.add_(kept.x1)
@@ -133,19 +143,19 @@ class FusedLayer:
         self.complete(kept, shape, angles, mask)
         ops = ops_for(dy.device)
         width, buffer = dy.shape[1], self._with_room(dy)
-        h, dz = self.down_back.input_gradient(buffer)  # dh (M, I)
+        h, dz = self.down_back.input_gradient(buffer, kept.drops[3])  # dh (M, I)
         ops.swiglu_backward(h, kept.gate_up)  # dh becomes h, gate_up its gradient
-        of_down = self.down_back.parameter_gradients(dy, dz, h, kept.z_down)
+        of_down = self.down_back.parameter_gradients(dy, dz, h, kept.z_down, kept.drops[3])
         del h, dz, buffer
         of_gate_up, buffer1 = self._through_group(
-            self.gate_up, kept.gate_up, kept.n2, 1, kept.x1, kept.inverse2, dy, self.out.room
+            self.gate_up, kept.gate_up, kept.n2, 1, kept.x1, kept.inverse2, dy, self.out.room, kept.drops[2]
         )
         dx1 = buffer1[:, :width]
         kept.gate_up = kept.n2 = kept.x1 = None
         q, k, v, output = kept.attention
         flat = output.detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H x E)
-        d_output, dz = self.out.input_gradient(buffer1)
-        of_out = self.out.parameter_gradients(dx1, dz, flat, kept.z_o)
+        d_output, dz = self.out.input_gradient(buffer1, kept.drops[1])
+        of_out = self.out.parameter_gradients(dx1, dz, flat, kept.z_o, kept.drops[1])
         d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
         d_qkv = dy.new_empty(dy.shape[0], sum(self.qkv.rows))
@@ -153,7 +163,7 @@ class FusedLayer:
         del q, k, v, output, flat, d_output, dq, dk, dv
         kept.attention = None
         of_qkv, buffer = self._through_group(
-            self.qkv, d_qkv, kept.n1, 0, kept.x, kept.inverse1, dx1, self.down_back.room
+            self.qkv, d_qkv, kept.n1, 0, kept.x, kept.inverse1, dx1, self.down_back.room, kept.drops[0]
         )
         self.passed.buffer = buffer if self.index else None
         return buffer[:, :width], *of_qkv, *of_out, *of_gate_up, *of_down
@@ -169,17 +179,17 @@ class FusedLayer:
         buffer[:, :width] = dy
         return buffer
 
-    def _normalize(self, which: int, x, added, buffer: torch.Tensor, group: Group) -> torch.Tensor:
-        norm = self.norms[which]
+    def _normalize(self, which: int, x, added, buffer: torch.Tensor, drop: Drop) -> torch.Tensor:
+        norm, group = self.norms[which], (self.qkv, self.gate_up)[which]
         out = buffer[:, : group.inputs]
         inverse = ops_for(x.device).rms_norm(x, added, norm.weight.data, norm.variance_epsilon, out)
-        group.fill(buffer)
+        group.fill(buffer, drop)
         return inverse
 
-    def _through_group(self, group: Group, d_out, buffer, which: int, x, inverse, residual, room: int):
+    def _through_group(self, group: Group, d_out, buffer, which: int, x, inverse, residual, room: int, drop: Drop):
         """Back through a group of projections and the norm before it: (LoRA gradients, gradient of x with room)."""
-        both = group.backward(d_out)
-        gradients = group.parameter_gradients(d_out, both[:, group.inputs :], buffer)
+        both = group.backward(d_out, drop)
+        gradients = group.parameter_gradients(d_out, both[:, group.inputs :], buffer, drop)
         weight = self.norms[which].weight.data
         dx = x.new_empty(x.shape[0], x.shape[1] + room)
         ops_for(x.device).rms_norm_backward(
@@ -192,7 +202,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fused: FusedLayer, cos, sin, mask, with_graph: bool, *parameters):
         angles = (cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]))  # (T or M, E)
-        kept = Kept(x.reshape(-1, x.shape[-1]))
+        kept = Kept(x.reshape(-1, x.shape[-1]), drops=fused.draw())
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
         y = fused.mlp_part(kept)

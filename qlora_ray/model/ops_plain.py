@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_ray.libraries import Patch
+from qlora_ray.model.dropout import Drop, kept
 
 PACKED_FORMAT = Patch(
     "bitsandbytes", "0.50.2", "reads quant_state (absmax, code, offset, state2) and the order of packed values, here "
@@ -99,3 +100,22 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int,
     gradient[torch.arange(len(labels), device=labels.device), labels.where(kept, 0)] -= 1
     logits.copy_(gradient * scale * kept[:, None])
     return nats
+
+
+def lora_in(x: torch.Tensor, a: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
+    """out (M, R) = what is kept of x (M, K), times A^T; a (R, K)."""
+    torch.mm(_dropped(x, drop), a.t(), out=out)
+
+
+def lora_in_gradient(dz: torch.Tensor, x: torch.Tensor, drop: Drop) -> torch.Tensor:
+    """Gradient of A (R, K), of dz (M, R), the gradient of what `lora_in` returned."""
+    return torch.mm(dz.t(), _dropped(x, drop))
+
+
+def add_lora_back(dz: torch.Tensor, a: torch.Tensor, drop: Drop, dx: torch.Tensor) -> None:
+    """Add to dx (M, K) what reaches x through its LoRA: dz A where it was kept."""
+    dx += _dropped(torch.mm(dz, a), drop)
+
+
+def _dropped(x: torch.Tensor, drop: Drop) -> torch.Tensor:
+    return torch.where(kept(x.shape[0], x.shape[1], drop, x.device), x * drop.scale, 0)

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from qlora_ray.model.adapter import ADAPTER_NAME
+from qlora_ray.model.dropout import NOTHING, Drop
 
 
 @cache
@@ -67,8 +68,6 @@ def why_not(module: torch.nn.Module) -> str | None:
         return "it has several adapters"
     if lora.lora_variant:
         return f"it is a {type(lora.lora_variant[ADAPTER_NAME]).__name__}"
-    if isinstance(lora.lora_dropout[ADAPTER_NAME], torch.nn.Dropout):
-        return "model.lora_dropout is not 0"
     if lora.lora_B[ADAPTER_NAME].bias is not None:
         return "its LoRA has a bias"
     dtypes = {lora.lora_A[ADAPTER_NAME].weight.dtype, lora.lora_B[ADAPTER_NAME].weight.dtype, base.compute_dtype}
@@ -108,10 +107,10 @@ class Group:
         """Room for an input x and x A^T, side by side: (M, K + R)."""
         return like.new_empty(like.shape[0], self.inputs + self.rank)
 
-    def fill(self, buffer: torch.Tensor) -> None:
-        """Write x A^T into the last R columns, of the x in the first K."""
+    def fill(self, buffer: torch.Tensor, drop: Drop = NOTHING) -> None:
+        """Write x A^T into the last R columns, of what is kept of the x in the first K."""
         if self.rank:
-            torch.mm(buffer[:, : self.inputs], self._a().t(), out=buffer[:, self.inputs :])
+            _lora_in(buffer[:, : self.inputs], self._a(), drop, buffer[:, self.inputs :])
 
     def forward(self, buffer: torch.Tensor) -> torch.Tensor:
         """(M, N) of a filled buffer."""
@@ -125,21 +124,23 @@ class Group:
             row += len(weight)
         return y
 
-    def backward(self, dy: torch.Tensor) -> torch.Tensor:
+    def backward(self, dy: torch.Tensor, drop: Drop = NOTHING) -> torch.Tensor:
         """Gradients of the input (M, K) and of x A^T (M, R), side by side. Adding the LoRA's share is included."""
         both, row = dy.new_empty(dy.shape[0], self.inputs + self.rank), 0
         for weight in self._weights(dy):
             both.addmm_(dy[:, row : row + len(weight)], weight, beta=1 if row else 0)
             row += len(weight)
         if self.rank:
-            both[:, : self.inputs].addmm_(both[:, self.inputs :], self._a())
+            _add_lora_back(both[:, self.inputs :], self._a(), drop, both[:, : self.inputs])
         return both
 
-    def parameter_gradients(self, dy: torch.Tensor, dz: torch.Tensor, buffer: torch.Tensor) -> list[torch.Tensor]:
+    def parameter_gradients(
+        self, dy: torch.Tensor, dz: torch.Tensor, buffer: torch.Tensor, drop: Drop = NOTHING
+    ) -> list[torch.Tensor]:
         """Of A and B of each adapted member in turn. dy (M, N), dz (M, R), buffer as forward left it."""
         if not self.rank:
             return []
-        da = torch.mm(dz.t(), buffer[:, : self.inputs])  # (R, K)
+        da = _lora_in_gradient(dz, buffer[:, : self.inputs], drop)  # (R, K)
         gradients, row, column = [], 0, 0
         for m, n in zip(self.members, self.rows, strict=True):
             if m.lora:
@@ -190,7 +191,7 @@ class Single:
     """
 
     def __init__(self, only: Member, held_by: Group | None = None):
-        self.member = only
+        self.member, self.members = only, [only]
         self.shape = (only.base.out_features, only.base.in_features)
         self.room = -(-only.rank // 8) * 8  # columns beside dy (M, N); rows stay aligned to 16 bytes
         self.hold_weights = False
@@ -200,39 +201,45 @@ class Single:
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self.member.a, self.member.b] if self.member.lora else []
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x: torch.Tensor, drop: Drop = NOTHING) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(M, N), and x A^T (M, R) for backward."""
         weight, bias = self._weight(x)[: self.shape[0]], self.member.base.bias
         y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         if not self.member.lora:
             return y, None
-        z = torch.mm(x, self.member.a.data.t())
+        z = x.new_empty(x.shape[0], self.member.rank)
+        _lora_in(x, self.member.a.data, drop, z)
         return y.addmm_(z, self.member.b.data.t(), alpha=self.member.scale), z
 
-    def input_gradient(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def input_gradient(self, buffer: torch.Tensor, drop: Drop = NOTHING) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradient of x (M, K); and s dy B (M, R), written beside dy. buffer (M, N + room) holds dy."""
         rows, rank, weight = self.shape[0], self.member.rank, self._weight(buffer)
         dy, dz = buffer[:, :rows], buffer[:, rows : rows + rank]
         if rank:
             torch.addmm(dz, dy, self.member.b.data, beta=0, alpha=self.member.scale, out=dz)
+        if rank and drop.probability:  # what the LoRA adds has a mask of its own
+            dx = torch.mm(dy, weight[:rows])
+            _add_lora_back(dz, self.member.a.data, drop, dx)
+            return dx, dz
+        if rank:
             weight[rows:] = self.member.a.data
         return torch.mm(buffer[:, : rows + rank], weight), dz if rank else None
 
     def parameter_gradients(
-        self, dy: torch.Tensor, dz: torch.Tensor | None, x: torch.Tensor, z: torch.Tensor | None
+        self, dy: torch.Tensor, dz: torch.Tensor | None, x: torch.Tensor, z: torch.Tensor | None, drop: Drop = NOTHING
     ) -> list[torch.Tensor]:
         """Of A and B."""
         if dz is None or z is None:
             return []
-        return [torch.mm(dz.t(), x), _scaled_product(self.member.scale, dy.t(), z)]
+        return [_lora_in_gradient(dz, x, drop), _scaled_product(self.member.scale, dy.t(), z)]
 
-    def backward(self, dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None):
+    def backward(self, dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, drop: Drop = NOTHING):
         """Gradients of x (M, K) and of A and B, of a dy (M, N) without room."""
         dx, dz = torch.mm(dy, self._weight(dy)[: self.shape[0]]), None
         if self.member.lora:
             dz = _scaled_product(self.member.scale, dy, self.member.b.data)
-            dx.addmm_(dz, self.member.a.data)
-        return dx, self.parameter_gradients(dy, dz, x, z)
+            _add_lora_back(dz, self.member.a.data, drop, dx)
+        return dx, self.parameter_gradients(dy, dz, x, z, drop)
 
     def _weight(self, like: torch.Tensor) -> torch.Tensor:
         """W, and rows for A below it: (N + R, K)."""
@@ -252,19 +259,37 @@ def _scaled_product(scale: float, left: torch.Tensor, right: torch.Tensor) -> to
     return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
 
 
+def _lora_in(x: torch.Tensor, a: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
+    if drop.probability:
+        ops_for(x.device).lora_in(x, a, drop, out)
+    else:
+        torch.mm(x, a.t(), out=out)
+
+
+def _lora_in_gradient(dz: torch.Tensor, x: torch.Tensor, drop: Drop) -> torch.Tensor:
+    return ops_for(x.device).lora_in_gradient(dz, x, drop) if drop.probability else torch.mm(dz.t(), x)
+
+
+def _add_lora_back(dz: torch.Tensor, a: torch.Tensor, drop: Drop, dx: torch.Tensor) -> None:
+    if drop.probability:
+        ops_for(dx.device).add_lora_back(dz, a, drop, dx)
+    else:
+        dx.addmm_(dz, a)
+
+
 class LoraProjection(torch.autograd.Function):
     """`Single` for autograd: what a lora.Linear4bit outside a fused layer computes."""
 
     @staticmethod
-    def forward(ctx, x, single: Single, *parameters):
+    def forward(ctx, x, single: Single, drop: Drop, *parameters):
         flat = x.reshape(-1, x.shape[-1])
-        y, z = single.forward(flat)
-        ctx.single = single
+        y, z = single.forward(flat, drop)
+        ctx.single, ctx.drop = single, drop
         ctx.save_for_backward(flat, *([] if z is None else [z]))
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
         flat, *z = ctx.saved_tensors
-        dx, gradients = ctx.single.backward(dy.reshape(-1, dy.shape[-1]), flat, z[0] if z else None)
-        return dx.view(*dy.shape[:-1], -1), None, *gradients
+        dx, gradients = ctx.single.backward(dy.reshape(-1, dy.shape[-1]), flat, z[0] if z else None, ctx.drop)
+        return dx.view(*dy.shape[:-1], -1), None, None, *gradients

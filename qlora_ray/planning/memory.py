@@ -41,7 +41,7 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
 def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerShape | None:
     """Widths of the base's decoder layers, or None where they will not be fused."""
     model = config.model
-    if base.model_type not in FUSED_LAYERS or model.lora_dropout or model.lora_variant == "dora":
+    if base.model_type not in FUSED_LAYERS or model.lora_variant == "dora":
         return None
     if config.quantization.type == "none":
         return None

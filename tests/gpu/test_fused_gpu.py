@@ -105,6 +105,27 @@ def test_cross_entropy_and_its_gradient(dtype):
         assert_close(ours, plain, dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows, width, rank", [(300, 4096, 16), (70, 1000, 48), (8192, 256, 8)])
+def test_dropout_of_what_a_lora_reads_and_its_gradients(dtype, rows, width, rank):
+    from qlora_ray.model import ops_plain, ops_triton
+    from qlora_ray.model.dropout import drop_of
+
+    drop = drop_of(0.1, 2**40 + 3, 17)
+    buffer = random(rows, width + rank, dtype=dtype)  # as in a fused layer: input and LoRA side by side
+    x, a, dz = buffer[:, :width], random(rank, width, dtype=dtype), random(rows, rank, dtype=dtype)
+    dx = random(rows, width + 16, dtype=dtype)
+    outcomes = []
+    for ops in (ops_triton, ops_plain):
+        z, back = torch.full((rows, rank), 7.0, device="cuda", dtype=dtype), dx.clone()
+        ops.lora_in(x, a, drop, z)
+        ops.add_lora_back(dz, a, drop, back[:, :width])
+        outcomes.append((z, ops.lora_in_gradient(dz, x, drop), back))
+    for ours, plain in zip(*outcomes, strict=True):
+        assert_close(ours, plain, dtype)
+    assert torch.equal(ops_triton.lora_in_gradient(dz, x, drop), outcomes[0][1])  # the same bits each time
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     families = ("llama", "mistral", "qwen2", "gemma2")
@@ -118,6 +139,20 @@ def test_gradients_are_those_of_peft_in_float64(folders, family):
     )
     exact_nats, exact = fused_models.nats_and_gradients(
         fused_models.build_reference(folders[family], "cuda"), tiny_models.batch()
+    )
+    assert nats == pytest.approx(exact_nats, rel=1e-5)
+    assert fused_models.error(gradients, exact) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_gradients_with_dropout_are_those_of_peft_with_the_same_masks(folders, family):
+    torch.manual_seed(7)
+    model = fused_models.build(folders[family], torch.float32, "cuda", lora_dropout=0.3)
+    torch.manual_seed(7)
+    nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
+    reference = fused_models.build_reference(folders[family], "cuda")
+    exact_nats, exact = fused_models.nats_and_gradients(
+        fused_models.with_masks_of_fused(reference, 0.3, 7), tiny_models.batch()
     )
     assert nats == pytest.approx(exact_nats, rel=1e-5)
     assert fused_models.error(gradients, exact) < 1e-4

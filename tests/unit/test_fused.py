@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel
 
 from qlora_ray.model.adapter import trainable
+from qlora_ray.model.dropout import drop_of, kept
 from qlora_ray.model.fused import fuse, fused_layers, keep, leaf_modules
 from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.recompute import Choice, Keep
@@ -32,6 +33,57 @@ def test_gradients_are_those_of_peft_in_float64(folders, family):
     )
     assert nats == pytest.approx(exact_nats, rel=1e-6)
     assert fused_models.error(gradients, exact) < 1e-5
+
+
+@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("level", [Keep.ALL, Keep.HOST])
+def test_gradients_with_dropout_are_those_of_peft_with_the_same_masks(folders, family, level):
+    model = fused_models.build(folders[family], torch.float32, lora_dropout=0.3)
+    keep(model, Choice((level,) * 2))
+    torch.manual_seed(7)
+    nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
+    reference = fused_models.with_masks_of_fused(fused_models.build_reference(folders[family]), 0.3, 7)
+    exact_nats, exact = fused_models.nats_and_gradients(reference, tiny_models.batch())
+    assert nats == pytest.approx(exact_nats, rel=1e-6)
+    assert fused_models.error(gradients, exact) < 1e-5
+    torch.manual_seed(8)
+    assert fused_models.nats_and_gradients(model, tiny_models.batch())[0] != nats
+    without = fused_models.nats_and_gradients(fused_models.build_reference(folders[family]), tiny_models.batch())[0]
+    assert fused_models.nats_and_gradients(model.eval(), tiny_models.batch())[0] == pytest.approx(without, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox"])
+def test_projections_outside_fused_layers_drop_what_pefts_own_do_on_average(folders, family):
+    model = fused_models.build(folders[family], torch.float32, lora_dropout=0.5)
+    torch.manual_seed(1)
+    once = fused_models.nats_and_gradients(model, tiny_models.batch())
+    torch.manual_seed(1)
+    again = fused_models.nats_and_gradients(model, tiny_models.batch())
+    assert once[0] == again[0] and all(torch.equal(again[1][name], value) for name, value in once[1].items())
+    plain = fused_models.build(folders[family], torch.float32, fused=False, lora_dropout=0.5)
+
+    def nats(one, seeds=40):
+        found = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            found.append(fused_models.nats_and_gradients(one, tiny_models.batch())[0])
+        return torch.tensor(found)
+
+    ours, theirs = nats(model), nats(plain)
+    spread = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
+    assert abs(ours.mean() - theirs.mean()) < 4 * spread
+
+
+def test_masks_keep_the_share_that_was_asked_for_and_differ_by_seed_and_place():
+    for probability in (0.05, 0.1, 0.5):
+        mask = kept(512, 1001, drop_of(probability, 3, 5), torch.device("cpu")).double()
+        variance = probability * (1 - probability)
+        assert abs(float(mask.mean()) - (1 - probability)) < 4 * (variance / mask.numel()) ** 0.5
+        for means, each in ((mask.mean(1), 1001), (mask.mean(0), 512)):
+            assert 0.8 < float(means.std()) / (variance / each) ** 0.5 < 1.2
+    masks = [kept(64, 64, drop_of(0.5, seed, place), torch.device("cpu")) for seed, place in ((1, 1), (1, 2), (2, 1))]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert 0.4 < float((masks[a] == masks[b]).double().mean()) < 0.6
 
 
 @pytest.mark.parametrize("family", [*FUSED, "gemma2"])
@@ -121,7 +173,7 @@ def test_generation_and_disabled_adapters_take_pefts_own_path(folders):
 
 @pytest.mark.parametrize(
     "setting, reason",
-    [({"lora_dropout": 0.1}, "model.lora_dropout is not 0"), ({"lora_variant": "dora"}, "it is a DoraLinearVariant")],
+    [({"lora_variant": "dora"}, "it is a DoraLinearVariant")],
 )
 def test_what_the_fused_path_cannot_do_is_left_to_peft_with_a_line(folders, setting, reason, caplog):
     model = fused_models.build(folders["llama"], torch.float32, fused=False, **setting)

@@ -1,0 +1,73 @@
+"""Dropout of what a LoRA reads, as a function of its place alone: drawn in forward, and drawn again in backward.
+
+The mask of a group of projections depends on the seed of the micro-batch (worker/micro_batches.py sets it from the
+run's seed, the step and the micro-batch), the layer, the group, the row and the column, and on nothing else: no number
+of workers, resume, recomputation or kernel changes it. Bits come from a hash and no generator, so that a kernel makes
+them where it needs them: PCG-RXS-M-XS-32 (O'Neill 2014, HMC-CS-2014-0905; as a hash in Jarzynski and Olano 2020,
+JCGT 9:3).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+STEPS_OF_PROBABILITY = 2**16  # a value is kept or dropped by 16 bits
+MASK_32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Drop:
+    """With which probability values are dropped, and which mask says so."""
+
+    probability: float
+    key: int = 0  # 32 bits
+
+    @property
+    def threshold(self) -> int:
+        """Values whose 16 bits are below it are dropped."""
+        return round(self.probability * STEPS_OF_PROBABILITY)
+
+    @property
+    def scale(self) -> float:
+        """Of the values that are kept, so that their mean stays."""
+        return 1 / (1 - self.probability)
+
+
+NOTHING = Drop(0.0)
+
+
+def drop_of(probability: float, seed: int, place: int) -> Drop:
+    """The mask of one place (layer and group) in a micro-batch of this seed."""
+    if not probability:
+        return NOTHING
+    key = pcg(seed & MASK_32)
+    return Drop(probability, pcg(pcg(key ^ (seed >> 32 & MASK_32)) ^ place & MASK_32))
+
+
+def probability_of(lora: Any) -> float:
+    """The dropout of one of PEFT's LoRA layers as it is now: 0 in evaluation mode, and without a LoRA."""
+    dropout = next(iter(lora.lora_dropout.values())) if lora is not None else None
+    return float(dropout.p) if isinstance(dropout, torch.nn.Dropout) and dropout.training else 0.0
+
+
+def pcg(value: int) -> int:
+    """A hash of 32 bits to 32 bits."""
+    state = (value * 747796405 + 2891336453) & MASK_32
+    word = ((state >> ((state >> 28) + 4)) ^ state) * 277803737 & MASK_32
+    return (word >> 22) ^ word
+
+
+def kept(rows: int, columns: int, drop: Drop, device: torch.device) -> torch.Tensor:
+    """Which values of (rows, columns) are kept: bool. A word of the hash decides on two neighbours in a row."""
+    row = _pcg(torch.arange(rows, device=device) ^ drop.key)
+    column = _pcg(torch.arange(-(-columns // 2), device=device) ^ (~drop.key & MASK_32))
+    words = _pcg(row[:, None] ^ column[None, :])  # (rows, columns / 2)
+    bits = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(1)[:, :columns]
+    return bits >= drop.threshold
+
+
+def _pcg(value: torch.Tensor) -> torch.Tensor:
+    state = (value * 747796405 + 2891336453) & MASK_32  # int64 holds the product's low 32 bits
+    word = (((state >> ((state >> 28) + 4)) ^ state) * 277803737) & MASK_32
+    return (word >> 22) ^ word
