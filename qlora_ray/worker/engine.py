@@ -49,6 +49,7 @@ class Engine:
             if not self._engine.fp16_enabled():
                 # ZeRO-3 would compute the norm again and wait for it; `step` knows it.
                 self._engine.optimizer._get_norm_groups = lambda: [torch.ones(())]
+        _link_moments_once_all_are_there(self._engine.optimizer)
         is_fused = self._is_sharded and wholes[0].is_cuda and not self._engine.optimizer.offload_optimizer
         self._verdict: torch.Tensor | None = None  # whether a gradient is finite, where a step can be launched before
         if is_fused and not self._engine.fp16_enabled():
@@ -251,6 +252,22 @@ def _keep_resident(optimizer: Any, parameters: list[torch.nn.Parameter]) -> None
         if not parameter.ds_persist:
             parameter.ds_persist = True
             optimizer.persistent_parameters.append(parameter)
+
+
+def _link_moments_once_all_are_there(optimizer: Any) -> None:
+    """Have stages 1 and 2 look for the moments of all groups of parameters once the last one has stepped.
+
+    DeepSpeed 0.19.8 looks after the first group's first step, once, and the others' moments are never found
+    (deepspeed/runtime/zero/stage_1_and_2.py, _optimizer_step). Drop with a version that waits.
+    """
+    link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+
+        def link_if_all_are_there() -> None:
+            if len(optimizer.optimizer.state) == len(optimizer.bit16_groups):
+                link()
+
+        optimizer._lazy_init_hp_params_optimizer_state = link_if_all_are_there
 
 
 def _gather_as_one(model: torch.nn.Module) -> None:

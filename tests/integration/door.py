@@ -1,4 +1,4 @@
-"""Runs python -m qlora_ray.train as a user does, and reads what it left."""
+"""Runs python -m qlora_ray.<door> as a user does, and reads what it left."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """Start the door with arguments, in a session of its own."""
-    command = [sys.executable, "-m", "qlora_ray.train", *arguments]
+def start(*arguments: str, of: str = "train") -> subprocess.Popen:
+    """Start a door with arguments, in a session of its own."""
+    command = [sys.executable, "-m", f"qlora_ray.{of}", *arguments]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -23,9 +23,9 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
-def run(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run the door to its end."""
-    process = start(*arguments)
+def run(*arguments: str, of: str = "train", timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a door to its end."""
+    process = start(*arguments, of=of)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
