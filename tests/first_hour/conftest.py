@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -54,14 +53,11 @@ def my_yaml(storage) -> Path:
 def killed_and_resumed(my_yaml, storage):
     """The run of my.yaml, killed with everything it had started and resumed: its lines before, and the end."""
     driver = door.start("-c", str(my_yaml))
-    deadline = time.monotonic() + 200
-    while not (runs := list(storage.glob("my*/checkpoints/step_*/manifest.json"))):
-        assert driver.poll() is None, driver.communicate()
-        assert time.monotonic() < deadline, "no checkpoint"
-        time.sleep(0.1)
+    whole_checkpoints = "my*/checkpoints/step_*/manifest.json"
+    door.wait_for(lambda: list(storage.glob(whole_checkpoints)), driver, "checkpoint")
     os.killpg(driver.pid, signal.SIGKILL)
     driver.communicate()
-    run = runs[0].parents[2]
+    run = next(storage.glob(whole_checkpoints)).parents[2]
     before = door.metrics(run)
     ended = door.run("-c", str(my_yaml), "--resume")
     assert ended.returncode == 0, ended.stdout + ended.stderr

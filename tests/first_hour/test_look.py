@@ -9,7 +9,7 @@ def test_data_shows_what_the_model_will_see(my_yaml):
     ended = door.run("-c", str(my_yaml), "--json", of="data")
     assert ended.returncode == 0, ended.stderr
     shown = json.loads(ended.stdout)
-    assert (shown["num_rejected"], shown["formats"]) == (0, {"messages": 36})  # four of forty are held out
+    assert (shown["num_rejected"], shown["formats"]) == (0, {"messages": 40})
     (trained,) = {piece["trained"] for row in shown["rows"] for piece in row["pieces"] if "Lima" in piece["text"]}
     assert trained
 

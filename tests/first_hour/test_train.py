@@ -33,7 +33,7 @@ def test_chats_of_ones_own_are_learnt(killed_and_resumed):
     run, _ = killed_and_resumed
     summary = door.summary(run)
     assert summary["status"] == "done" and summary["last_loss"] < 0.2 * summary["first_loss"]
-    assert json.loads((run / "manifest.json").read_text())["data"]["formats"] == {"messages": 36}
+    assert json.loads((run / "manifest.json").read_text())["data"]["formats"] == {"messages": 40}
     assert (run / "rejected.jsonl").read_text() == ""
 
 

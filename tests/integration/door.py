@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -52,9 +53,17 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout: float = 120) -> None:
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout: float = 200) -> None:
+    """Wait until a step is logged; a run that does not get there in time is ended, and the test fails."""
+    wait_for(lambda: max(losses(run_dir), default=0) >= step, process, f"step {step}", timeout)
+
+
+def wait_for(is_true: Callable[[], object], process: subprocess.Popen, what: str, timeout: float = 200) -> None:
+    """Wait until something has happened in a run; where it does not in time, end the run and fail the test."""
     deadline = time.monotonic() + timeout
-    while max(losses(run_dir), default=0) < step:
+    while not is_true():
         assert process.poll() is None, f"ended early: {process.communicate()}"
-        assert time.monotonic() < deadline, f"step {step} not reached in {timeout} s"
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"no {what} in {timeout} s")
         time.sleep(0.1)

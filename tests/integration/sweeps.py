@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -50,11 +49,8 @@ def outcome(sweep: Path) -> dict[str, tuple]:
 
 def wait_for_checkpoints(sweep: Path, number: int, driver: subprocess.Popen, timeout: float = 120) -> None:
     """Wait until this many trials have a checkpoint."""
-    deadline = time.monotonic() + timeout
-    while len(list(sweep.glob("trials/*/checkpoints"))) < number:
-        assert driver.poll() is None, f"ended early: {driver.communicate()}"
-        assert time.monotonic() < deadline, f"no {number} trials with checkpoints in {timeout} s"
-        time.sleep(0.2)
+    there = "trials/*/checkpoints"
+    door.wait_for(lambda: len(list(sweep.glob(there))) >= number, driver, f"{number} trials with checkpoints", timeout)
 
 
 def trial_processes(sweep: Path) -> list[psutil.Process]:

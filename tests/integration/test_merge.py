@@ -123,7 +123,7 @@ import resource, torch
 from pathlib import Path
 from qlora_ray.model.record import open_adapter
 from qlora_ray.config import QuantizationConfig
-from qlora_ray.use import merge
+from qlora_ray.inference import merge
 merge.as_trained_on(torch.ones(64, 64), QuantizationConfig(), "bfloat16")  # libraries load
 adapter = open_adapter({str(adapter)!r})
 merge.plan_merge(adapter, "training", "bfloat16", torch.device("cpu"))
