@@ -33,6 +33,7 @@ def start(trained, source, target, workers) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_batch_that_is_started_again_gives_the_file_of_one_that_was_not(trained, tmp_path, capsys):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(row + "\n" for row in lines()))

@@ -49,7 +49,7 @@ def test_loftq_starts_with_the_best_rank_r_approximation_of_the_quantization_err
         )
         left = error - layer.get_delta_weight("default").detach()
         best = torch.linalg.svdvals(error)[config.model.lora_r :].norm()  # Eckart-Young
-        assert left.norm() == pytest.approx(float(best), rel=1e-3)
+        assert left.norm() == pytest.approx(float(best), rel=1e-5)  # float32's rounding of the singular values
         assert left.norm() < error.norm()
 
 
