@@ -1,4 +1,6 @@
-"""Seconds until --help, a config error and the first optimizer step answer: python -m benchmarks.startup [repetitions].
+"""Seconds until --help, a config error, a plan, the first optimizer step: python -m benchmarks.startup [repetitions].
+
+Also of the look at a node that a run takes before it starts (cluster/quick.py), once Ray has imported what it needs.
 
 Medians of whole processes, caches warm, on whatever else the machine is doing: run it on an idle one.
 """
@@ -12,6 +14,7 @@ import time
 from pathlib import Path
 
 TRAIN = [sys.executable, "-m", "qlora_ray.train"]
+PLAN = [sys.executable, "-m", "qlora_ray.plan", "model.base_model=embedded"]
 
 
 def seconds_of(command: list[str], code: int) -> float:
@@ -27,6 +30,22 @@ def seconds_to_first_step(storage: str, name: str) -> float:
     return json.loads(Path(storage, name, "summary.json").read_text())["seconds"]["to_first_step"]
 
 
+def seconds_of_quick_look() -> float:
+    from qlora_ray.cluster import node_facts
+    from qlora_ray.cluster.checks import QUICK
+    from qlora_ray.cluster.found import Found, look
+    from qlora_ray.cluster.needs import needs_of
+    from qlora_ray.config import Config
+    from qlora_ray.planning.plan import Hardware
+
+    question = node_facts.Question("embedded", None, None, ".probe", "127.0.0.1", ask_hub=False)
+    node_facts.gather(question)
+    began = time.perf_counter()
+    here = node_facts.gather(question)
+    look(Found(here, {"here": here}, needs_of(Config(), Hardware(2, 0))), QUICK)
+    return time.perf_counter() - began
+
+
 def main() -> None:
     repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     with tempfile.TemporaryDirectory() as storage:
@@ -34,6 +53,8 @@ def main() -> None:
         figures = {
             "--help": [seconds_of([*TRAIN, "--help"], 0) for _ in range(repetitions)],
             "config error": [seconds_of([*TRAIN, "training.lerning_rate=1"], 2) for _ in range(repetitions)],
+            "a plan (python -m qlora_ray.plan)": [seconds_of(PLAN, 0) for _ in range(repetitions)],
+            "the quick look at a node": [seconds_of_quick_look() for _ in range(repetitions)],
             "first optimizer step (quickstart)": [
                 seconds_to_first_step(storage, f"run{i}") for i in range(repetitions)
             ],

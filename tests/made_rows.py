@@ -32,8 +32,12 @@ def make_entry(folder: Path, samples: list[Sample], rows: list[list[int]], packe
     labels = np.array([sample.num_labels for sample in samples])
     offsets = np.cumsum([0, *map(len, rows)])
     for split in ("train", "validation"):
-        write_rows(cache / "rows", split, offsets, np.concatenate(rows), Index(tokens, labels, numbers, numbers))
-    stats = DataStats("rows", len(samples), 0, 0, len(rows), len(rows), 0, 0, 0, packed=packed)
+        index = Index(tokens, labels, numbers, numbers)
+        of_rows = write_rows(cache / "rows", split, offsets, np.concatenate(rows), index)
+    stats = DataStats(
+        "rows", len(samples), 0, 0, len(rows), len(rows), int(of_rows.sum()), int(labels.sum()), int(of_rows.max()),
+        packed=packed,
+    )  # fmt: skip
     write_stats(cache / "rows", stats, {"train": ["samples"], "validation": ["samples"]}, None)
     return cache / "rows"
 

@@ -273,3 +273,22 @@ def make_optimizer_state(wrapper: Any, optimizer_step: int) -> None:
     link_fragments = getattr(wrapper, "_lazy_init_hp_params_optimizer_state", None)  # stages 1 and 2
     if link_fragments is not None:
         link_fragments()
+
+
+ALL_MOMENTS = Patch(
+    "deepspeed", READ_IN, "stages 1 and 2 look for their moments, once, when the last group of parameters has stepped",
+    gains="they look after the first group's step, and never find those of the others: LoRA+ would lose half at a save",
+    delete_when="_optimizer_step of stage_1_and_2.py waits for all groups",
+)  # fmt: skip
+
+
+def link_moments_once_all_are_there(optimizer: Any) -> None:
+    """Have stages 1 and 2 look for the moments of all groups of parameters once the last one has stepped."""
+    link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+
+        def link_if_all_are_there() -> None:
+            if len(optimizer.optimizer.state) == len(optimizer.bit16_groups):
+                link()
+
+        optimizer._lazy_init_hp_params_optimizer_state = link_if_all_are_there

@@ -59,6 +59,7 @@ class Engine:
             patches.walk_past_leaves(self._engine)
             if not self._engine.fp16_enabled():
                 patches.take_norm_as_known(self._engine.optimizer)
+        patches.link_moments_once_all_are_there(self._engine.optimizer)
         is_fused = self._is_sharded and wholes[0].is_cuda and not self._engine.optimizer.offload_optimizer
         self._verdict: torch.Tensor | None = None  # whether a gradient is finite, where a step can be launched before
         if is_fused and not self._engine.fp16_enabled():

@@ -230,7 +230,8 @@ def _loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
 
 def _put_in_one_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != dtype:
+        is_number = parameter.is_floating_point() and not hasattr(parameter, "quant_state")  # packed bytes are none
+        if is_number and parameter.dtype != dtype:
             logging.getLogger(__name__).info("%s: %s to %s, as the engine does", name, parameter.dtype, dtype)
             parameter.data = parameter.data.to(dtype)
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from qlora_ray.config import EMBEDDED_BASE
+from qlora_ray.config import EMBEDDED_BASE, Config
+from qlora_ray.worker import setup
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
-from tests.integration import tiny_models
+from tests.integration import engines, tiny_models
 
 pytestmark = pytest.mark.gpu
 
@@ -25,47 +26,60 @@ def nccl(tmp_path_factory):
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def adding_in_one_order():
+    """What training.deterministic asks for, for one test."""
+    setup.choose_kernels(Config.model_validate({"training": {"deterministic": True}}), torch.device("cuda"))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def settings(stage: int, dtype: str) -> Config:
+    return tiny_models.make_config(
+        EMBEDDED_BASE, deepspeed={"zero_stage": stage}, quantization={"compute_dtype": dtype}
+    )
+
+
 @pytest.mark.parametrize("stage, dtype", [(3, "bfloat16"), (3, "float32"), (0, "bfloat16"), (2, "bfloat16")])
-def test_state_taken_and_loaded_continues_the_training(stage, dtype, nccl):
-    config = tiny_models.make_config(EMBEDDED_BASE)
-    whole = tiny_models.build(config, stage, dtype, device="cuda")
-    losses = tiny_models.train(whole, range(6), 1e-3, fixed=False)
-    first = tiny_models.build(config, stage, dtype, device="cuda")
-    begun = tiny_models.train(first, range(3), 1e-3, fixed=False)
-    state = first.engine.state()
+def test_state_taken_and_loaded_continues_to_the_same_bits(stage, dtype, nccl, adding_in_one_order, tmp_path):
+    config = settings(stage, dtype)
+    whole = engines.build(config, tmp_path / "whole", device="cuda")
+    losses = engines.train(whole, range(6), 1e-3, fixed=False)
+    first = engines.build(config, tmp_path / "first", device="cuda")
+    begun = engines.train(first, range(3), 1e-3, fixed=False)
+    state = first.state()
     assert state.optimizer_step == 3
-    second = tiny_models.build(config, stage, dtype, weights=state.weights, device="cuda")
-    second.engine.load_state(state)
-    assert begun + tiny_models.train(second, range(3, 6), 1e-3, fixed=False) == pytest.approx(losses, rel=1e-4)
-    for name, weight in whole.engine.weights().items():
-        torch.testing.assert_close(second.engine.weights()[name], weight, rtol=1e-2, atol=1e-4)
+    second = engines.build(config, tmp_path / "second", resumed=state, device="cuda")
+    assert begun + engines.train(second, range(3, 6), 1e-3, fixed=False) == losses
+    ours = second.weights()
+    assert all(torch.equal(ours[name], weight) for name, weight in whole.weights().items())
 
 
 @pytest.mark.parametrize("stage, dtype", [(3, "bfloat16"), (3, "float32"), (0, "bfloat16")])
-def test_step_whose_gradient_is_not_finite_changes_nothing(stage, dtype, nccl):
-    sharded = tiny_models.build(tiny_models.make_config(EMBEDDED_BASE), stage, dtype, device="cuda")
-    tiny_models.train(sharded, range(2), 1e-3)
-    before = sharded.engine.state()
+def test_step_whose_gradient_is_not_finite_changes_nothing(stage, dtype, nccl, tmp_path):
+    engine = engines.build(settings(stage, dtype), tmp_path, device="cuda")
+    engines.train(engine, range(2), 1e-3)
+    before = engine.state()
     rows = {name: values.to("cuda") for name, values in tiny_models.batch().items()}
-    sharded.engine.backward(sum_of_nats(sharded.engine, rows) * float("inf"))
-    sharded.engine.add_up(1)
-    assert sharded.engine.step(1e-3) is False and sharded.engine.grad_norm() is None
-    after = sharded.engine.state()
+    engine.backward(sum_of_nats(engine, rows) * float("inf"))
+    engine.add_up(1)
+    assert engine.step(1e-3) is False and engine.grad_norm() is None
+    after = engine.state()
     assert after.optimizer_step == before.optimizer_step == 2
     for name, weight in before.weights.items():
         assert torch.equal(after.weights[name], weight)
         assert all(torch.equal(after.moments[name][key], before.moments[name][key]) for key in before.moments[name])
-    assert all(loss == loss for loss in tiny_models.train(sharded, range(2, 4), 1e-3))
+    assert all(loss == loss for loss in engines.train(engine, range(2, 4), 1e-3))
 
 
 @pytest.mark.bites("worker.deepspeed_patches.NAMED_STREAM")
-def test_deepspeed_asks_torch_for_the_stream_of_a_named_device(nccl, monkeypatch):
+def test_deepspeed_asks_torch_for_the_stream_of_a_named_device(nccl, monkeypatch, tmp_path):
     from deepspeed.accelerator import get_accelerator
 
-    sharded = tiny_models.build(tiny_models.make_config(EMBEDDED_BASE), 3, "bfloat16", device="cuda")
+    engine = engines.build(settings(3, "bfloat16"), tmp_path, device="cuda")
     through, plain = [], get_accelerator().current_stream
     monkeypatch.setattr(get_accelerator(), "current_stream", lambda *some: through.append(some) or plain(*some))
-    tiny_models.train(sharded, range(1), 1e-3)
+    engines.train(engine, range(1), 1e-3)
     assert through  # DeepSpeed asks there
     named, of_torch = [], torch.cuda.current_stream
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: named.append(device) or of_torch(device))
@@ -74,16 +88,16 @@ def test_deepspeed_asks_torch_for_the_stream_of_a_named_device(nccl, monkeypatch
 
 
 @pytest.mark.bites("worker.engine.FOUND_INF")
-def test_a_step_waits_for_the_gpu_once_and_after_it_is_launched(nccl, recwarn):
-    sharded = tiny_models.build(tiny_models.make_config(EMBEDDED_BASE), 3, "bfloat16", device="cuda")
-    tiny_models.train(sharded, range(2), 1e-3)
+def test_a_step_waits_for_the_gpu_once_and_after_it_is_launched(nccl, recwarn, tmp_path):
+    engine = engines.build(settings(3, "bfloat16"), tmp_path, device="cuda")
+    engines.train(engine, range(2), 1e-3)
     rows = {name: values.to("cuda") for name, values in tiny_models.batch().items()}
     recwarn.clear()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        sharded.engine.backward(sum_of_nats(sharded.engine, rows) / num_label_tokens(rows))
-        sharded.engine.add_up(1)
-        assert sharded.engine.step(1e-3)
+        engine.backward(sum_of_nats(engine, rows) / num_label_tokens(rows))
+        engine.add_up(1)
+        assert engine.step(1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [f"{w.filename}:{w.lineno} {w.message}" for w in recwarn if "called a synch" in str(w.message)]

@@ -9,6 +9,7 @@ from tests import fused_models
 from tests.integration import tiny_models
 
 pytestmark = pytest.mark.gpu
+# Of a tensor's norm: some roundings of each type, which a kernel and plain PyTorch do in other places.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 

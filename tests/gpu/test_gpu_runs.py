@@ -52,7 +52,7 @@ def test_gpu_losses_are_those_of_stage_0(tmp_path):
     whole = door.losses(
         run(tmp_path, "whole", "quantization.compute_dtype=float32", "model.lora_dropout=0", "deepspeed.zero_stage=0")
     )
-    first = range(1, 11)
+    first = range(1, 11)  # AdamW multiplies rounding from step to step: later ones say less
     assert [sharded[k] for k in first] == pytest.approx([whole[k] for k in first], rel=2e-3)
 
 

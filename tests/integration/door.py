@@ -1,4 +1,4 @@
-"""Runs python -m qlora_ray.train as a user does, and reads what it left."""
+"""Runs python -m qlora_ray.<door> as a user does, and reads what it left."""
 
 import hashlib
 import json
@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """Start the door with arguments, in a session of its own."""
-    command = [sys.executable, "-m", "qlora_ray.train", *arguments]
+def start(*arguments: str, of: str = "train") -> subprocess.Popen:
+    """Start a door with arguments, in a session of its own."""
+    command = [sys.executable, "-m", f"qlora_ray.{of}", *arguments]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -23,9 +24,9 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
-def run(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run the door to its end."""
-    process = start(*arguments)
+def run(*arguments: str, of: str = "train", timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a door to its end."""
+    process = start(*arguments, of=of)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -59,9 +60,17 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout: float = 120) -> None:
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout: float = 200) -> None:
+    """Wait until a step is logged; a run that does not get there in time is ended, and the test fails."""
+    wait_for(lambda: max(losses(run_dir), default=0) >= step, process, f"step {step}", timeout)
+
+
+def wait_for(is_true: Callable[[], object], process: subprocess.Popen, what: str, timeout: float = 200) -> None:
+    """Wait until something has happened in a run; where it does not in time, end the run and fail the test."""
     deadline = time.monotonic() + timeout
-    while max(losses(run_dir), default=0) < step:
+    while not is_true():
         assert process.poll() is None, f"ended early: {process.communicate()}"
-        assert time.monotonic() < deadline, f"step {step} not reached in {timeout} s"
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"no {what} in {timeout} s")
         time.sleep(0.1)

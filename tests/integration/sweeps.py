@@ -1,13 +1,12 @@
 """Runs python -m qlora_ray.tune as a user does, and reads what it left."""
 
 import json
-import os
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
+
+from tests.integration import door
 
 SMALL = [
     "-c", "configs/sweep.yaml", "training.eval_every_steps=5", "checkpoint.every_steps=5", "logging.every_steps=1",
@@ -15,24 +14,18 @@ SMALL = [
 ]  # fmt: skip
 
 
+def _asked(storage, name, more: tuple[str, ...]) -> list[str]:
+    return [*SMALL, f"ray.storage_path={storage}", f"ray.run_name={name}", *more]
+
+
 def start(storage, name, *more: str) -> subprocess.Popen:
     """Start a small sweep, in a session of its own."""
-    command = [sys.executable, "-m", "qlora_ray.tune", *SMALL, f"ray.storage_path={storage}", f"ray.run_name={name}"]
-    return subprocess.Popen(
-        [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ.copy(),
-    )  # fmt: skip
+    return door.start(*_asked(storage, name, more), of="tune")
 
 
 def run(storage, name, *more: str, timeout: float = 280) -> subprocess.CompletedProcess:
     """Run a small sweep to its end."""
-    process = start(storage, name, *more)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return door.run(*_asked(storage, name, more), of="tune", timeout=timeout)
 
 
 def events(sweep: Path, kind: str | None = None) -> list[dict]:
@@ -56,11 +49,8 @@ def outcome(sweep: Path) -> dict[str, tuple]:
 
 def wait_for_checkpoints(sweep: Path, number: int, driver: subprocess.Popen, timeout: float = 120) -> None:
     """Wait until this many trials have a checkpoint."""
-    deadline = time.monotonic() + timeout
-    while len(list(sweep.glob("trials/*/checkpoints"))) < number:
-        assert driver.poll() is None, f"ended early: {driver.communicate()}"
-        assert time.monotonic() < deadline, f"no {number} trials with checkpoints in {timeout} s"
-        time.sleep(0.2)
+    there = "trials/*/checkpoints"
+    door.wait_for(lambda: len(list(sweep.glob(there))) >= number, driver, f"{number} trials with checkpoints", timeout)
 
 
 def trial_processes(sweep: Path) -> list[psutil.Process]:

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from qlora_ray import generate
 from qlora_ray.data.formats import BadRecord
 from qlora_ray.inference.batch import Answerer, Job, to_prompt
 from qlora_ray.model.record import open_adapter
+from tests.integration import door
 
 BATCH_SIZE, NUM_ROWS, NEW_TOKENS = 4, 62, 12
 
@@ -27,12 +27,13 @@ def lines():
 
 
 def start(trained, source, target, workers) -> subprocess.Popen:
-    command = [sys.executable, "-m", "qlora_ray.generate", "--adapter", str(trained), "--input", str(source)]
-    command += ["--output", str(target), "--workers", workers, "--batch-size", str(BATCH_SIZE)]
-    command.append(f"max_new_tokens={NEW_TOKENS}")
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return door.start(
+        "--adapter", str(trained), "--input", str(source), "--output", str(target), "--workers", workers,
+        "--batch-size", str(BATCH_SIZE), f"max_new_tokens={NEW_TOKENS}", of="generate",
+    )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_batch_that_is_started_again_gives_the_file_of_one_that_was_not(trained, tmp_path, capsys):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(row + "\n" for row in lines()))

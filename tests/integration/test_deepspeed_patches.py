@@ -1,5 +1,7 @@
 """Each patch of DeepSpeed has its effect: an upgrade that turns one off, or moves what one reads, turns a test red."""
 
+import uuid
+
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -7,29 +9,36 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from qlora_ray.config import EMBEDDED_BASE
 from qlora_ray.model.fused import leaf_modules
 from qlora_ray.worker import deepspeed_patches as patches
+from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import sum_of_nats
 from qlora_ray.worker.stopwatch import Stopwatch
-from tests.integration import tiny_models
+from tests.integration import engines, tiny_models
 
-CONFIG = tiny_models.make_config(EMBEDDED_BASE)
 KINDS = [
     (0, "float32", {}), (0, "bfloat16", {}), (0, "float16", {}), (2, "float32", {}), (2, "float16", {}),
-    (2, "float32", {"offload_optimizer": {"device": "cpu"}}), (3, "float32", {}), (3, "float16", {}),
+    (2, "float32", {"offload_optimizer": "cpu"}), (3, "float32", {}), (3, "float16", {}),
 ]  # fmt: skip
 
 
 @pytest.fixture
-def build(process_group, monkeypatch):
+def build(process_group, monkeypatch, tmp_path):
     """Builds an engine, without the patches that are named."""
 
-    def build_it(stage=3, dtype="float32", without=(), **zero) -> tiny_models.Sharded:
+    def build_it(stage=3, dtype="float32", without=(), zero=None, **offload) -> Engine:
         from deepspeed.accelerator import get_accelerator
 
         # DeepSpeed refuses float16 on CPUs, where PyTorch computes with it all the same.
         monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
         for name in without:
             monkeypatch.setattr(patches, name, lambda *_: None)
-        return tiny_models.build(CONFIG, stage, dtype, **zero)
+        config = tiny_models.make_config(
+            EMBEDDED_BASE, deepspeed={"zero_stage": stage, **offload}, quantization={"compute_dtype": dtype}
+        )
+        asked = {
+            "zero_optimization": zero or {},
+            **({"fp16": {"initial_scale_power": 8}} if dtype == "float16" else {}),
+        }
+        return engines.build(config, tmp_path / uuid.uuid4().hex, deepspeed_json=asked)
 
     return build_it
 
@@ -65,10 +74,10 @@ def test_deepspeed_compiles_no_collective_of_its_own_on_cpus(monkeypatch, proces
 @pytest.mark.parametrize("without, walks", [((), False), (("remember_parameters",), True)])
 def test_a_step_walks_no_leaf_for_its_parameters(build, monkeypatch, without, walks):
     sharded = build(without=without)
-    tiny_models.train(sharded, range(1))
+    engines.train(sharded, range(1))
     walked = count_calls(monkeypatch, torch.nn.Module, "named_parameters")
-    tiny_models.train(sharded, range(1, 2))
-    leaves = set(map(id, leaf_modules(sharded.model)))
+    engines.train(sharded, range(1, 2))
+    leaves = set(map(id, leaf_modules(sharded.module)))
     assert leaves and bool([module for module, *_ in walked if id(module) in leaves]) == walks
 
 
@@ -79,9 +88,9 @@ def test_a_forward_pass_visits_no_module_inside_a_leaf(build, monkeypatch, witho
 
     sharded = build(without=without)
     visited = count_calls(monkeypatch, engine, "ensure_zero_ordered_dict")
-    tiny_models.train(sharded, range(1))
-    inside = {id(part) for leaf in leaf_modules(sharded.model) for part in leaf.modules() if part is not leaf}
-    outside = {id(module) for module in sharded.model.modules()} - inside
+    engines.train(sharded, range(1))
+    inside = {id(part) for leaf in leaf_modules(sharded.module) for part in leaf.modules() if part is not leaf}
+    outside = {id(module) for module in sharded.module.modules()} - inside
     assert {id(module) for (module,) in visited} == (outside | inside if without else outside)
     assert inside and not any(module._parameters._in_forward for (module,) in visited)  # unmarked as well
 
@@ -92,10 +101,10 @@ def test_a_step_marks_no_ranges_for_profilers(build, monkeypatch):
     from deepspeed.utils import nvtx
 
     sharded, ranges = build(), count_calls(monkeypatch, get_accelerator(), "range_push")
-    tiny_models.train(sharded, range(1))
+    engines.train(sharded, range(1))
     assert ranges == []
     monkeypatch.setattr(nvtx, "enable_nvtx", True)
-    tiny_models.train(sharded, range(1, 2))
+    engines.train(sharded, range(1, 2))
     assert ranges
 
 
@@ -107,16 +116,16 @@ def test_prints_that_are_off_do_not_ask_for_the_rank(build, monkeypatch, without
     printed = count_calls(monkeypatch, partition_parameters, "print_rank_0")
     sharded = build(without=without)
     printed.clear()
-    tiny_models.train(sharded, range(1))
+    engines.train(sharded, range(1))
     assert bool(printed) == bool(without)
 
 
 @pytest.mark.bites("worker.deepspeed_patches.RESIDENT")
 @pytest.mark.parametrize("without", [(), ("keep_resident",)])
 def test_trained_parameters_stay_gathered_between_steps_however_large(build, without):
-    sharded = build(without=without, stage3_param_persistence_threshold=0)
-    tiny_models.train(sharded, range(1))
-    wholes = sharded.engine._parameters.values()
+    sharded = build(without=without, zero={"stage3_param_persistence_threshold": 0})
+    engines.train(sharded, range(1))
+    wholes = sharded._parameters.values()
     wanted = ZeroParamStatus.NOT_AVAILABLE if without else ZeroParamStatus.AVAILABLE
     assert [whole.ds_status for whole in wholes] == [wanted] * len(wholes)
 
@@ -125,19 +134,19 @@ def test_trained_parameters_stay_gathered_between_steps_however_large(build, wit
 @pytest.mark.parametrize("without", [(), ("take_norm_as_known",)])
 def test_zero_3_computes_no_norm_of_its_own(build, monkeypatch, without):
     sharded = build(without=without)
-    norms = count_calls(monkeypatch, sharded.engine._engine.optimizer, "get_grad_norm_direct")
-    tiny_models.train(sharded, range(1))
+    norms = count_calls(monkeypatch, sharded._engine.optimizer, "get_grad_norm_direct")
+    engines.train(sharded, range(1))
     assert bool(norms) == bool(without)
 
 
 @pytest.mark.bites("worker.deepspeed_patches.TIMED_GATHERS")
 def test_gathers_in_forward_and_backward_are_timed(build):
     sharded, stopwatch = build(), Stopwatch(torch.device("cpu"))
-    sharded.engine.time_gathers(stopwatch)
-    nats = sum_of_nats(sharded.engine, tiny_models.batch())
+    sharded.time_gathers(stopwatch)
+    nats = sum_of_nats(sharded, tiny_models.batch())
     stopwatch.mark("forward")
     assert stopwatch.take()["communication"] > 0
-    sharded.engine.backward(nats)
+    sharded.backward(nats)
     stopwatch.mark("backward")
     assert stopwatch.take()["communication"] > 0
 
@@ -145,7 +154,7 @@ def test_gathers_in_forward_and_backward_are_timed(build):
 @pytest.mark.bites("worker.deepspeed_patches.OWN_GRADIENTS")
 @pytest.mark.parametrize("stage, dtype, zero", KINDS)
 def test_a_gradient_that_is_put_in_place_is_what_the_step_takes(build, stage, dtype, zero):
-    engine = build(stage, dtype, **zero).engine
+    engine = build(stage, dtype, **zero)
     before = engine.weights()
     engine.backward(sum_of_nats(engine, tiny_models.batch()))  # ZeRO-3 makes its buffers
     for number, parameter in enumerate(engine._parameters.values()):
@@ -165,20 +174,20 @@ def test_a_gradient_that_is_put_in_place_is_what_the_step_takes(build, stage, dt
 @pytest.mark.parametrize("stage, dtype, zero", KINDS)
 def test_zero_marks_the_parameters_that_it_shards(build, stage, dtype, zero):
     sharded = build(stage, dtype, **zero)
-    tiny_models.train(sharded, range(1))
-    for parameter in sharded.engine._parameters.values():
+    engines.train(sharded, range(1))
+    for parameter in sharded._parameters.values():
         assert patches.has_shards(parameter) == (stage > 0)
         assert hasattr(parameter, "ds_shape") == (stage == 3)
-    assert sum(weight.numel() for weight in sharded.engine.weights().values()) == sharded.engine._flat.numel
+    assert sum(weight.numel() for weight in sharded.weights().values()) == sharded._flat.numel
 
 
 @pytest.mark.bites("worker.deepspeed_patches.MASTERS")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_stage_0_optimizes_float32_copies_that_are_found_by_their_parameter(build, dtype):
     sharded = build(0, dtype)
-    tiny_models.train(sharded, range(1))
-    for parameter in sharded.engine._parameters.values():
-        master = patches.master_of(sharded.engine._engine.optimizer, parameter)
+    engines.train(sharded, range(1))
+    for parameter in sharded._parameters.values():
+        master = patches.master_of(sharded._engine.optimizer, parameter)
         assert master is not parameter and master.dtype == torch.float32
         assert torch.equal(master.detach().to(parameter.dtype), parameter.detach())
 
@@ -187,11 +196,11 @@ def test_stage_0_optimizes_float32_copies_that_are_found_by_their_parameter(buil
 @pytest.mark.parametrize("stage, dtype, zero", KINDS)
 def test_state_goes_in_before_the_first_step_and_comes_out_as_it_was(build, stage, dtype, zero):
     first, second = build(stage, dtype, **zero), build(stage, dtype, **zero)
-    tiny_models.train(first, range(2), 1e-3)
-    before = first.engine.state()
+    engines.train(first, range(2), 1e-3)
+    before = first.state()
     assert before.optimizer_step == 2  # and none that a wrapper made of zeros
-    second.engine.load_state(before)
-    after = second.engine.state()
+    second.load_state(before)
+    after = second.state()
     assert (after.optimizer_step, after.loss_scale) == (before.optimizer_step, before.loss_scale)
     for name, weight in before.weights.items():
         assert torch.equal(after.weights[name], weight)
@@ -202,7 +211,7 @@ def test_state_goes_in_before_the_first_step_and_comes_out_as_it_was(build, stag
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_loss_scale_of_float16_survives_a_checkpoint_at_every_stage(build, stage):
     first, second = build(stage, "float16"), build(stage, "float16")
-    tiny_models.train(first, range(1), 1e-3)
-    first.engine._engine.optimizer.loss_scale = 32.0
-    second.engine.load_state(first.engine.state())
-    assert second.engine._loss_scale() == 32.0
+    engines.train(first, range(1), 1e-3)
+    first._engine.optimizer.loss_scale = 32.0
+    second.load_state(first.state())
+    assert second._loss_scale() == 32.0

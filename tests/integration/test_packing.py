@@ -77,6 +77,7 @@ def test_logits_of_a_packed_row_are_those_of_its_samples_exactly_where_the_plan_
     if (family, attention) in {("gemma2", "sdpa")}:
         pytest.skip("transformers has no such attention for it")
     difference = logits_differ_by(build(name, attention), samples, packed)
+    # Logits of about 1: float32 rounds them by 1e-6, and seeing another sample is worth 1e-3 and more.
     assert (difference < 1e-5) == (family in PACKED_MODEL_TYPES), difference
 
 
@@ -99,10 +100,14 @@ def test_loss_and_gradients_of_packed_rows_are_the_sums_of_their_samples(name, s
     own_gradients = gradients()
 
     assert num_label_tokens(packed) == sum(sample.num_labels for sample in samples)
-    torch.testing.assert_close(together, sum(nats), rtol=1e-5, atol=1e-5)
     assert packed_gradients.keys() == own_gradients.keys()
+    assert together.item() == pytest.approx(sum(one.item() for one in nats), rel=1e-6)
+    whole = torch.stack([gradient.norm() for gradient in own_gradients.values()]).norm()
     for parameter, gradient in own_gradients.items():
-        torch.testing.assert_close(packed_gradients[parameter], gradient, rtol=1e-4, atol=2e-5, msg=parameter)
+        # float32 is good to 1e-6 of a matrix. Some gradients are 0 but for rounding (a bias of keys): they count for
+        # what they are in the whole.
+        error = (packed_gradients[parameter] - gradient).norm() / (gradient.norm() + 1e-6 * whole)
+        assert error < 1e-5, parameter
 
 
 def test_positions_restart_with_each_sample_and_with_the_padding(packed):

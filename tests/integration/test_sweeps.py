@@ -15,6 +15,7 @@ from tests.integration import door, sweeps
 RATES = '{"training.learning_rate": {"grid": [0.003, 1.0e+30]}}'
 
 
+@pytest.mark.slow
 def test_sweep_ends_with_the_best_adapter_and_one_trial_that_failed_on_its_own(tmp_path):
     temporary = Path(tempfile.gettempdir())  # where Ray Tune's own files are until its end
     before = set(temporary.glob("qlora_ray_tune_*"))

@@ -12,8 +12,10 @@ from qlora_ray.model.base import load_base
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.engine import parameter_groups
 from qlora_ray.worker.export import write_adapter
-from qlora_ray.worker.loss import sum_of_nats
-from tests.integration import tiny_models
+from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+from qlora_ray.worker.state import MOMENTS
+from tests import fused_models
+from tests.integration import engines, tiny_models
 
 EMBEDDED = base_model_path("embedded")
 CPU = torch.device("cpu")
@@ -21,17 +23,16 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "loftq"])
 def test_variant_trains_and_its_adapter_reloads_in_plain_peft(variant, tmp_path, process_group):
-    config = tiny_models.make_config(EMBEDDED, model={"lora_variant": variant})
-    sharded = tiny_models.build(config, stage=2 if variant == "dora" else 3)
-    losses = tiny_models.train(sharded, range(6), learning_rate=3e-3)
+    stage = 2 if variant == "dora" else 3
+    config = tiny_models.make_config(EMBEDDED, model={"lora_variant": variant}, deepspeed={"zero_stage": stage})
+    engine = engines.build(config, tmp_path)
+    losses = engines.train(engine, range(6), learning_rate=3e-3)
     assert losses[-1] < losses[0] - 0.05
     adapter = open_folder(str(tmp_path / "adapter"))
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    write_adapter(adapter, sharded.engine.module, sharded.engine.weights(), tokenizer)
+    write_adapter(adapter, engine.module, engine.weights(), AutoTokenizer.from_pretrained(EMBEDDED))
     plain = PeftModel.from_pretrained(load_base(config.model, config.quantization, "float32", CPU), adapter.path)
-    torch.testing.assert_close(
-        tiny_models.logits(plain), tiny_models.logits(sharded.engine.module), rtol=1e-4, atol=1e-4
-    )
+    # Fused layers add in another order than PEFT; a scale or a matrix that got lost is worth a thousand times this.
+    assert tiny_models.difference(tiny_models.logits(engine.module), tiny_models.logits(plain)) < 1e-5
 
 
 def test_loftq_starts_with_the_best_rank_r_approximation_of_the_quantization_error():
@@ -48,7 +49,7 @@ def test_loftq_starts_with_the_best_rank_r_approximation_of_the_quantization_err
         )
         left = error - layer.get_delta_weight("default").detach()
         best = torch.linalg.svdvals(error)[config.model.lora_r :].norm()  # Eckart-Young
-        assert left.norm() == pytest.approx(float(best), rel=1e-3)
+        assert left.norm() == pytest.approx(float(best), rel=1e-5)  # float32's rounding of the singular values
         assert left.norm() < error.norm()
 
 
@@ -59,19 +60,19 @@ def test_rslora_scales_by_the_root_of_the_rank():
     assert scales == {4 / 16**0.5}
 
 
-def test_loraplus_gives_b_matrices_the_higher_learning_rate(process_group):
+def test_loraplus_gives_b_matrices_the_higher_learning_rate(tmp_path, process_group):
     config = tiny_models.make_config(EMBEDDED, training={"loraplus_lr_ratio": 16})
     model = add_adapter(load_base(config.model, config.quantization, "float32", CPU), config.model, torch.float32, 0)
     parameters = trainable(model)
     groups = parameter_groups(parameters, config.training)
     assert [group["lr_ratio"] for group in groups] == [1.0, 16.0]
     assert set(groups[1]["names"]) == {name for name in parameters if "lora_B" in name}
-    losses = tiny_models.train(tiny_models.build(config), range(6), learning_rate=1e-3)
+    losses = engines.train(engines.build(config, tmp_path), range(6), learning_rate=1e-3)
     assert losses[-1] < losses[0] - 0.05
 
 
 @pytest.mark.parametrize(
-    "stage, dtype, zero",
+    "stage, dtype, offload",
     [
         (0, "float32", {}),
         (1, "float32", {}),
@@ -80,23 +81,24 @@ def test_loraplus_gives_b_matrices_the_higher_learning_rate(process_group):
         (0, "bfloat16", {}),
         (2, "bfloat16", {}),
         (3, "bfloat16", {}),
-        (3, "float32", {"offload_optimizer": {"device": "cpu"}}),
-        (3, "float32", {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+        (3, "float32", {"offload_optimizer": "cpu"}),
+        (3, "float32", {"offload_params": "cpu", "offload_optimizer": "cpu"}),
     ],
 )
-def test_state_taken_and_loaded_continues_to_the_same_bits(stage, dtype, zero, process_group):
-    config = tiny_models.make_config(EMBEDDED)
-    whole = tiny_models.build(config, stage, dtype, **zero)
-    losses = tiny_models.train(whole, range(6), 1e-3, fixed=False)
+def test_state_taken_and_loaded_continues_to_the_same_bits(stage, dtype, offload, tmp_path, process_group):
+    config = tiny_models.make_config(
+        EMBEDDED, deepspeed={"zero_stage": stage, **offload}, quantization={"compute_dtype": dtype}
+    )
+    whole = engines.build(config, tmp_path / "whole")
+    losses = engines.train(whole, range(6), 1e-3, fixed=False)
 
-    first = tiny_models.build(config, stage, dtype, **zero)
-    begun = tiny_models.train(first, range(3), 1e-3, fixed=False)
-    state = first.engine.state()
+    first = engines.build(config, tmp_path / "first")
+    begun = engines.train(first, range(3), 1e-3, fixed=False)
+    state = first.state()
     assert state.optimizer_step == 3
-    second = tiny_models.build(config, stage, dtype, weights=state.weights, **zero)
-    second.engine.load_state(state)
-    assert begun + tiny_models.train(second, range(3, 6), 1e-3, fixed=False) == losses
-    ours, theirs = second.engine.state(), whole.engine.state()
+    second = engines.build(config, tmp_path / "second", resumed=state)
+    assert begun + engines.train(second, range(3, 6), 1e-3, fixed=False) == losses
+    ours, theirs = second.state(), whole.state()
     for name in theirs.weights:
         assert torch.equal(ours.weights[name], theirs.weights[name]), name
         for key, value in theirs.moments[name].items():
@@ -104,34 +106,56 @@ def test_state_taken_and_loaded_continues_to_the_same_bits(stage, dtype, zero, p
 
 
 @pytest.mark.parametrize("stage, dtype", [(0, "float32"), (2, "float32"), (3, "float32"), (3, "bfloat16")])
-def test_gradient_that_is_not_finite_changes_neither_weights_nor_moments(stage, dtype, process_group):
-    config = tiny_models.make_config(EMBEDDED)
-    hurt, whole = tiny_models.build(config, stage, dtype), tiny_models.build(config, stage, dtype)
-    for sharded in (hurt, whole):
-        tiny_models.train(sharded, range(2), 1e-3, fixed=False)
-    rows = tiny_models.batch(99)
-    hurt.engine.backward(sum_of_nats(hurt.engine, rows) * float("nan"))
-    hurt.engine.add_up(1)
-    assert hurt.engine.step(1e-3) is False and hurt.engine.grad_norm() is None
-    assert tiny_models.train(hurt, range(2, 4), 1e-3, fixed=False) == tiny_models.train(
-        whole, range(2, 4), 1e-3, fixed=False
-    )
-    ours, theirs = hurt.engine.state(), whole.engine.state()
+def test_gradient_that_is_not_finite_changes_neither_weights_nor_moments(stage, dtype, tmp_path, process_group):
+    config = tiny_models.make_config(EMBEDDED, deepspeed={"zero_stage": stage}, quantization={"compute_dtype": dtype})
+    hurt, whole = engines.build(config, tmp_path / "hurt"), engines.build(config, tmp_path / "whole")
+    for engine in (hurt, whole):
+        engines.train(engine, range(2), 1e-3, fixed=False)
+    hurt.backward(sum_of_nats(hurt, tiny_models.batch(99)) * float("nan"))
+    hurt.add_up(1)
+    assert hurt.step(1e-3) is False and hurt.grad_norm() is None
+    losses = [engines.train(engine, range(2, 4), 1e-3, fixed=False) for engine in (hurt, whole)]
+    assert losses[0] == losses[1]
+    ours, theirs = hurt.state(), whole.state()
     assert ours.optimizer_step == theirs.optimizer_step == 4
     assert all(torch.equal(ours.weights[name], weight) for name, weight in theirs.weights.items())
 
 
-def test_fused_training_gives_the_losses_and_the_state_of_pefts_own_path(process_group):
-    config = tiny_models.make_config(EMBEDDED, training={"loraplus_lr_ratio": 4})
-    fused, plain = tiny_models.build(config), tiny_models.build(config, fused=False)
-    assert tiny_models.train(fused, range(5), 1e-3) == pytest.approx(tiny_models.train(plain, range(5), 1e-3), rel=1e-5)
-    ours, theirs = fused.engine.state(), plain.engine.state()
-    assert list(ours.weights) == list(theirs.weights)
-    for name, weight in theirs.weights.items():
-        # Single values may differ: where a gradient is next to 0, AdamW makes a step of its rounding.
-        assert (ours.weights[name] - weight).norm() < 1e-3 * weight.norm(), name
-        torch.testing.assert_close(ours.weights[name], weight, rtol=1e-3, atol=4e-4)  # B takes steps of 4e-3
-        assert ours.moments[name]["exp_avg"].shape == weight.shape
+def exact_nats_and_gradients(peft, weights) -> tuple[float, dict[str, torch.Tensor]]:
+    """Of the mean over a batch's tokens, at these weights, with the gradient clipped to a norm of 1."""
+    for name, parameter in trainable(peft).items():
+        parameter.data.copy_(weights[name])
+    nats, gradients = fused_models.nats_and_gradients(peft, tiny_models.batch())
+    count = int(num_label_tokens(tiny_models.batch()))
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm() / count
+    return nats / count, {name: gradient / count / norm.clamp(min=1) for name, gradient in gradients.items()}
+
+
+@pytest.mark.bites("worker.deepspeed_patches.ALL_MOMENTS")
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_each_step_is_adamws_with_pefts_float64_gradient_at_the_same_weights(stage, tmp_path, process_group):
+    """Trajectories say less: where a gradient is next to 0, AdamW makes a whole step of its rounding."""
+    config = tiny_models.make_config(EMBEDDED, training={"loraplus_lr_ratio": 4}, deepspeed={"zero_stage": stage})
+    engine, peft = engines.build(config, tmp_path), fused_models.build_reference(EMBEDDED)
+    weights, rate, (beta1, beta2) = engine.weights(), 1e-3, (0.9, 0.999)
+    moments = {name: dict.fromkeys(MOMENTS, 0 * weight) for name, weight in weights.items()}
+    for step in range(1, 5):
+        loss, gradients = exact_nats_and_gradients(peft, weights)
+        assert engines.train(engine, [step], rate) == [pytest.approx(loss, rel=1e-6)]
+        after = engine.state()
+        for name, gradient in gradients.items():
+            first, second = (after.moments[name][key].double() for key in MOMENTS)
+            # float32 is good to about 1e-6 of a gradient; one that lacks a token, or a scale, differs by 1e-2 and more.
+            wanted = torch.lerp(gradient, moments[name]["exp_avg"].double(), beta1)
+            assert (first - wanted).norm() <= 1e-5 * wanted.norm(), name
+            wanted = torch.lerp(gradient**2, moments[name]["exp_avg_sq"].double(), beta2)
+            assert (second - wanted).norm() <= 2e-5 * wanted.norm(), name
+            # From moments to weights there is no rounding but that of a few float32 operations.
+            lr = rate * (4 if "lora_B" in name else 1)
+            change = lr * first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + 1e-8)
+            stepped = weights[name] - change
+            torch.testing.assert_close(after.weights[name].double(), stepped, rtol=2e-7, atol=1e-6 * lr, msg=name)
+        weights, moments = after.weights, after.moments
 
 
 def test_gradient_after_an_evaluation_is_the_gradient_before_it():
@@ -152,12 +176,16 @@ def test_gradient_after_an_evaluation_is_the_gradient_before_it():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_recomputation_does_not_change_the_training(process_group):
-    losses = {}
-    for recompute in (False, True):
-        sharded = tiny_models.build(tiny_models.make_config(EMBEDDED), fused=False)
-        if recompute:
-            sharded.model.gradient_checkpointing_enable({"use_reentrant": True})
-            sharded.model.enable_input_require_grads()
-        losses[recompute] = tiny_models.train(sharded, range(4), 3e-3)
-    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])  # fused layers, and PEFT's own path
+def test_recomputation_changes_no_bit_of_the_training(dropout, tmp_path, process_group):
+    states = {}
+    for recompute in ("none", "all"):
+        config = tiny_models.make_config(
+            EMBEDDED, model={"lora_dropout": dropout}, training={"recompute": recompute}, deepspeed={"zero_stage": 3}
+        )
+        engine = engines.build(config, tmp_path / recompute)
+        assert engine.module.is_gradient_checkpointing == (recompute == "all" and dropout > 0)
+        states[recompute] = engines.train(engine, range(4), 3e-3), engine.weights()
+    (losses, weights), (again, others) = states["none"], states["all"]
+    assert losses == again
+    assert all(torch.equal(weights[name], others[name]) for name in weights)

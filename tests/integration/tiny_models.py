@@ -1,6 +1,5 @@
-"""Tiny random models of many families, and the product's own path to a sharded 4-bit LoRA of one, in this process."""
+"""Tiny random models of many families, and a batch for them."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_ray.config import Config, base_model_path
-from qlora_ray.model.adapter import add_adapter, trainable
-from qlora_ray.model.base import load_base
-from qlora_ray.model.fused import fuse
-from qlora_ray.worker.engine import Engine
-from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
 SIZES = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -43,46 +37,6 @@ def make_config(base: str, **sections: dict) -> Config:
     return Config.model_validate({**sections, "model": {"base_model": base, "lora_r": 8, **sections.get("model", {})}})
 
 
-@dataclass
-class Sharded:
-    """A live engine and the model inside it."""
-
-    engine: Engine
-    model: torch.nn.Module
-
-
-def deepspeed_config(stage: int, dtype: str, **zero) -> dict:
-    return {
-        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage, **zero}, "bf16": {"enabled": dtype == "bfloat16"},
-        "fp16": {"enabled": dtype == "float16", "initial_scale_power": 8},
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-    }  # fmt: skip
-
-
-def build(
-    config: Config,
-    stage: int = 3,
-    dtype: str = "float32",
-    weights: dict | None = None,
-    fused: bool = True,
-    device: str = "cpu",
-    **zero,
-) -> Sharded:
-    """4-bit base, LoRA, fused layers, DeepSpeed, as a worker builds them."""
-    base = load_base(config.model, config.quantization, dtype, torch.device(device))
-    model = add_adapter(base, config.model, getattr(torch, dtype), config.training.seed)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-    if weights:
-        for name, parameter in trainable(model).items():
-            parameter.data.copy_(weights[name])
-    if fused:
-        fuse(model)
-    return Sharded(Engine(model, config.training, deepspeed_config(stage, dtype, **zero)), model)
-
-
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
     """Two rows of 24 random tokens, the last 16 trained on."""
     ids = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(seed))
@@ -91,23 +45,12 @@ def batch(seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def train(sharded: Sharded, steps: range, learning_rate: float = 1e-2, fixed: bool = True) -> list[float]:
-    """Optimizer steps; returns the mean nats per token of each."""
-    losses = []
-    sharded.engine.train()
-    for step in steps:
-        torch.manual_seed(step)
-        device = next(sharded.model.parameters()).device
-        rows = {name: values.to(device) for name, values in batch(0 if fixed else step).items()}
-        nats = sum_of_nats(sharded.engine, rows)
-        sharded.engine.backward(nats / num_label_tokens(rows))
-        sharded.engine.add_up(1)
-        sharded.engine.step(learning_rate)
-        losses.append(float(nats.detach() / num_label_tokens(rows)))
-    return losses
-
-
 def logits(model: torch.nn.Module) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         return model(input_ids=batch()["input_ids"], use_cache=False).logits.float()
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference of two logits of one place, in units of the largest logit."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import time
 
 import pytest
 
@@ -149,21 +148,9 @@ def test_needs_of_a_run_are_those_of_its_plan():
     needs = needs_of(config, Hardware(4, 2, nodes=({"CPU": 2}, {"CPU": 2})))
     trainable = 303_104  # r=16 on all linear layers of the embedded base
     assert needs.use_gpu and needs.num_workers == 2
-    assert needs.storage_bytes == pytest.approx(4 * trainable * 12 + 2 * trainable * 4 + 32 * 2**20, rel=0.05)
+    assert needs.storage_bytes == 4 * trainable * 12 + 2 * trainable * 4 + 32 * 2**20
     assert needs.object_store_bytes == 512 * 4 * 512 * 12  # micro-batches ahead x rows x tokens x three int32
     assert 0 < needs.worker_gib < 1
-
-
-def test_quick_part_takes_less_than_three_tenths_of_a_second_on_this_machine():
-    question = facts_module.Question("embedded", None, None, ".probe", "127.0.0.1", ask_hub=False)
-    facts_module.gather(question)  # what is imported on the way, Ray has imported before
-    taken = []
-    for _ in range(3):
-        began = time.perf_counter()
-        here = facts_module.gather(question)
-        look(Found(here, {"here": here}, needs_of(Config(), Hardware(2, 0))), QUICK)
-        taken.append(time.perf_counter() - began)
-    assert min(taken) < 0.3
 
 
 def test_facts_are_those_of_this_machine(tmp_path):

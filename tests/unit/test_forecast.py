@@ -1,17 +1,20 @@
 """What is kept for backward: within the budget, faster with more memory; and the door that says what fits."""
 
 import os
+import re
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
+from benchmarks.memory import facts_of
+from benchmarks.throughput import SHAPES
 from qlora_ray import plan
 from qlora_ray.config import Config, ConfigError
-from qlora_ray.model.facts import BaseFacts
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, activation_bytes, choose
 from qlora_ray.planning import memory, table
+from qlora_ray.planning.plan import num_lora_parameters
 from tests.integration import tiny_models
 
 LLAMA_8B = LayerShape(hidden=4096, inner=14336, queries=4096, keys=1024, rank=16, element_bytes=2)
@@ -52,23 +55,18 @@ def test_more_memory_is_never_slower_and_is_used():
     assert chosen(100, may_hold=False) == Choice((Keep.ALL,) * LAYERS)
 
 
-def test_forecast_is_what_an_h200_measured():
-    """benchmarks/README.md: Llama-3.1-8B shape, 4 x 2048, r=16, ZeRO stage 3."""
-    widths = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
-              "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
-              "mlp.down_proj": (4096, 14336)}  # fmt: skip
-    linear = tuple((f"model.layers.{i}.{name}", *size) for i in range(LAYERS) for name, size in widths.items())
-    num_linear = sum(rows * columns for _, rows, columns in linear)
-    facts = BaseFacts(
-        "llama", num_linear + 2 * VOCABULARY * 4096, num_linear, 0, LAYERS, 4096, VOCABULARY, linear, 8192, ""
-    )
-    config = Config()
-    trainable = 16 * sum(rows + columns for _, rows, columns in linear)
-    known = memory.sizes(config, facts, trainable, 3, "bfloat16")
+def test_forecast_of_a_whole_model_is_what_an_h200_measured():
+    """Llama-3.1-8B shape, 4 x 2048, r=16, ZeRO stage 3: all kept, and with dequantized weights."""
+    facts = facts_of(SHAPES["llama-8b"])
+    known = memory.sizes(Config(), facts, num_lora_parameters(Config(), facts), 3, "bfloat16")
     assert known.layer == LLAMA_8B
-    measured = {Choice((Keep.ALL,) * LAYERS): 33.60, Choice((Keep.ALL,) * LAYERS, LAYERS): 46.68}
-    for choice, peak in measured.items():
-        assert memory.peak_gib(memory.memory_gib(known, TOKENS, choice)) == pytest.approx(peak, rel=0.02)
+    sentence = r"32 layers .* measured ([\d.]+) \(all kept, stage 3\); .* and ([\d.]+) with dequantized weights"
+    found = re.search(sentence, Path("benchmarks/README.md").read_text())
+    assert found is not None
+    for num_holding, measured in zip((0, LAYERS), found.groups(), strict=True):
+        peak = memory.peak_gib(memory.memory_gib(known, TOKENS, Choice((Keep.ALL,) * LAYERS, num_holding)))
+        # The README promises 1.4%.
+        assert peak == pytest.approx(float(measured), rel=0.014)
 
 
 def test_dropout_and_unknown_families_have_no_fused_layers(tmp_path):
@@ -80,21 +78,18 @@ def test_dropout_and_unknown_families_have_no_fused_layers(tmp_path):
     assert memory.layer_shape(Config(), gemma, 2) is None
 
 
-def test_plan_door_answers_within_a_second_and_loads_nothing_heavy(tmp_path):
+def test_plan_door_answers_and_loads_nothing_heavy(tmp_path):
     base = tiny_models.save("llama", tmp_path)
     code = (
-        "import sys, time; began = time.perf_counter()\n"
+        "import sys\n"
         "from qlora_ray import plan\n"
         f"assert plan.main(['model.base_model={base}', 'model.lora_dropout=0', '--gpus', '2', '--gib', '24']) == 0\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
-        "print(time.process_time())"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert ran.returncode == 0, ran.stderr
-    *table, used = ran.stdout.splitlines()
-    assert "ZeRO stage 3, 2 x 24 GiB" in table[0]
+    assert "ZeRO stage 3, 2 x 24 GiB" in ran.stdout.splitlines()[0]
     assert "layers: 2 keep all" in ran.stdout
-    assert float(used) < 1
 
 
 def test_dequantized_weights_are_held_where_they_fit_one_worker_has_all_and_nobody_forbids_it(tmp_path):
@@ -116,9 +111,7 @@ def test_plan_door_says_what_does_not_fit(tmp_path):
 
 
 def test_plan_door_refuses_a_base_that_is_not_there(capsys):
-    began = time.perf_counter()
     assert plan.main(["model.base_model=/nowhere"]) == 2
     assert "model.base_model=/nowhere" in capsys.readouterr().err
-    assert time.perf_counter() - began < 5
     with pytest.raises(ConfigError):
         table.answer(Config.model_validate({"model": {"base_model": "/nowhere"}}), 80, "H100")

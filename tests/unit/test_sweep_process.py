@@ -51,7 +51,7 @@ def test_trial_dies_with_its_parent_however_that_ends(tmp_path):
     parent, child, lock = start_parent(tmp_path)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, seconds=5)
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
     assert is_free(lock)  # for the process that goes on with the trial
 
 

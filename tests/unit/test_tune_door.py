@@ -1,7 +1,5 @@
 """Bad input at the tune door: exit code 2, one message, nothing left behind; and --plan. Ray never starts."""
 
-import time
-
 import pytest
 
 from qlora_ray import cli, train, tune
@@ -73,12 +71,10 @@ def test_config_that_a_run_wrote_trains_again(tmp_path):
 
 def test_plan_prints_trials_resources_and_cost_and_starts_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    began = time.monotonic()
     assert tune.main(["--plan", f"ray.storage_path={tmp_path}/runs"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "t0007" in out and "8 (random), each 60 steps at most" in out and "480 if none" in out
     assert "1 x 1 CPU" in out and "tokens" in out and not (tmp_path / "runs").exists()
-    assert time.monotonic() - began < 60
 
 
 def test_console_script_knows_the_door(capsys):

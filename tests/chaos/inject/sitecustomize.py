@@ -10,6 +10,7 @@ guard            the worker raises a GuardError, as where its share of the model
 refuse           the worker raises a ConfigError, as where its node lacks a file
 oom              the worker raises torch.OutOfMemoryError
 nan              the worker's loss is not a number; <step> may be <first>-<last>
+storage          every worker keeps its packed 4-bit weights as float16; rank and step do not count
 sync-<n>         the process kills itself before its n-th fsync or rename after that step (n even: before, odd: after)
 """
 
@@ -82,10 +83,27 @@ def die_at_sync(number: int) -> None:
     os.fsync, os.replace = wrapped(os.fsync), wrapped(os.replace)
 
 
+def pack_into_float16() -> None:
+    import torch
+
+    from qlora_ray.model import base
+
+    plain = base.four_bit_config
+
+    def four_bit_config(*arguments):
+        settings = plain(*arguments)
+        settings.bnb_4bit_quant_storage = torch.float16
+        return settings
+
+    base.four_bit_config = four_bit_config
+
+
 def patch(loop) -> None:
     from torch import distributed
 
     of_step, sum_of_nats, kind = loop.MicroBatches.of_step, loop.sum_of_nats, FAULT.split(":")[0]
+    if kind == "storage":
+        return pack_into_float16()
 
     def of_step_with_fault(self, step):
         is_now = is_due(distributed.get_rank(), step)
