@@ -1,10 +1,9 @@
 """What a run will want of the nodes, from its config alone: before data is read and hardware known."""
 
-import os
-
 from qlora_ray.cluster.found import Needs, Row
-from qlora_ray.config import Config, ConfigError, base_model_path
+from qlora_ray.config import Config, ConfigError
 from qlora_ray.model.facts import BaseFacts, read_facts
+from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.model.recompute import Keep
 from qlora_ray.planning import memory
 from qlora_ray.planning.plan import Hardware, num_lora_parameters, storage_bytes, uses_gpu, zero_stage
@@ -38,8 +37,8 @@ def refuse(rows: list[Row]) -> None:
 
 
 def _base(config: Config) -> BaseFacts | None:
-    folder = base_model_path(config.model.base_model)
-    return read_facts(folder) if os.path.isdir(folder) else None
+    folder = folder_at_hand(config.model.base_model, config.model.revision)
+    return read_facts(folder) if folder else None
 
 
 def _worker_gib(config: Config, base: BaseFacts, trainable: int) -> float:

@@ -142,26 +142,27 @@ def _nearest(folder: Folder) -> str:
 def _base(question: Question) -> dict[str, Any]:
     """Whether this node can load the base model, and why not."""
     from qlora_ray.model.facts import check_folder
+    from qlora_ray.model.hub import folder_at_hand
 
     base = base_model_path(question.base_model)
-    if os.path.isdir(base):
-        try:
-            check_folder(base)
-        except ConfigError as error:
-            return {"here": False, "why": str(error)}
-        return {"here": True, "why": base if question.base_model != "embedded" else "embedded"}
-    if os.path.isabs(base) or base.startswith("."):
-        return {"here": False, "why": f"no folder {base}"}
-    return _hub_model(question)
+    folder = folder_at_hand(question.base_model, question.revision)
+    if folder is None:
+        is_path = os.path.isabs(base) or base.startswith(".")
+        return {"here": False, "why": f"no folder {base}"} if is_path else _on_the_hub(question)
+    try:
+        check_folder(folder)
+    except ConfigError as error:
+        return {"here": False, "why": str(error)}
+    if folder != base:
+        return {"here": True, "why": "in the hub's cache"}
+    return {"here": True, "why": base if question.base_model != "embedded" else "embedded"}
 
 
-def _hub_model(question: Question) -> dict[str, Any]:
-    from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
+def _on_the_hub(question: Question) -> dict[str, Any]:
+    from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
-        if isinstance(try_to_load_from_cache(question.base_model, "config.json", revision=question.revision), str):
-            return {"here": True, "why": "in the hub's cache"}
         if is_offline_mode():
             return {"here": False, "why": "not in the hub's cache, and HF_HUB_OFFLINE is set"}
         if not question.ask_hub:

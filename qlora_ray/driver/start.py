@@ -11,8 +11,8 @@ from qlora_ray.console import console, say_note
 from qlora_ray.data.check import check_records
 from qlora_ray.data.prepare import Prepared, prepare
 from qlora_ray.driver import screen
-from qlora_ray.model.facts import BaseFacts, read_facts
-from qlora_ray.planning.early import local_base, read_deepspeed_json, refuse_before_ray
+from qlora_ray.model.facts import BaseFacts
+from qlora_ray.planning.early import exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
 from qlora_ray.rundir import directory
 from qlora_ray.storage import Folder
@@ -75,7 +75,7 @@ class Start:
             return run_on_ray
 
         def prepare_data() -> tuple[BaseFacts, Prepared]:
-            facts = read_facts(local_base(config))
+            facts = exact_facts(config)
             return facts, prepare(config, folder, packs(config, facts), runner, console.out)
 
         with ThreadPoolExecutor(1) as thread:

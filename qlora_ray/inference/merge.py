@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from qlora_ray.config import ConfigError, QuantizationConfig
+from qlora_ray.config import ConfigError
 from qlora_ray.model import card
 from qlora_ray.model.base import four_bit_modules
 from qlora_ray.model.record import Adapter, base_tensors
@@ -35,6 +35,15 @@ class LoRA:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A layer whose weight merging changes."""
+
+    name: str
+    is_transposed: bool  # in the files
+    was_four_bit: bool  # in training
+
+
+@dataclass(frozen=True)
 class Merger:
     """What turns a tensor of the base's files into one of the merged model."""
 
@@ -44,23 +53,23 @@ class Merger:
     device: torch.device
     base: TensorFiles
     updates: TensorFiles
-    modules: dict[str, tuple[str, bool]]  # weight's name in the files -> (layer's name, is transposed)
+    layers: dict[str, Layer]  # by the weight's name in the files
 
     def merged(self, name: str) -> torch.Tensor:
         """One weight of the merged model, in its dtype, on the CPU."""
         weight = self.base.read(name)
         if not weight.is_floating_point():
             return weight
-        module, is_transposed = self.modules.get(name, (None, False))
-        if module is not None:
+        layer = self.layers.get(name)
+        if layer is not None:
             weight = weight.to(self.device)
-            weight = weight.T if is_transposed else weight
+            weight = weight.T if layer.is_transposed else weight
             if self.into == "training":
-                weight = as_trained_on(weight, self.adapter.quantization, self.adapter.compute_dtype)
-            update = self._update_of(module)
+                weight = as_trained_on(weight, layer, self.adapter)
+            update = self._update_of(layer.name)
             if update is not None:
                 weight = add(weight.to(torch.float32), update)
-            weight = weight.T if is_transposed else weight
+            weight = weight.T if layer.is_transposed else weight
         return weight.to("cpu", getattr(torch, self.dtype)).contiguous()
 
     def layout(self, names: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -114,7 +123,6 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
     updates = TensorFiles([adapter.folder / "adapter_model.safetensors"], key)
     if "quantization_config" in json.loads((Path(adapter.base) / "config.json").read_text("utf-8")):
         raise ConfigError(f"{key}: its base is stored quantized; there are no dense weights to merge into.")
-    layers, prefix = four_bit_modules(adapter.base, adapter.record["base"]["trust_remote_code"])
     updated = set()
     for name in updates.entries:
         module, _, kind = name.removeprefix(PREFIX).partition(".lora_")
@@ -125,30 +133,36 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
     for pattern in patterns:  # PEFT writes some for experts, which have no LoRA here
         if any(re.fullmatch(rf"(.*\.)?({pattern})", module) for module in updated):
             raise ConfigError(f"{key}: gives {pattern} a rank or alpha of its own, which merging does not know.")
-    for module in updated - layers.keys():
-        layers[module] = False  # not quantized, but adapted: an output layer named in target_modules
     if adapter.quantization.type == "none":
         into = "original"
-    modules = {}
-    for module, is_transposed in layers.items():
-        if into == "original" and module not in updated:
-            continue
-        names = (f"{module}.weight", f"{module.removeprefix(prefix + '.')}.weight")
-        stored = next((name for name in names if name in base.entries), None)
+    return Merger(adapter, into, dtype, device, base, updates, _layers(adapter, base, updated, into))
+
+
+def _layers(adapter: Adapter, base: TensorFiles, updated: set[str], into: Into) -> dict[str, Layer]:
+    """What merging changes, by the weight's name in the base's files. Raises ConfigError for a layer without one."""
+    packable, prefix = four_bit_modules(adapter.base, adapter.record["base"]["trust_remote_code"])
+    four_bit = set(adapter.record.get("four_bit_layers", packable))  # adapters of earlier versions do not say
+    layers = {}
+    for name in sorted(updated if into == "original" else updated | four_bit):
+        names = (f"{name}.weight", f"{name.removeprefix(prefix + '.')}.weight")
+        stored = next((one for one in names if one in base.entries), None)
         if stored is None:
             raise ConfigError(
-                f"{key}: the base's files have no weight {names[0]}: it is tied to another, or stored under another "
-                "name. Serve the adapter unmerged."
+                f"--adapter {adapter.folder}: the base's files have no weight {names[0]}: it is tied to another, or "
+                "stored under another name. Serve the adapter unmerged."
             )
-        modules[stored] = (module, is_transposed)
-    return Merger(adapter, into, dtype, device, base, updates, modules)
+        layers[stored] = Layer(name, packable.get(name, False), name in four_bit)
+    return layers
 
 
-def as_trained_on(weight: torch.Tensor, quantization: QuantizationConfig, compute_dtype: str) -> torch.Tensor:
-    """The weight as the 4-bit base multiplies with it: cast, packed and unpacked again; (out, in) like the input."""
+def as_trained_on(weight: torch.Tensor, layer: Layer, adapter: Adapter) -> torch.Tensor:
+    """The weight as training multiplied with it: cast and, if it was in 4 bits, packed and unpacked; (out, in)."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    weight = weight.to(getattr(torch, compute_dtype)).contiguous()
+    weight = weight.to(getattr(torch, adapter.compute_dtype)).contiguous()
+    if not layer.was_four_bit:
+        return weight
+    quantization = adapter.quantization
     packed, state = quantize_4bit(
         weight, compress_statistics=quantization.double_quant, quant_type=quantization.type, quant_storage=torch.uint8
     )

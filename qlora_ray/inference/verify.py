@@ -11,6 +11,7 @@ from qlora_ray.data.tokenize import IGNORE_INDEX
 from qlora_ray.inference.judge import Examples
 from qlora_ray.inference.load import Loaded
 from qlora_ray.model.answer import generation_options, left_padded
+from qlora_ray.model.whole import refuse_unfilled
 from qlora_ray.worker.batches import slices, to_tensors
 
 ROWS_PER_BATCH = 8
@@ -35,11 +36,17 @@ class Drift:
         return asdict(self)
 
 
-def load_merged(folder: Path, dtype: str, device: torch.device) -> Any:
-    """The merged model as anyone loads it: plain transformers."""
+def load_merged(folder: Path, dtype: str, device: torch.device, trust_remote_code: bool = False) -> Any:
+    """The merged model as anyone loads it: plain transformers. Raises ConfigError where its files do not fill it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map={"": device}).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), device_map={"": device}, trust_remote_code=trust_remote_code,
+        output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    model, found = loaded
+    refuse_unfilled(f"merged model {folder}", model, found)
+    return model.eval()
 
 
 def measure(loaded: Loaded, merged: Any, examples: Examples, num_rows: int, max_new_tokens: int) -> Drift:

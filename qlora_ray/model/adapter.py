@@ -1,12 +1,13 @@
 """The LoRA on the frozen base: built, saved and read back by parameter name."""
 
-from pathlib import Path
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from qlora_ray.config import ConfigError, ModelConfig, base_model_path
+from qlora_ray.config import ConfigError, ModelConfig
+from qlora_ray.model.hub import local_folder
+from qlora_ray.model.record import base_tensors
+from qlora_ray.model.tensors import TensorFiles
 
 ADAPTER_NAME = "default"
 
@@ -32,7 +33,7 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
     except ValueError as error:
         raise ConfigError(f"model.target_modules={model.target_modules}: {error}") from error
     if model.lora_variant == "loftq":
-        _start_from_quantization_error(adapted, base_model_path(model.base_model))
+        _start_from_quantization_error(adapted, local_folder(model.base_model, model.revision))
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(compute_dtype)
     return adapted
@@ -48,13 +49,14 @@ def _start_from_quantization_error(adapted: PeftModel, folder: str) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import Linear4bit
 
-    weights = _Weights(folder)
+    weights = base_tensors(folder, f"model.base_model={folder}")
     is_transposed = adapted.config.model_type == "gpt2"  # Conv1D stores (columns, rows)
     for name, module in adapted.named_modules():
         if not isinstance(module, Linear4bit):
             continue
         packed = module.get_base_layer().weight
-        exact = weights.read(name.removeprefix("base_model.model.") + ".weight").to(packed.device, torch.float32)
+        stored = _name_in(weights, name.removeprefix("base_model.model.") + ".weight")
+        exact = weights.read(stored).to(packed.device, torch.float32)
         error = (exact.T if is_transposed else exact) - dequantize_4bit(packed.data, packed.quant_state).float()
         rank = module.r[ADAPTER_NAME]
         u, s, v = torch.linalg.svd(error, full_matrices=False)
@@ -64,17 +66,8 @@ def _start_from_quantization_error(adapted: PeftModel, folder: str) -> None:
         b.data[:, : len(root)] = u[:, :rank] * root / module.scaling[ADAPTER_NAME]
 
 
-class _Weights:
-    """The unquantized weights of a local base, one at a time."""
-
-    def __init__(self, folder: str):
-        from safetensors import safe_open
-
-        self._files = [safe_open(str(path), "pt") for path in sorted(Path(folder).glob("*.safetensors"))]
-        self._home = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - safe_open has no iterator
-
-    def read(self, name: str) -> torch.Tensor:
-        stored = name if name in self._home else name.removeprefix("transformer.").removeprefix("model.")
-        if stored not in self._home:
-            raise ConfigError(f"model.lora_variant=loftq: the base's files have no weight {name}. Use lora.")
-        return self._home[stored].get_tensor(stored)
+def _name_in(weights: TensorFiles, name: str) -> str:
+    for stored in (name, name.removeprefix("transformer.").removeprefix("model.")):
+        if stored in weights.entries:
+            return stored
+    raise ConfigError(f"model.lora_variant=loftq: the base's files have no weight {name}. Use lora.")

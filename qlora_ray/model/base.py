@@ -5,12 +5,14 @@ Stands on three internals of transformers and bitsandbytes: PLAIN_LINEAR, STAY_T
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.libraries import Patch
+from qlora_ray.model.whole import build_from_headers, refuse_unfilled
 
 PLAIN_LINEAR = Patch(
     "transformers", "5.23.0", "modeling_falcon.FalconLinear is torch.nn.Linear, which has the same arithmetic",
@@ -51,11 +53,11 @@ def load_base(
     """Load a causal language model from safetensors, quantized while loading, frozen, without a key-value cache.
 
     Packed weights are stored as uint8: ZeRO-3 casts floating storage to its own dtype, which silently breaks 4-bit
-    weights stored in another one.
+    weights stored in another one. Raises ConfigError where the files do not fill the model.
     """
     _build_linear_layers_that_can_be_quantized()
     dtype = getattr(torch, compute_dtype)
-    base = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         base_model_path(model.base_model),
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
@@ -63,8 +65,12 @@ def load_base(
         dtype=dtype,
         device_map={"": device},
         use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # else it raises without their names
         **attributes,
     )
+    base, found = loaded
+    refuse_unfilled(f"model.base_model={model.base_model}", base, found)
     _keep_weights_trainable_on_cpu(base)
     base.requires_grad_(False)
     base.config.use_cache = False
@@ -117,22 +123,45 @@ def _keep_weights_trainable_on_cpu(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def packed_layers(model: torch.nn.Module) -> list[str]:
+    """Names of the layers of a loaded base that are in 4 bits, also where PEFT has wrapped them."""
+    from bitsandbytes.nn import Linear4bit
+
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    return sorted(name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names)
+
+
 def four_bit_modules(folder: str, trust_remote_code: bool = False) -> tuple[dict[str, bool], str]:
     """Names of the layers that load_base packs, and whether each keeps its weight transposed (Conv1D).
 
-    Also the prefix that a weight's name in a file may lack. Builds the model without memory for weights.
+    Also the prefix that a weight's name in a file may lack. Raises ConfigError where the files do not fill the model.
     """
-    from transformers import AutoConfig
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.pytorch_utils import Conv1D
+
+    model = _pack_without_weights(folder, trust_remote_code)
+    return {name: layer.source_cls is Conv1D for name, layer in _replaced(model).items()}, model.base_model_prefix
+
+
+def count_parameters(folder: str, trust_remote_code: bool = False) -> tuple[int, int]:
+    """Parameters of a local base that load_base packs, and all; without reading weights.
+
+    Raises ConfigError where the files do not fill the model.
+    """
+    model = _pack_without_weights(folder, trust_remote_code)
+    packed = sum(layer.weight.numel() for layer in _replaced(model).values())
+    return packed, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _pack_without_weights(folder: str, trust_remote_code: bool) -> PreTrainedModel:
+    four_bit = four_bit_config(QuantizationConfig(), torch.float32)  # first of all, it silences bitsandbytes' import
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
     _build_linear_layers_that_can_be_quantized()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    left_alone = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    four_bit = four_bit_config(QuantizationConfig(), torch.float32)
-    replace_with_bnb_linear(model, modules_to_not_convert=left_alone, quantization_config=four_bit)
-    replaced = {name: module for name, module in model.named_modules() if hasattr(module, "source_cls")}
-    return {name: module.source_cls is Conv1D for name, module in replaced.items()}, model.base_model_prefix
+    model = build_from_headers(folder, trust_remote_code)
+    left_alone = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
+    return replace_with_bnb_linear(model, modules_to_not_convert=left_alone, quantization_config=four_bit)
+
+
+def _replaced(model: PreTrainedModel) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "source_cls")}

@@ -6,14 +6,24 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_ray.config import ConfigError
-from qlora_ray.model.tensors import read_header
+from qlora_ray.model.tensors import SAMPLE_BYTES, Entry, read_header
 
 # Names of 2-D weights that transformers does not build as nn.Linear or Conv1D, or that bitsandbytes leaves alone.
 NOT_QUANTIZED = re.compile(
     r"(embed|wte|wpe|lm_head|embed_out|score|shared\.weight|\.experts\.|router|block_sparse_moe\.gate|mlp\.gate\.weight)"
 )
+# Tensors of older files that no parameter is loaded from: causal masks, rotary frequencies, positions.
+BUFFERS = re.compile(r"(\.(attn|attention)\.(masked_)?bias|inv_freq|position_ids)$")
+HEAD = re.compile(r"(lm_head|embed_out)\.weight$")
+EMBEDDING = re.compile(r"(embed_tokens|embed_in|wte|word_embeddings)\.weight$")
+EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+# What bitsandbytes lays beside a weight that it has packed; the first holds the weight's own shape.
+PACKED_STATE = ".quant_state.bitsandbytes__"
+BESIDE_PACKED = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$")
+SAMPLES = 16
 # Experts' matrices and routers, and the models where PEFT adapts both as its target modules say of the files' names
 # (peft/utils/transformers_weight_conversion.py).
 EXPERT_LINEAR = re.compile(r"(\.experts\.\d+\.\w+|block_sparse_moe\.gate|mlp\.gate)\.weight$")
@@ -45,7 +55,11 @@ def read_facts(folder: str) -> BaseFacts:
     path, key = Path(folder), f"model.base_model={folder}"
     config = _read_model_config(path, key)
     text = {**config, **(config.get("text_config") or {})}
-    shapes = _read_shapes(path, key)
+    shapes = read_shapes(folder, is_tied=bool(text.get("tie_word_embeddings")))
+    shapes = {name: shape for name, shape in shapes.items() if len(shape) == 1 or not BUFFERS.search(name)}
+    _check_experts(shapes, key)
+    if not any(map(math.prod, shapes.values())):
+        raise ConfigError(f"{key}: its *.safetensors hold no weights. Download or copy it again.")
     linear = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight") and not NOT_QUANTIZED.search(n)}
     model_type = str(config.get("model_type", "unknown"))
     experts = {n: s for n, s in shapes.items() if len(s) == 2 and EXPERT_LINEAR.search(n)}
@@ -59,7 +73,7 @@ def read_facts(folder: str) -> BaseFacts:
         vocab_size=int(text.get("vocab_size") or 0),
         linear_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in linear.items()),
         context_length=text.get("max_position_embeddings") or text.get("n_positions"),
-        fingerprint=_fingerprint(path, shapes),
+        fingerprint=_fingerprint(path, {name: entry.shape for name, entry in _read_entries(path, key).items()}),
         expert_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in experts.items())
         if model_type in ADAPTED_EXPERTS
         else (),
@@ -69,7 +83,7 @@ def read_facts(folder: str) -> BaseFacts:
 def check_folder(folder: str) -> None:
     """Raise ConfigError if a local folder lacks what a base model needs. Reads names only: milliseconds."""
     path, key = Path(folder), f"model.base_model={folder}"
-    _read_model_config(path, key)
+    _refuse_other_quantization(_read_model_config(path, key), key)
     if not weight_files(path, key):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
         if pickled:
@@ -77,7 +91,10 @@ def check_folder(folder: str) -> None:
                 f"{key}: only pickled weights ({pickled[0]}), which can run code when loaded. Convert them once: "
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)."
             )
-        raise ConfigError(f"{key}: no weights (*.safetensors) in the folder.")
+        raise ConfigError(
+            f"{key}: no weights (*.safetensors) in the folder. Weights that the hub has as .bin alone are not "
+            "downloaded: they can run code when loaded. Convert them once with save_pretrained, and name that folder."
+        )
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"{key}: no tokenizer (tokenizer.json) in the folder. Save it there with save_pretrained.")
 
@@ -112,6 +129,75 @@ def weight_files(path: Path, key: str) -> list[Path]:
         raise ConfigError(f"{key}: {index.name} is damaged ({error}). Download or copy it again.") from None
 
 
-def _read_shapes(path: Path, key: str) -> dict[str, tuple[int, ...]]:
-    entries = {name: entry for file in weight_files(path, key) for name, entry in read_header(file, key).items()}
-    return {name: entry.shape for name, entry in entries.items()}
+def read_shapes(folder: str, is_tied: bool) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight in a local folder's files, unpacked where bitsandbytes has packed it. Raises ConfigError.
+
+    Where output layer and embedding are tied, one that is stored twice is there once.
+    """
+    path, key = Path(folder), f"model.base_model={folder}"
+    entries = _read_entries(path, key)
+    shapes = {name: entry.shape for name, entry in entries.items() if not BESIDE_PACKED.search(name)}
+    for name, entry in entries.items():
+        weight, is_state, _ = name.partition(PACKED_STATE)
+        if is_state:
+            shapes[weight] = tuple(json.loads(_read(entry, 0, entry.size))["shape"])
+    embeddings = [entry for name, entry in entries.items() if is_tied and EMBEDDING.search(name)]
+    twice = [n for n, e in entries.items() if HEAD.search(n) and any(_is_same(e, other) for other in embeddings)]
+    return {name: shape for name, shape in shapes.items() if name not in twice}
+
+
+def stored_quantization(folder: str) -> dict[str, Any] | None:
+    """What config.json says of weights that are stored quantized, None where they are not. Raises ConfigError."""
+    return _quantization_of(_read_model_config(Path(folder), f"model.base_model={folder}"))
+
+
+def _quantization_of(config: dict) -> dict[str, Any] | None:
+    found = None
+    for section in (config, config.get("text_config") or {}):
+        found = found or section.get("quantization_config") or section.get("compression_config")
+    return found
+
+
+def _refuse_other_quantization(config: dict, key: str) -> None:
+    stored = _quantization_of(config)
+    if stored is None or stored.get("load_in_4bit"):
+        return
+    method = stored.get("quant_method") or "an unnamed method"
+    name = "8-bit bitsandbytes" if stored.get("load_in_8bit") else method
+    raise ConfigError(
+        f"{key}: its weights are stored quantized ({name}, quantization_config in config.json); only 16- and 32-bit "
+        "weights and bitsandbytes' 4-bit ones can be trained on. Name the model that it was quantized from, or convert "
+        "it once: load it with dequantization, save_pretrained."
+    )
+
+
+def _is_same(one: Entry, other: Entry) -> bool:
+    """Whether two tensors are the same as far as SAMPLES pieces of them tell."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    places = [(one.size - SAMPLE_BYTES) * i // (SAMPLES - 1) for i in range(SAMPLES)]
+    return all(_read(one, max(0, at), SAMPLE_BYTES) == _read(other, max(0, at), SAMPLE_BYTES) for at in places)
+
+
+def _read(entry: Entry, at: int, size: int) -> bytes:
+    with entry.file.open("rb") as file:
+        file.seek(entry.offset + at)
+        return file.read(min(size, entry.size - at))
+
+
+def _check_experts(shapes: dict[str, tuple[int, ...]], key: str) -> None:
+    """Raise ConfigError where an expert lacks what another of its layer has."""
+    experts: dict[str, set[str]] = {}
+    kinds: dict[str, set[str]] = {}
+    for name in shapes:
+        if match := EXPERT.fullmatch(name):
+            experts.setdefault(match[1], set()).add(match[2])
+            kinds.setdefault(match[1], set()).add(match[3])
+    for layer, numbers in experts.items():
+        missing = [f"{layer}{n}{kind}" for n in numbers for kind in kinds[layer] if f"{layer}{n}{kind}" not in shapes]
+        if missing:
+            raise ConfigError(f"{key}: its files are without {min(missing)}. Download or copy it again.")
+
+
+def _read_entries(path: Path, key: str) -> dict[str, Entry]:
+    return {name: entry for file in weight_files(path, key) for name, entry in read_header(file, key).items()}

@@ -141,12 +141,21 @@ def _fuse_ends(model: torch.nn.Module) -> None:
     """The final norm, the head with its loss, and up to which length samples of a row are kept apart by borders."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     norm, head = causal_lm.model.norm, causal_lm.get_output_embeddings()
-    kinds, window = getattr(causal_lm.config, "layer_types", None), getattr(causal_lm.config, "sliding_window", None)
-    is_sliding = bool(window) if kinds is None else "sliding_attention" in kinds
-    causal_lm.longest_sample_by_borders = window if is_sliding else sys.maxsize
+    causal_lm.longest_sample_by_borders = _longest_seen_whole(causal_lm.config)
     norm.forward = lambda hidden: _Norm.apply(hidden, norm)
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
         make_head_return_nats(head)
+
+
+def _longest_seen_whole(config: Any) -> int:
+    """Tokens of the longest sample of which each token sees all before it: the sliding window, where there is one.
+
+    As transformers reads it: None is no window, 0 one that shows nothing; only qwen2 has it layer by layer.
+    """
+    window = getattr(config, "sliding_window", None)
+    if window is None or (config.model_type == "qwen2" and "sliding_attention" not in config.layer_types):
+        return sys.maxsize
+    return window
 
 
 class _Norm(torch.autograd.Function):

@@ -4,7 +4,7 @@ import os
 
 from qlora_ray.config import ConfigError, base_model_path
 
-PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]  # code is run only where it is trusted
 
 
 def local_folder(base_model: str, revision: str | None, key: str = "model.base_model") -> str:
@@ -12,7 +12,7 @@ def local_folder(base_model: str, revision: str | None, key: str = "model.base_m
     base = base_model_path(base_model)
     if os.path.isdir(base):
         return base
-    if os.path.isabs(base) or base.startswith("."):
+    if not _may_be_hub_id(base):
         raise ConfigError(f"{key}={base}: no such folder.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
@@ -25,3 +25,23 @@ def local_folder(base_model: str, revision: str | None, key: str = "model.base_m
             f"{key}={base}: no such folder, and the model hub did not give it: {reason} "
             "Name a local folder saved with save_pretrained."
         ) from error
+
+
+def folder_at_hand(base_model: str, revision: str | None) -> str | None:
+    """The folder of the base if it is on this machine already; nothing is downloaded, and the hub is not asked."""
+    base = base_model_path(base_model)
+    if os.path.isdir(base):
+        return base
+    if not _may_be_hub_id(base):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(base, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _may_be_hub_id(base: str) -> bool:
+    return not (os.path.isabs(base) or base.startswith("."))

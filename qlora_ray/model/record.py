@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_ray.config import EMBEDDED_BASE, ConfigError, ModelConfig, QuantizationConfig, base_model_path
-from qlora_ray.model.facts import check_folder, read_facts, weight_files
+from qlora_ray.model.facts import check_folder, read_facts, read_shapes, weight_files
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.tensors import TensorFiles
 
@@ -125,7 +125,7 @@ def open_adapter(name: str, base: str | None = None) -> Adapter:
             f"{wanted['num_parameters']:,} parameters, weights {wanted['sample_sha256']}; this is {facts.model_type} "
             f"of {facts.num_parameters:,} parameters, weights {sample}. Name the right one with --base."
         )
-    _check_fit(folder, tensors, key)
+    _check_fit(folder, read_shapes(found, is_tied=False), key)
     return Adapter(folder, found, peft, record)
 
 
@@ -150,19 +150,19 @@ def _check_weights(folder: Path, peft: dict[str, Any], key: str) -> None:
         raise ConfigError(f"{key}: adapter_model.safetensors holds no LoRA matrices.")
 
 
-def _check_fit(folder: Path, base: TensorFiles, key: str) -> None:
+def _check_fit(folder: Path, base: dict[str, tuple[int, ...]], key: str) -> None:
     """Compare the shapes of each LoRA with its layer's, where the base's files have that layer by name."""
     entries = TensorFiles([folder / "adapter_model.safetensors"], key).entries
     for name, entry in entries.items():
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         other = entries.get(name.replace(".lora_A.", ".lora_B."))
         names = f"{module}.weight", f"{module.partition('.')[2]}.weight"  # with and without the model's prefix
-        stored = next((base.entries[name] for name in names if name in base.entries), None)
+        stored = next((base[name] for name in names if name in base), None)
         if not name.endswith(".lora_A.weight") or other is None or stored is None:
             continue
-        if sorted(stored.shape) != sorted((entry.shape[1], other.shape[0])):  # Conv1D stores (in, out)
+        if sorted(stored) != sorted((entry.shape[1], other.shape[0])):  # Conv1D stores (in, out)
             raise ConfigError(
-                f"{key}: does not fit its base: {module} is {' x '.join(map(str, stored.shape))} there, its LoRA is "
+                f"{key}: does not fit its base: {module} is {' x '.join(map(str, stored))} there, its LoRA is "
                 f"for {other.shape[0]} x {entry.shape[1]}. Copy the adapter again."
             )
 

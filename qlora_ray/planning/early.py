@@ -1,5 +1,6 @@
 """What is refused before Ray starts and a GPU is asked for, from names, headers and the config alone."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -7,7 +8,8 @@ import re
 from typing import Any
 
 from qlora_ray import environment
-from qlora_ray.config import Config, ConfigError, base_model_path, find_file
+from qlora_ray.config import Config, ConfigError, find_file
+from qlora_ray.model.facts import BaseFacts, check_folder, read_facts, stored_quantization
 from qlora_ray.planning import deepspeed
 from qlora_ray.planning.plan import Hardware, accumulation_of, check_workers_fit, zero_stage
 
@@ -46,26 +48,58 @@ def refuse_early(config: Config, deepspeed_json: dict[str, Any] | None) -> None:
 def check_files(config: Config) -> None:
     """What names and headers can tell, in milliseconds: data files and the base's folder. Raises ConfigError."""
     from qlora_ray.data.sources import find_sources
-    from qlora_ray.model.facts import check_folder, read_facts
+    from qlora_ray.model.hub import folder_at_hand
 
     for key in ("train_file", "validation_file"):
         find_sources(config, key, download=False)
-    base = base_model_path(config.model.base_model)
-    if os.path.isdir(base):
-        check_folder(base)
-        read_facts(base)
+    folder = folder_at_hand(config.model.base_model, config.model.revision)
+    if folder:
+        _check_base(config, folder)
+        read_facts(folder)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model.base_model) or config.model.base_model.startswith("."):
         raise ConfigError(f"model.base_model={config.model.base_model}: no such folder, and not a hub id (owner/name).")
 
 
 def local_base(config: Config) -> str:
     """The folder of the base on this machine; a hub id is downloaded to the hub's cache. Raises ConfigError."""
-    from qlora_ray.model.facts import check_folder
     from qlora_ray.model.hub import local_folder
 
     folder = local_folder(config.model.base_model, config.model.revision)
-    check_folder(folder)  # a hub's snapshot can lack what a folder can
+    _check_base(config, folder)  # a hub's snapshot can lack what a folder can
     return folder
+
+
+def exact_facts(config: Config) -> BaseFacts:
+    """What the base holds, and of that what becomes 4-bit, as the model that will be built has it: imports torch.
+
+    Raises ConfigError where the base's files do not fill that model: a worker would find it out with a GPU in hand.
+    """
+    from qlora_ray.model.base import count_parameters
+
+    folder = local_base(config)
+    facts = read_facts(folder)
+    packed, all_of_them = count_parameters(folder, config.model.trust_remote_code)
+    return dataclasses.replace(facts, num_linear_parameters=packed, num_parameters=all_of_them)
+
+
+def _check_base(config: Config, folder: str) -> None:
+    """Raise ConfigError for a folder that lacks what a base needs, or is stored otherwise than the config asks."""
+    check_folder(folder)
+    stored = stored_quantization(folder)
+    if stored is None:
+        return
+    key = f"model.base_model={config.model.base_model}"
+    if config.model.lora_variant == "loftq":
+        raise ConfigError(f"model.lora_variant=loftq: needs the unquantized weights, and {key} is stored in 4 bits.")
+    is_double = bool(stored.get("bnb_4bit_use_double_quant"))
+    holds = {"type": stored.get("bnb_4bit_quant_type", "fp4"), "double_quant": is_double}
+    for name, value in holds.items():
+        asked = getattr(config.quantization, name)
+        if asked != value:
+            raise ConfigError(
+                f"quantization.{name}={str(asked).lower()}: {key} is stored in 4 bits with {str(value).lower()}. Set "
+                f"quantization.{name}={str(value).lower()}, or name the model that it was quantized from."
+            )
 
 
 def read_deepspeed_json(config: Config) -> dict | None:

@@ -1,7 +1,8 @@
 """What fits on N GPUs of M GiB, and how fast: a table, in under a second and without a GPU."""
 
-from qlora_ray.config import Config, base_model_path
-from qlora_ray.model.facts import read_facts
+from qlora_ray.config import Config, ConfigError
+from qlora_ray.model.facts import BaseFacts, check_folder, read_facts
+from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.model.recompute import Choice, Keep, choose
 from qlora_ray.planning import memory
 from qlora_ray.planning.memory import GIB
@@ -14,9 +15,9 @@ SHARE_OF_MEMORY = 0.93  # the rest is the CUDA context and the allocator's
 def answer(config: Config, gib: float, gpu: str) -> str:
     """The table: rows a forward pass against what is kept, peak GiB of a worker and tokens per second of all.
 
-    Raises ConfigError where the base is not a local folder.
+    Raises ConfigError where the base is neither a local folder nor in the hub's cache.
     """
-    base = read_facts(base_model_path(config.model.base_model))
+    base = _facts(config)
     trainable = num_lora_parameters(config, base)
     known = memory.sizes(config, base, trainable, zero_stage(config), "bfloat16")
     length, workers = config.training.max_length, config.ray.max_workers
@@ -37,6 +38,18 @@ def answer(config: Config, gib: float, gpu: str) -> str:
             fits = "" if peak <= SHARE_OF_MEMORY * gib else "  does not fit"
             lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice or 'layer inputs'}{fits}")
     return "\n".join(lines)
+
+
+def _facts(config: Config) -> BaseFacts:
+    model = config.model
+    folder = folder_at_hand(model.base_model, model.revision)
+    if folder is None:
+        raise ConfigError(
+            f"model.base_model={model.base_model}: no such folder, and not in the hub's cache; plan reads sizes from "
+            f"the files and downloads nothing. Run `hf download {model.base_model}` first, or name a local folder."
+        )
+    check_folder(folder)
+    return read_facts(folder)
 
 
 def _choices(known: memory.Sizes, num_tokens: int, room: float, may_hold: bool) -> list[Choice | None]:

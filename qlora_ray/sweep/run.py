@@ -18,8 +18,7 @@ from qlora_ray.console import chatter_goes_to, console
 from qlora_ray.data.check import check_records
 from qlora_ray.data.prepare import prepare
 from qlora_ray.data.spread import run_on_ray
-from qlora_ray.model.facts import read_facts
-from qlora_ray.planning.early import local_base, read_deepspeed_json, refuse_before_ray
+from qlora_ray.planning.early import exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
 from qlora_ray.rundir import directory, names
 from qlora_ray.sweep import board, capacity, exploit, page, results, screen, space
@@ -91,7 +90,7 @@ def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware, inlin
     for one in configs:
         base = one.model.base_model, one.model.revision
         if base not in bases:
-            bases[base] = read_facts(local_base(one))
+            bases[base] = exact_facts(one)
         facts = bases[base]
         packing = packs(one, facts)
         key = repr(

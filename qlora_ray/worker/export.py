@@ -17,6 +17,7 @@ import torch
 
 from qlora_ray.model import card
 from qlora_ray.model.adapter import ADAPTER_NAME
+from qlora_ray.model.base import packed_layers
 from qlora_ray.model.record import FILE, LAYOUT, describe_base, tokenizer_sha256
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
@@ -50,7 +51,9 @@ def write_adapter(
             (folder.make() / file.name).write_bytes(file.read_bytes())
     (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(exported, {"format": "pt"}))
     if about is not None:
-        record = {**about, "tokenizer_sha256": tokenizer_sha256(tokenizer)}
+        record = {
+            **about, "tokenizer_sha256": tokenizer_sha256(tokenizer), "four_bit_layers": packed_layers(model)
+        }  # fmt: skip
         (folder / FILE).write_bytes(json.dumps(record, indent=1).encode())
         (folder / "README.md").write_bytes(card.render(record).encode())
 

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from qlora_ray.model.adapter import add_adapter, trainable
-from qlora_ray.model.base import count_bytes, load_base
+from qlora_ray.model.base import count_bytes, count_parameters, load_base
 from qlora_ray.model.facts import read_facts
 from qlora_ray.planning.plan import num_lora_parameters
 from qlora_ray.storage import open_folder
@@ -41,6 +41,7 @@ def test_plan_knows_what_really_becomes_4_bit_and_what_is_trained(family, tmp_pa
     facts = read_facts(folder)
     assert facts.num_linear_parameters == stored.four_bit_parameters > 0
     assert facts.num_parameters == stored.parameters
+    assert count_parameters(folder) == (stored.four_bit_parameters, stored.parameters)
     assert (facts.num_expert_parameters > 0) == (family in ("mixtral", "qwen3_moe"))
     adapted = trainable(add_adapter(base, config.model, torch.float32, seed=0))
     assert num_lora_parameters(config, facts) == sum(parameter.numel() for parameter in adapted.values())

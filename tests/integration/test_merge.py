@@ -14,7 +14,7 @@ from qlora_ray.config import base_model_path
 from qlora_ray.inference import merge, verify
 from qlora_ray.inference.load import load
 from qlora_ray.model.base import four_bit_modules, load_base
-from qlora_ray.model.record import open_adapter
+from qlora_ray.model.record import FILE, open_adapter
 from tests.integration import adapters, tiny_models
 
 CPU = torch.device("cpu")
@@ -91,6 +91,25 @@ def test_adapted_tied_output_layer_is_refused(tmp_path):
         merge.plan_merge(open_adapter(str(adapter)), "training", "bfloat16", CPU)
 
 
+def test_adapted_output_layer_is_merged_as_the_16_bit_layer_that_it_was_in_training(tmp_path):
+    base = tiny_models.save("llama", tmp_path / "base")
+    adapter = adapters.trained(tmp_path / "run", base, target_modules=["q_proj", "lm_head"])
+    recorded = json.loads((adapter / FILE).read_text())["four_bit_layers"]
+    assert len(recorded) == 14 and "model.layers.1.mlp.down_proj" in recorded and "lm_head" not in recorded
+    drift = drift_of(adapter, tmp_path / "merged", "float32")
+    assert drift.max_logit_drift < 2e-5 * drift.max_logit
+
+
+def test_adapter_of_an_earlier_version_whose_record_names_no_layers_is_merged_the_same(tmp_path):
+    base = tiny_models.save("llama", tmp_path / "base")
+    adapter = adapters.trained(tmp_path / "run", base, steps=6, target_modules=["q_proj", "lm_head"])
+    record = json.loads((adapter / FILE).read_text())
+    del record["four_bit_layers"]
+    (adapter / FILE).write_text(json.dumps(record))
+    drift = drift_of(adapter, tmp_path / "merged", "float32")
+    assert drift.max_logit_drift < 2e-5 * drift.max_logit
+
+
 def test_door_verifies_writes_the_proof_and_refuses_above_a_limit(tmp_path, capsys):
     adapter = adapters.trained(tmp_path / "run", EMBEDDED, steps=6)
     records = tmp_path / "records.jsonl"
@@ -125,10 +144,10 @@ def test_merging_needs_less_memory_than_two_layers(tmp_path):
     code = f"""
 import resource, torch
 from pathlib import Path
-from qlora_ray.model.record import open_adapter
-from qlora_ray.config import QuantizationConfig
+from qlora_ray.model.record import FILE, open_adapter
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from qlora_ray.inference import merge
-merge.as_trained_on(torch.ones(64, 64), QuantizationConfig(), "bfloat16")  # libraries load
+dequantize_4bit(*quantize_4bit(torch.ones(64, 64), quant_type="nf4"))  # libraries load
 adapter = open_adapter({str(adapter)!r})
 merge.plan_merge(adapter, "training", "bfloat16", torch.device("cpu"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

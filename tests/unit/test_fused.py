@@ -1,5 +1,7 @@
 """The fused arithmetic is PEFT's on bitsandbytes: values, gradients, names, and what it leaves to PEFT."""
 
+import sys
+
 import pytest
 import torch
 from peft import PeftModel
@@ -248,3 +250,25 @@ def test_samples_longer_than_a_sliding_window_take_its_mask(tmp_path):
     windowed = fused_models.nats_and_gradients(model, fused_models.packed_batch())[0]
     exact = fused_models.nats_and_gradients(fused_models.build_reference(folder), fused_models.packed_batch())[0]
     assert windowed == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "longest"),
+    [
+        ("mistral", {"sliding_window": None}, sys.maxsize),
+        ("mistral", {"sliding_window": 0}, 0),
+        ("llama", {}, sys.maxsize),
+        ("qwen2", {"sliding_window": 9}, sys.maxsize),  # which use_sliding_window leaves out
+        ("qwen2", {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1}, 9),
+        ("qwen2", {"sliding_window": 0, "use_sliding_window": True, "max_window_layers": 1}, 0),
+    ],
+)
+def test_sliding_window_is_read_as_transformers_reads_it(tmp_path, family, more, longest):
+    folder = tiny_models.save(family, tmp_path, **more)
+    fused, plain = (fused_models.build(folder, torch.float32, fused=fused) for fused in (True, False))
+    assert fused.longest_sample_by_borders == longest
+    for batch in (tiny_models.batch(), fused_models.packed_batch()):
+        nats, gradients = fused_models.nats_and_gradients(fused, batch)
+        exact_nats, exact = fused_models.nats_and_gradients(plain, batch)
+        assert nats == pytest.approx(exact_nats, rel=1e-6)
+        assert all(torch.allclose(gradients[name], exact[name], rtol=1e-3, atol=1e-5) for name in exact)
