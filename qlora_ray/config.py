@@ -157,6 +157,8 @@ class DataConfig(Section):
     """Commit, tag or branch of a hub data set."""
     split: str = "train"
     """Split of a hub data set or a saved DatasetDict to train on."""
+    order: Literal["shuffled", "given", "by_length"] = "shuffled"
+    """shuffled: anew each epoch. given: as the files have it. by_length: the longest first. See docs/data.md."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Stop if more than this share of the records is unusable."""
 

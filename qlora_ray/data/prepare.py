@@ -11,7 +11,8 @@ import numpy as np
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.check import refuse_too_many
 from qlora_ray.data.deal import Share, deal
-from qlora_ray.data.pack import pack
+from qlora_ray.data.order import longest_first
+from qlora_ray.data.pack import pack, pack_in_order
 from qlora_ray.data.rows import find, write_rows, write_stats
 from qlora_ray.data.samples import INLINE_BYTES, Runner, Samples, Tell, fingerprint, run_inline, samples_of
 from qlora_ray.data.sources import Source, find_sources
@@ -84,20 +85,19 @@ def _rows_fingerprint(config: Config, sources: dict, done: dict, packing: bool) 
         for key in sources
     }
     split = None if done["validation_file"] else config.data.validation_split
-    return fingerprint([repr((made_of, split, config.training.seed, packing, config.training.max_length))])
+    parts = (made_of, split, config.training.seed, packing, config.training.max_length)
+    order = config.data.order
+    return fingerprint([repr(parts if order == "shuffled" else (*parts, order))])  # entries made before it was asked
 
 
 def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, done: dict, packing: bool) -> DataStats:
     """Write an entry of rows: which samples each holds, and the held-out prompts."""
-    max_length, seed = config.training.max_length, config.training.seed
+    max_length = config.training.max_length
     train, held = deal(config, sources, done)
     lengths_of_rows = {}
     for split, share in (("train", train), ("validation", held)):
         lengths = share.index.num_tokens[share.samples]
-        if packing:
-            offsets, places = pack(lengths, max_length, seed)
-        else:
-            offsets, places = np.arange(len(lengths) + 1), np.arange(len(lengths))
+        offsets, places = _rows_of(lengths, config, packing, config.data.order if split == "train" else "shuffled")
         lengths_of_rows[split] = write_rows(entry, split, offsets, share.samples[places], share.index)
     stats = DataStats(
         fingerprint=entry.name,
@@ -122,6 +122,15 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
     entries = {split: [samples.entry.name for samples in made] for split, made in names.items()}
     write_stats(entry, stats, entries, recipe.chat_template)
     return stats
+
+
+def _rows_of(lengths: np.ndarray, config: Config, packing: bool, order: str) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, places): row r holds the samples at places[offsets[r]:offsets[r+1]] of `lengths`."""
+    max_length, seed = config.training.max_length, config.training.seed
+    if packing and order == "shuffled":
+        return pack(lengths, max_length, seed)
+    places = longest_first(lengths, seed) if order == "by_length" else np.arange(len(lengths))
+    return pack_in_order(lengths[places], max_length) if packing else np.arange(len(lengths) + 1), places
 
 
 def _prompts(recipe: Recipe, samples: tuple[Samples, ...], held: Share) -> list[dict]:
