@@ -122,9 +122,9 @@ class DataSource(Section):
     weight: float = Field(1.0, gt=0)
     """How often each record appears in an epoch: 2.0 twice, 0.5 a seeded half of them once."""
     split: str | None = None
-    """Split of a hub data set or a saved DatasetDict; default: data.split, for validation "validation"."""
+    """Split or slice of this entry, as in data.split; default: data.split, for validation "validation"."""
     name: str | None = None
-    """Configuration of a hub data set (load_dataset's `name`)."""
+    """Configuration of a hub data set (load_dataset's `name`), or of a folder whose README.md lists some."""
     revision: str | None = None
     """Commit, tag or branch of a hub data set; default: data.revision."""
 
@@ -156,7 +156,7 @@ class DataConfig(Section):
     revision: str | None = None
     """Commit, tag or branch of a hub data set."""
     split: str = "train"
-    """Split of a hub data set or a saved DatasetDict to train on."""
+    """Split to train on, of a hub data set or of a folder with splits; also a slice: train[:10%], train[100:200]."""
     order: Literal["shuffled", "given", "by_length"] = "shuffled"
     """shuffled: anew each epoch. given: as the files have it. by_length: the longest first. See docs/data.md."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)

@@ -49,6 +49,9 @@ def prepare(
     """
     cache, recipe = storage / "cache", make_recipe(config)
     sources = {key: find_sources(config, key) for key in ("train_file", "validation_file")}
+    for source in itertools.chain.from_iterable(sources.values()):
+        if source.note:
+            tell(source.note)
     done = {
         key: tuple(samples_of(source, recipe, cache, _runner_for(source, runner), tell) for source in of_key)
         for key, of_key in sources.items()
