@@ -3,15 +3,20 @@
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_ray.model.facts import weight_files
-from qlora_ray.model.tensors import DTYPES, Entry, read_header
+from qlora_ray.model.tensors import TensorFiles
+
+if TYPE_CHECKING:
+    import torch
 
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|embed)\.weight$")
-# A row that nothing ever moved: zero or next to it (unsloth's bound), or the same as another's.
-LEAST = 1e-16
-BYTES_LOOKED_AT = 8  # at the start, the middle and the end of a row
+LEAST = 1e-16  # a row below it was never moved (unsloth's bound)
+# Bytes that no UTF-8 text holds: where they are tokens, nothing has trained them.
+NEVER_IN_TEXT = (0xC0, 0xC1, *range(0xF5, 0x100))
+SAME_DIRECTION = 0.95  # cosine
+ROWS_AT_ONCE = 8192
 
 
 def generation_config_of(folder: str) -> Any:
@@ -27,28 +32,35 @@ def generation_config_of(folder: str) -> Any:
 def untrained_tokens(folder: str, tokenizer: Any) -> frozenset[int] | None:
     """Ids of the tokenizer whose row of the input embedding is missing or untrained; None where none is found.
 
-    An embedding that has been trained moves every row that text uses, so that no two stay equal (arXiv:2405.05417).
+    Untrained is a row of zeros, and one like those of the bytes that no text holds ("Fishing for Magikarp",
+    arXiv:2405.05417): as short as they are, or where input and output share the matrix, of their direction.
     """
-    entries: dict[str, Entry] = {}
-    for file in weight_files(Path(folder), f"model.base_model={folder}"):
-        entries |= read_header(file, f"model.base_model={folder}")
-    found = [entry for name, entry in entries.items() if EMBEDDING.search(name) and len(entry.shape) == 2]
-    if len(found) != 1 or not found[0].dtype.startswith(("F", "BF")):
+    files = TensorFiles(weight_files(Path(folder), f"model.base_model={folder}"), f"model.base_model={folder}")
+    found = [name for name, entry in files.entries.items() if EMBEDDING.search(name) and len(entry.shape) == 2]
+    if len(found) != 1 or not files.entries[found[0]].dtype.startswith(("F", "BF")):
         return None
-    missing = range(found[0].shape[0], len(tokenizer))
-    return frozenset(_untrained_rows(found[0])) | frozenset(missing)
+    rows = files.read(found[0])  # (V, H)
+    vocabulary = tokenizer.get_vocab()
+    # Named as GPT-2's byte-level vocabularies have them, or as SentencePiece's byte fallback.
+    names = [name for byte in NEVER_IN_TEXT for name in (chr(byte), f"<0x{byte:02X}>")]
+    never = [vocabulary[name] for name in names if name in vocabulary]
+    untrained = _untrained_rows(rows, [token for token in never if token < len(rows)])
+    return frozenset(untrained) | frozenset(range(len(rows), len(tokenizer)))
 
 
-def _untrained_rows(entry: Entry) -> list[int]:
-    import numpy as np
+def _untrained_rows(rows: "torch.Tensor", never: list[int]) -> list[int]:
     import torch
 
-    num_rows, width = entry.shape[0], entry.size // entry.shape[0]
-    matrix = np.memmap(entry.file, np.uint8, "r", entry.offset, (num_rows, width))
-    middle = width // 2 // BYTES_LOOKED_AT * BYTES_LOOKED_AT
-    pieces = [matrix[:, start : start + BYTES_LOOKED_AT] for start in (0, middle, width - BYTES_LOOKED_AT)]
-    looked_at = np.ascontiguousarray(np.concatenate(pieces, axis=1))  # (rows, 24) bytes
-    values = torch.from_numpy(looked_at).view(getattr(torch, DTYPES[entry.dtype]))
-    is_zero = (values.float().abs().amax(1) <= LEAST).numpy()
-    _, group, count = np.unique(looked_at, axis=0, return_inverse=True, return_counts=True)
-    return np.flatnonzero(is_zero | (count[group.ravel()] > 1)).tolist()
+    norms = torch.cat([block.float().norm(dim=1) for block in rows.split(ROWS_AT_ONCE)])  # (V,)
+    untrained = norms <= LEAST
+    reference = rows[never].float()
+    reference = reference[reference.norm(dim=1) > LEAST]
+    if len(reference) < 2:
+        return torch.nonzero(untrained).ravel().tolist()
+    direction = torch.nn.functional.normalize(reference, dim=1).mean(0)
+    if direction.norm() > SAME_DIRECTION:
+        along = torch.cat([block.float() @ direction for block in rows.split(ROWS_AT_ONCE)])
+        untrained |= along > SAME_DIRECTION * norms * direction.norm()
+    elif (longest := reference.norm(dim=1).max()) < norms.median() / 2:
+        untrained |= norms <= longest
+    return torch.nonzero(untrained).ravel().tolist()

@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_ray import show_data as door
-from qlora_ray.config import base_model_path
+from qlora_ray.config import base_model_path, find_file
 from qlora_ray.data.faults import can_tell_mojibake
 from qlora_ray.data.near import Groups, can_be_near, normalised, shingles
 from qlora_ray.data.quality import KINDS
 from qlora_ray.data.tokenize import load_tokenizer
-from qlora_ray.model.untrained import untrained_tokens
+from qlora_ray.model.untrained import NEVER_IN_TEXT, untrained_tokens
 
+SAMPLE = find_file("data/sample_data.json")
+EMBEDDED = base_model_path("embedded")
 needs_datasketch = pytest.mark.skipif(not can_be_near(), reason="needs the extra check: datasketch")
 needs_ftfy = pytest.mark.skipif(not can_tell_mojibake(), reason="needs the extra check: ftfy")
 WORDS = (
@@ -74,8 +76,10 @@ def check(tmp_path, capsys):
 
 
 def kinds(found: dict) -> dict[str, int]:
-    """How many records of each kind of fault there are, where there are any."""
-    return {kind: one["records"] for kind, one in found["findings"].items() if one["records"]}
+    """How many records of each kind of fault there are, where there are any; the embedded base knows few tokens."""
+    return {
+        kind: one["records"] for kind, one in found["findings"].items() if one["records"] and kind != "unseen_token"
+    }
 
 
 def lines(found: dict, kind: str) -> list[str]:
@@ -223,7 +227,7 @@ def test_answers_without_a_trained_stop_are_found(check, tmp_path):
 
 
 def test_prompt_that_has_other_tokens_in_its_row_is_found(check):
-    tokenizer = load_tokenizer(base_model_path("embedded"), None)
+    tokenizer = load_tokenizer(EMBEDDED, None)
     whole = next(w for w in ("person", "sentence", "capital", "lives") if len(tokenizer(w)["input_ids"]) == 1)
     records = [
         {"prompt": f"A {whole[:2]}", "completion": f"{whole[2:]} and more"},
@@ -235,36 +239,58 @@ def test_prompt_that_has_other_tokens_in_its_row_is_found(check):
 
 
 @pytest.fixture
-def base_with_untrained_tokens(tmp_path):
-    """The embedded base with a row of zeros, two equal rows, and two tokens beyond its embedding; and their ids."""
+def base_with_new_tokens(tmp_path):
+    """The embedded base with a row of zeros, and with two tokens beyond its embedding."""
     folder = tmp_path / "base"
     folder.mkdir()
-    tokenizer = load_tokenizer(base_model_path("embedded"), None)
+    tokenizer = load_tokenizer(EMBEDDED, None)
     tokenizer.add_tokens(["Zyx1", "Zyx2"])
     tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_bytes(Path(base_model_path("embedded"), "config.json").read_bytes())
-    tensors = load_file(f"{base_model_path('embedded')}/model.safetensors")
+    (folder / "config.json").write_bytes(Path(EMBEDDED, "config.json").read_bytes())
+    tensors = load_file(f"{EMBEDDED}/model.safetensors")
     name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
-    tensors[name][5] = 0
-    tensors[name][301] = tensors[name][300]
+    tensors[name][tokenizer.convert_tokens_to_ids("red")] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder, {5, 300, 301, len(tokenizer) - 2, len(tokenizer) - 1}
+    return folder
 
 
-def test_tokens_with_an_untrained_or_missing_row_are_told_by_the_embedding(base_with_untrained_tokens):
-    folder, expected = base_with_untrained_tokens
-    assert untrained_tokens(str(folder), load_tokenizer(str(folder), None)) == expected
-    embedded = base_model_path("embedded")
-    assert untrained_tokens(embedded, load_tokenizer(embedded, None)) == frozenset()
+def test_tokens_that_the_corpus_of_the_embedded_base_lacks_are_told_by_its_embedding():
+    tokenizer = load_tokenizer(EMBEDDED, None)
+    untrained = {tokenizer.convert_ids_to_tokens(token) for token in untrained_tokens(EMBEDDED, tokenizer)}
+    assert {"_", "@", "$", "\u00c0", "\u00ff", "<|pad|>"} <= untrained
+    sample = json.loads(SAMPLE.read_text("utf-8"))
+    read = {token for record in sample for text in record.values() for token in tokenizer.tokenize(text)}
+    assert not read & untrained and not {"<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"} & untrained
 
 
-def test_records_with_tokens_that_the_base_has_not_seen_are_found(check, base_with_untrained_tokens):
-    folder, _ = base_with_untrained_tokens
+def test_rows_of_zeros_and_missing_rows_are_untrained(base_with_new_tokens):
+    tokenizer = load_tokenizer(str(base_with_new_tokens), None)
+    new = untrained_tokens(str(base_with_new_tokens), tokenizer) - untrained_tokens(EMBEDDED, tokenizer)
+    assert set(tokenizer.convert_ids_to_tokens(sorted(new))) == {"red"}
+    assert set(tokenizer.convert_tokens_to_ids(["Zyx1", "Zyx2"])) <= untrained_tokens(EMBEDDED, tokenizer)
+
+
+def test_where_input_and_output_differ_short_rows_are_untrained(tmp_path):
+    tokenizer = load_tokenizer(EMBEDDED, None)
+    torch.manual_seed(0)
+    matrix = torch.randn(len(tokenizer), 16)
+    never = [tokenizer.convert_tokens_to_ids(chr(byte)) for byte in NEVER_IN_TEXT]
+    matrix[[*never, 40, 41]] *= 0.01
+    matrix[[41]] *= 0.1
+    save_file({"model.embed_tokens.weight": matrix.to(torch.bfloat16)}, tmp_path / "model.safetensors")
+    assert {41, *never} <= untrained_tokens(str(tmp_path), tokenizer) <= {40, 41, *never}
+    save_file({"model.other.weight": matrix}, tmp_path / "model.safetensors")
+    assert untrained_tokens(str(tmp_path), tokenizer) is None
+
+
+def test_records_with_tokens_that_the_base_has_not_seen_are_found(check, base_with_new_tokens):
     template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    (folder / "t.jinja").write_text(template)
-    found = check([*CLEAN, chat("Say Zyx2 aloud.", "it is so")], f"model.base_model={folder}",
-                  f"data.chat_template={folder}/t.jinja")  # fmt: skip
-    assert lines(found, "unseen_token") == ["line 13"] and kinds(found) == {"unseen_token": 1}
+    (base_with_new_tokens / "t.jinja").write_text(template)
+    known = [chat(record["input"], record["output"]) for record in json.loads(SAMPLE.read_text("utf-8"))[:9]]
+    records = [*known, chat("Name Zyx2", known[0]["messages"][1]["content"])]
+    base, template = f"model.base_model={base_with_new_tokens}", f"data.chat_template={base_with_new_tokens}/t.jinja"
+    found = check(records, base, template)
+    assert lines(found, "unseen_token") == ["line 10"] and found["findings"]["unseen_token"]["records"] == 1
     assert found["findings"]["unseen_token"]["examples"][0]["why"] == "Zyx2"
 
 
@@ -330,12 +356,3 @@ def test_scripts_without_spaces_are_compared_by_characters():
     assert len(shingles("我们今天去北京")) == 3
     assert len(shingles("one two three four five six")) == 2
     assert len(shingles("")) == len(shingles("one")) == 1
-
-
-def test_half_precision_rows_next_to_zero_count_as_untrained(tmp_path):
-    matrix = torch.randn(8, 16).to(torch.bfloat16)
-    matrix[3] = 1e-20
-    save_file({"model.embed_tokens.weight": matrix}, tmp_path / "model.safetensors")
-    assert untrained_tokens(str(tmp_path), range(8)) == {3}
-    save_file({"model.other.weight": matrix}, tmp_path / "model.safetensors")
-    assert untrained_tokens(str(tmp_path), range(8)) is None
