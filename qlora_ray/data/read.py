@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from qlora_ray.data.formats import BadRecord
 from qlora_ray.data.json_array import DamagedFile, array_items
 from qlora_ray.data.sources import DataFile
+from qlora_ray.data.turns import BadRecord
 
 CHUNK_BYTES = 8 << 20  # of JSON Lines and Arrow
 RECORDS_PER_BATCH = 1024
