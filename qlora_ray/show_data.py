@@ -127,6 +127,8 @@ def _show(data: dict[str, Any]) -> None:
     for name, value in _lines(data).items():
         table.add_row(name, value)
     console.print(table)
+    for note in data["notes"]:
+        say_note(note)
     for name in (*data["rejected_files"], data["cache_entry"]):
         console.print(name, style="dim", soft_wrap=True)
     console.print("\n[bold]tokens per sample[/]")

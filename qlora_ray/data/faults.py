@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_ray.data.formats import Messages
 from qlora_ray.data.tokenize import Encoder, Sample, prompt_ids
+from qlora_ray.data.turns import Messages
 
 CLOSING_TOKENS = 4  # a template may write a line break after the token that ends an answer
 REPLACED = re.compile("[\ufffd\x80-\x9f]")  # and C1 controls, which UTF-8 read as Latin-1 is full of
@@ -38,6 +38,8 @@ def faults_of(messages: Messages, samples: list[Sample], base: Base) -> Iterator
     """(kind, detail) of each fault; kinds as in quality.KINDS."""
     if any(sample.truncated for sample in samples):
         yield "cut", ""
+    if missing := sorted({kind for sample in samples for kind in sample.missing}):
+        yield "left_out", "; ".join(missing)
     if damage := _damage(text_of(messages)):
         yield "garbled", damage
     unseen = base.unseen_ids or frozenset()

@@ -13,12 +13,13 @@ import numpy as np
 
 from qlora_ray.config import Config
 from qlora_ray.data.faults import Base, can_tell_mojibake, faults_of, text_of
-from qlora_ray.data.formats import BadRecord, Messages, convert
+from qlora_ray.data.formats import convert
 from qlora_ray.data.json_array import DamagedFile
 from qlora_ray.data.near import Groups, NearGroups, can_be_near, normalised
 from qlora_ray.data.order import held_out
 from qlora_ray.data.read import BLANK, cut, place_unit, read
 from qlora_ray.data.sources import Source
+from qlora_ray.data.turns import BadRecord, Messages
 
 RECORDS_AT_ONCE = 512
 RECORDS_A_LINE = 20_000  # of what tells how far it is
@@ -37,6 +38,7 @@ KINDS = {
     "leaked_nearly": ("validation record that is nearly in training", "eval_loss looks a little too good."),
     "leaked_prompt": ("validation prompt that training answers", "Exact match measures memory there."),
     "cut": ("cut by training.max_length", "It loses its end, stop included. Raise max_length, or shorten it."),
+    "left_out": ("something that the chat template leaves out", "The model never sees it. See data.chat_template."),
     "unclosed": ("answer after which no stop is trained on", "The model will not end there. See data.chat_template."),
     "unfinished": ("answer with an open ``` or <think>", "Often one that was cut when it was made."),
     "other_prompt": ("prompt tokenized otherwise alone than in its row", "Answers are generated from other tokens than "

@@ -221,9 +221,14 @@ def test_answers_without_a_trained_stop_are_found(check, tmp_path):
     )
     turns = [*CLEAN[0]["messages"], *CLEAN[1]["messages"]]
     found = check([CLEAN[2], {"messages": turns}], f"data.chat_template={template}")
-    assert kinds(found) == {"unclosed": 1} and lines(found, "unclosed") == [
-        "line 2"
-    ]  # of two turns the first stays open
+    assert kinds(found)["unclosed"] == 1 and lines(found, "unclosed") == ["line 2"]  # of two turns the first stays open
+
+
+def test_what_the_template_leaves_out_is_found(check, tmp_path):
+    tool = {"type": "function", "function": {"name": "clock", "description": "Tells it.", "parameters": {}}}
+    found = check([CLEAN[0], {**CLEAN[1], "tools": [tool]}])
+    assert kinds(found) == {"left_out": 1} and lines(found, "left_out") == ["line 2"]
+    assert "tool" in found["findings"]["left_out"]["examples"][0]["why"]
 
 
 def test_prompt_that_has_other_tokens_in_its_row_is_found(check):
