@@ -52,9 +52,12 @@ def faults_of(messages: Messages, samples: list[Sample], base: Base) -> Iterator
 
 def _said(turn: dict[str, Any]) -> Iterator[str]:
     yield turn["content"]
-    more = {key: value for key, value in turn.items() if key not in ("role", "content", "weight")}
-    if more:
-        yield json.dumps(more, ensure_ascii=False, sort_keys=True)
+    for call in turn.get("tool_calls", ()):
+        yield f"{call['function']['name']} {json.dumps(call['function']['arguments'], ensure_ascii=False)}"
+    for field in ("reasoning_content", "name"):
+        yield turn.get(field, "")
+    for tool in turn.get("tools", ()):
+        yield json.dumps(tool, ensure_ascii=False)
 
 
 def _faults_of_answers(messages: Messages, samples: list[Sample], base: Base) -> Iterator[tuple[str, str]]:

@@ -2,9 +2,8 @@
 
 import re
 from datetime import date as Date
-from pathlib import Path
 
-from qlora_ray.config import ConfigError
+from qlora_ray.config import ConfigError, find_file
 
 # For models without a chat template. The answer is closed by the tokenizer's own end-of-sequence token.
 PLAIN_TEMPLATE = (
@@ -37,7 +36,7 @@ def find_template(name: str | None) -> str | None:
     """The template text behind `data.chat_template`: a name or a file; None is the tokenizer's own. ConfigError."""
     if name is None or name in NAMED:
         return name and NAMED[name]
-    path = Path(name).expanduser()
+    path = find_file(name)
     if not path.is_file():
         raise ConfigError(
             f"data.chat_template={name}: no such file, and not a name. Names: {', '.join(NAMED)}; "
