@@ -9,7 +9,7 @@ what then differs is the answer.
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -131,7 +131,10 @@ class ChatTemplate:
         if not hidden or self._keep_thoughts == "template":
             return [made]
         rest = [i for i in trained if i not in hidden]
-        return [*self._one_a_thought(conversation, hidden), *([self._one(conversation, text, rest)[0]] if rest else [])]
+        several = [*self._one_a_thought(conversation, hidden)] + (
+            [self._one(conversation, text, rest)[0]] if rest else []
+        )
+        return [replace(one, missing=tuple(kind for kind in one.missing if kind != EARLIER_THOUGHT)) for one in several]
 
     def _one(self, conversation: Messages, text: str, trained: list[int]) -> tuple[Rendered, list[int]]:
         """The conversation with these turns trained on; and which of them think without showing it, the last aside."""
@@ -216,7 +219,7 @@ class ChatTemplate:
         return start, end
 
     def _start(self, asked: Messages, before: str, opening: str) -> int:
-        """Where the assistant begins to speak in a text that goes on after `before`; `opening` is what it says first."""
+        """Where the assistant begins to speak in a text that goes on after `before`; `opening` is how it begins."""
         prompt = self._prompt(asked)
         if before.startswith(prompt):
             return len(prompt)

@@ -67,7 +67,8 @@ RECORDS = {
     "tools unused": {"tools": TOOLS, "messages": [S, U, says("Tell omega.")]},
     "call": {"tools": TOOLS, "messages": [U, says(None, tool_calls=[CALL])]},
     "call as text": {"tools": json.dumps(TOOLS), "messages": [U, says("", tool_calls=[AS_TEXT])]},
-    "text and call": {"tools": TOOLS, "messages": [U, says("Tell omega.", tool_calls=[CALL]), RESULT, says("Tell psi.")]},
+    "text and call": {"tools": TOOLS, "messages": [
+        U, says("Tell omega.", tool_calls=[CALL]), RESULT, says("Tell psi.")]},
     "call, result, answer": {"tools": TOOLS, "messages": [U, says(None, tool_calls=[CALL]), RESULT, says("Tell psi.")]},
     "parallel calls": {"tools": TOOLS, "messages": [
         U, says(None, tool_calls=[CALL, call("open_kappa")]), RESULT, {**RESULT, "content": "result tau"},
