@@ -44,7 +44,7 @@ class Forms:
     arguments: str | None = "mapping"  # or text
     no_content: str = "null"  # or empty, absent: of a turn that only calls
     result_role: str = "tool"
-    ids: str = "given"  # or short: nine letters or digits, always there
+    ids: str = "given"  # or shown: always there, for the template prints them; short: of nine letters or digits, too
     thought: str | None = "field"  # or content: before the answer, in <think> tags
 
 
@@ -170,10 +170,9 @@ def _with_ids(conversation: Messages, form: str) -> Messages:
     for turn in conversation:
         if turn.get("tool_calls"):
             given = [call.get("id") for call in turn["tool_calls"]]
-            if form == "short":
+            if form != "given":
                 turn = {**turn, "tool_calls": [
-                    {**call, "id": _short(call["id"]) if call.get("id") else f"{number + i:09d}"}
-                    for i, call in enumerate(turn["tool_calls"])
+                    {**call, "id": _id(call.get("id"), number + i, form)} for i, call in enumerate(turn["tool_calls"])
                 ]}  # fmt: skip
             number += len(given)
             calls = [
@@ -196,8 +195,12 @@ def _answered(turn: dict[str, Any], calls: list[tuple[str | None, str | None, st
     return {"name": name, **turn} | ({"tool_call_id": number} if number else {})
 
 
-def _short(known: str) -> str:
-    return known if SHORT_ID.fullmatch(known) else hashlib.sha256(known.encode()).hexdigest()[:9]
+def _id(known: str | None, number: int, form: str) -> str:
+    if form == "shown":
+        return known or f"call_{number}"
+    if known:
+        return known if SHORT_ID.fullmatch(known) else hashlib.sha256(known.encode()).hexdigest()[:9]
+    return f"{number:09d}"
 
 
 def _probe(renderer: Renderer) -> Forms:
@@ -239,6 +242,8 @@ def _probe_calls(renderer: Renderer, forms: Forms) -> Forms:
             if all(_shows_call(renderer, text) and (not needs_result or "Zr0rZ" in text) for text in texts):
                 key = f"{tried.arguments} {tried.ids} {tried.result_role}"
                 size = sum(map(len, texts))
+                if tried.ids == "given" and "Zi0iZ" in texts[0]:
+                    tried = replace(tried, ids="shown")
                 if key not in found or size < found[key][0]:
                     found[key] = size, tried
         if found:

@@ -9,7 +9,7 @@ what then differs is the answer.
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -69,13 +69,14 @@ class ChatTemplate:
     """A tokenizer's template, and what it has shown of itself."""
 
     def __init__(self, tokenizer, train_on: str = "all_assistant_turns", keep_thoughts: str = "template"):
-        self.renderer, self._tokenizer = Renderer(tokenizer), tokenizer
+        self.renderer = Renderer(tokenizer)
         self._train_on, self._keep_thoughts = train_on, keep_thoughts
         self._shape = lru_cache(maxsize=1000)(self._learn)
-        self._closing_ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._closing_ids.add(tokenizer.eos_token_id)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._closing = tuple(special | {tokenizer.eos_token})
         tokens = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._tokens = re.compile("(" + ("|".join(map(re.escape, tokens)) or "(?!)") + ")")
+        self._words = re.compile(self._tokens.pattern + r"|\s")
         self.unused_opening = self._find_unused_opening()
 
     def render_all(self, conversations: Sequence[Messages]) -> list[list[Rendered] | BadRecord]:
@@ -130,7 +131,10 @@ class ChatTemplate:
         if not hidden or self._keep_thoughts == "template":
             return [made]
         rest = [i for i in trained if i not in hidden]
-        return [*self._one_a_thought(conversation, hidden), *([self._one(conversation, text, rest)[0]] if rest else [])]
+        several = [*self._one_a_thought(conversation, hidden)] + (
+            [self._one(conversation, text, rest)[0]] if rest else []
+        )
+        return [replace(one, missing=tuple(kind for kind in one.missing if kind != EARLIER_THOUGHT)) for one in several]
 
     def _one(self, conversation: Messages, text: str, trained: list[int]) -> tuple[Rendered, list[int]]:
         """The conversation with these turns trained on; and which of them think without showing it, the last aside."""
@@ -141,7 +145,7 @@ class ChatTemplate:
         kinds = {self._kind_of_missing(turns, place, trained) for place in missing} if missing else set()
         if shape.has_no_stop and any(i in shape.has_no_stop for i in trained if i < len(turns) - 1):
             kinds.add(NO_STOP)
-        if trained[-1] in shape.opens_otherwise and trained[-1] == len(turns) - 1:
+        if not shape.opens_otherwise.isdisjoint(trained):
             kinds.add(OTHER_PROMPT)
         starts = tuple(start for start, _ in spans.values())
         return Rendered(text, chosen, shape.is_closed, starts, tuple(sorted(kinds - {""}))), hidden
@@ -199,7 +203,12 @@ class ChatTemplate:
             raise BadRecord(LEFT_OUT)
         before, after = rendered[: found[0][0]], rendered[found[-1][1] :]
         first, last = (shape.leaves[k][1] for k in shape.ends[i])
-        start = len(before) - shape.lead[i] if first in "qt" else self._start(other[:place], before)
+        if first in "qt":
+            start = len(before) - shape.lead[i]
+        else:
+            opening = shape.pieces[shape.ends[i][0]]
+            opening = opening[len(opening) - shape.lead[i] :] + _leaf(conversation[place], first, 0)
+            start = self._start(other[:place], before, opening)
         if last in "qt":
             end = len(text) - len(after) + shape.tail[i]
         else:
@@ -209,11 +218,13 @@ class ChatTemplate:
             raise BadRecord("the chat template renders other turns differently with this answer")
         return start, end
 
-    def _start(self, asked: Messages, before: str) -> int:
-        """Where the assistant begins to speak in a text that goes on after `before`."""
+    def _start(self, asked: Messages, before: str, opening: str) -> int:
+        """Where the assistant begins to speak in a text that goes on after `before`; `opening` is how it begins."""
         prompt = self._prompt(asked)
         if before.startswith(prompt):
             return len(prompt)
+        if opening and opening in before:
+            return before.rindex(opening)
         # Earlier turns look different here: go by the text that the generation prompt adds.
         added = prompt.removeprefix(self.renderer.render(asked))
         return before.rindex(added) + len(added) if added in before else len(before)
@@ -251,13 +262,18 @@ class ChatTemplate:
     def _lead(self, asked: Messages, text: str, content: int, piece: str) -> tuple[int, bool]:
         """Characters between where the assistant begins to speak and its first leaf, e.g. of an empty think block.
 
-        And whether the text up to there is what generate sends.
+        And whether it begins as generate's prompt ends.
         """
         prompt = self._prompt(asked)
-        agree = _num_common(prompt, text)
-        if content - len(piece) <= agree <= content:
+        agree, first = _num_common(prompt, text), content - len(piece)
+        if first <= agree <= content:
+            if agree < min(len(prompt), content):  # amid a word or a token, maybe
+                agree = first + max([0, *(match.end() for match in self._words.finditer(text[first:agree]))])
             return content - agree, agree == len(prompt)
-        return content - max(content - len(piece), self._start(asked, text[:content])), False
+        after_question = prompt[_last(list(STAND_IN.finditer(prompt))) :]
+        if piece.startswith(after_question):  # earlier turns look different here: go by what follows the question
+            return len(piece) - len(after_question), True
+        return content - max(first, self._start(asked, text[:content], "")), True
 
     def _tail(self, upto: Messages, leaf: Leaf, piece: str) -> int:
         """Characters after a turn's last leaf that close the turn."""
@@ -288,8 +304,8 @@ class ChatTemplate:
             tail[i] = max(tail[i], own[-1][1] - last) if own else tail[i]
 
     def stops(self, text: str) -> bool:
-        """Whether a text holds a token that ends an answer."""
-        return not self._closing_ids.isdisjoint(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Whether a text ends with a token that ends an answer."""
+        return text.rstrip().endswith(self._closing)
 
 
 LEFT_OUT = "the chat template leaves out what the assistant says"
