@@ -1,6 +1,7 @@
 """The data plane's figures, each beside what it is compared with. One JSON object on stdout.
 
     python -m benchmarks.data tokenize [--records N]   against datasets.map + TRL's packing (pip install -e .[bench])
+    python -m benchmarks.data tools [--records N]      the same, of records with tools, calls and results
     python -m benchmarks.data memory [--records N]     peak memory with so many records, and with ten times as many
     python -m benchmarks.data packing                  how full rows are, on long-tailed lengths
     python -m benchmarks.data delivery                 waiting for data at 100 ms steps, two workers
@@ -21,27 +22,40 @@ import time
 from pathlib import Path
 
 MAX_LENGTH = 1024
+FIGURES = ("tokenize", "tools", "memory", "packing", "delivery")
+TOOLS_TEMPLATE = "tests/templates/smollm3.jinja"  # knows tools, and marks what is generated, as TRL wants it
 STEP_SECONDS = 0.1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=["tokenize", "memory", "packing", "delivery", "ours", "trl"])
+    parser.add_argument("figure", choices=[*FIGURES, "ours", "trl"])
     parser.add_argument("--records", type=int, default=200_000)
+    parser.add_argument("--tools", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help="keep records and caches here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        figures = {"tokenize": tokenize, "memory": memory, "packing": packing, "delivery": delivery,
-                   "ours": ours, "trl": trl}  # fmt: skip
-        print(json.dumps(figures[arguments.figure](folder, arguments.records), indent=1))
+        if arguments.figure in ("ours", "trl"):
+            made = {"ours": ours, "trl": trl}[arguments.figure](folder, arguments.records, arguments.tools)
+        else:
+            made = globals()[arguments.figure](folder, arguments.records)
+        print(json.dumps(made, indent=1))
 
 
 def tokenize(folder: Path, records: int) -> dict:
     """Rows a second of both, one after the other."""
     write_records(folder, records)
     figures = {name: measure(folder, records, name, watched=False) for name in ("ours", "trl")}
+    ratio = figures["trl"]["seconds"] / figures["ours"]["seconds"]
+    return {**figures, "ours_over_trl_records_per_second": round(ratio, 2)}
+
+
+def tools(folder: Path, records: int) -> dict:
+    """Rows a second of both on records with tools."""
+    write_tool_records(folder, records)
+    figures = {name: measure(folder, records, name, watched=False, tools=True) for name in ("ours", "trl")}
     ratio = figures["trl"]["seconds"] / figures["ours"]["seconds"]
     return {**figures, "ours_over_trl_records_per_second": round(ratio, 2)}
 
@@ -128,7 +142,7 @@ def wait_for_rows(folder: str, rank: int, steps: int) -> dict:
     }  # fmt: skip
 
 
-def ours(folder: Path, records: int) -> dict:
+def ours(folder: Path, records: int, tools: bool = False) -> dict:
     """Tokenize, mask, pack and cache with Ray Data on all cores."""
     import ray
 
@@ -141,7 +155,11 @@ def ours(folder: Path, records: int) -> dict:
     config = Config.model_validate(
         {
             "training": {"max_length": MAX_LENGTH},
-            "data": {"train_file": str(folder / f"{records}.jsonl"), "validation_split": 0},
+            "data": {
+                "train_file": str(folder / f"{records}.jsonl"),
+                "validation_split": 0,
+                "chat_template": TOOLS_TEMPLATE if tools else None,
+            },
         }
     )
 
@@ -157,7 +175,7 @@ def ours(folder: Path, records: int) -> dict:
             "packing_efficiency": round(made.stats.packing_efficiency, 4)}  # fmt: skip
 
 
-def trl(folder: Path, records: int) -> dict:
+def trl(folder: Path, records: int, tools: bool = False) -> dict:
     """The same with what TRL's SFTTrainer does before it trains: its own code, two processes."""
     import datasets
     from transformers import AutoTokenizer
@@ -166,6 +184,8 @@ def trl(folder: Path, records: int) -> dict:
     from qlora_ray.config import base_model_path
 
     tokenizer = AutoTokenizer.from_pretrained(base_model_path("embedded"))
+    if tools:
+        tokenizer.chat_template = Path(TOOLS_TEMPLATE).read_text()
     settings = SFTConfig(
         str(folder), max_length=MAX_LENGTH, packing=True, assistant_only_loss=True, dataset_num_proc=2, report_to=[],
         use_cpu=True, bf16=False,
@@ -178,9 +198,10 @@ def trl(folder: Path, records: int) -> dict:
     return {"tokens": tokens, "rows": len(made), "packing_efficiency": round(tokens / len(made) / MAX_LENGTH, 4)}
 
 
-def measure(folder: Path, records: int, who: str, watched: bool) -> dict:
+def measure(folder: Path, records: int, who: str, watched: bool, tools: bool = False) -> dict:
     """Run `who` in a process of its own: wall seconds and records a second; watched also its peak memory."""
     command = [sys.executable, "-m", "benchmarks.data", who, "--records", str(records), "--folder", str(folder)]
+    command += ["--tools"] if tools else []
     subprocess.run(["rm", "-rf", str(folder / "storage"), str(folder / "datasets")], check=True)
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -241,6 +262,33 @@ def write_records(folder: Path, count: int) -> None:
                     for k in range(2 * number)
                 ]
                 file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def write_tool_records(folder: Path, count: int) -> None:
+    """Seeded conversations as JSON Lines: two to four of forty tools, a question, calls, results, an answer."""
+    import random
+
+    pick = random.Random(0)
+    words = ["".join(pick.choices("etaoinshrdlu", k=pick.randint(2, 9))) for _ in range(2000)]
+    say = lambda most: " ".join(pick.choices(words, k=pick.randint(3, most)))  # noqa: E731
+    what = lambda: {"type": "string", "description": say(12)}  # noqa: E731
+    known = [
+        {"type": "function", "function": {"name": f"tool_{i}", "description": say(20), "parameters": {
+            "type": "object", "properties": {"what": what()}, "required": ["what"]}}}
+        for i in range(40)
+    ]  # fmt: skip
+    with (folder / f"{count}.jsonl").open("w") as file:
+        for _ in range(count):
+            offered = pick.sample(known, pick.randint(2, 4))
+            names = [tool["function"]["name"] for tool in offered[: pick.randint(1, 2)]]
+            calls = [{"type": "function", "function": {"name": name, "arguments": {"what": say(6)}}} for name in names]
+            turns = [
+                {"role": "user", "content": say(40)},
+                {"role": "assistant", "content": "", "tool_calls": calls},
+                *({"role": "tool", "name": name, "content": say(30)} for name in names),
+                {"role": "assistant", "content": say(40)},
+            ]
+            file.write(json.dumps({"messages": turns, "tools": offered}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a user may ask: the YAML file and its overrides, checked and frozen. Imports no torch, no ray."""
 
+import datetime
 import difflib
 import re
 from collections.abc import Sequence
@@ -142,9 +143,9 @@ class DataSource(Section):
     weight: float = Field(1.0, gt=0)
     """How often each record appears in an epoch: 2.0 twice, 0.5 a seeded half of them once."""
     split: str | None = None
-    """Split of a hub data set or a saved DatasetDict; default: data.split, for validation "validation"."""
+    """Split or slice of this entry, as in data.split; default: data.split, for validation "validation"."""
     name: str | None = None
-    """Configuration of a hub data set (load_dataset's `name`)."""
+    """Configuration of a hub data set (load_dataset's `name`), or of a folder whose README.md lists some."""
     revision: str | None = None
     """Commit, tag or branch of a hub data set; default: data.revision."""
 
@@ -173,12 +174,21 @@ class DataConfig(Section):
     """auto, alpaca, messages, sharegpt, prompt_completion, text, or package.module:function (record to messages)."""
     chat_template: str | None = None
     """Default: the tokenizer's own, else plain. Or plain, chatml, or a file with a Jinja template."""
-    train_on: Literal["all_assistant_turns", "last_turn", "everything"] = "all_assistant_turns"
-    """What the loss is taken over: every answer, the last one, or prompts too."""
+    train_on: Literal[
+        "all_assistant_turns", "last_turn", "last_exchange", "tool_calls", "last_tool_call", "everything"
+    ] = "all_assistant_turns"
+    """What the loss is taken over: all that the assistant says (thoughts and calls are part of it), the last turn, all
+    turns after the last question, turns that call a tool, the last of those; or prompts too."""
+    keep_thoughts: Literal["template", "all"] = "template"
+    """Thoughts of earlier answers that the template leaves out: as it does, or all, one more sample for each."""
+    date: str | None = None
+    """Day that a chat template which prints the day prints, YYYY-MM-DD; default: the first day in this storage_path."""
     revision: str | None = None
     """Commit, tag or branch of a hub data set."""
     split: str = "train"
-    """Split of a hub data set or a saved DatasetDict to train on."""
+    """Split to train on, of a hub data set or of a folder with splits; also a slice: train[:10%], train[100:200]."""
+    order: Literal["shuffled", "given", "by_length"] = "shuffled"
+    """shuffled: anew each epoch. given: as the files have it. by_length: the longest first. See docs/data.md."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Stop if more than this share of the records is unusable."""
 
@@ -188,6 +198,14 @@ class DataConfig(Section):
         if value == []:
             raise ValueError("must name at least one file")
         return value
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _date_is_a_day(cls, date):
+        try:
+            return date and datetime.date.fromisoformat(str(date)).isoformat()  # YAML reads a day as a date
+        except ValueError:
+            raise ValueError("must be a day, YYYY-MM-DD") from None
 
     @field_validator("format")
     @classmethod

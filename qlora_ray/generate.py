@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--input", metavar="FILE.jsonl", help="answer each line: {prompt}, {messages} or {instruction}")
     parser.add_argument("--output", metavar="FILE.jsonl", help="with --input: where answers go, in the input's order")
     parser.add_argument("--system", metavar="TEXT", help="system message before the first turn")
+    parser.add_argument(
+        "--tools", metavar="FILE.json", help="what may be called: a JSON list, as in a record's `tools`"
+    )
     parser.add_argument("--compare", action="store_true", help="the base's answer beside the adapter's")
     parser.add_argument("--seed", type=int, default=0, help="for sampling (default: 0)")
     parser.add_argument("--batch-size", type=int, default=16, help="with --input: prompts at once (default: 16)")
@@ -59,16 +62,17 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    from qlora_ray.inference.options import read_options
+    from qlora_ray.inference.options import read_opening, read_options
     from qlora_ray.model.record import open_adapter
 
     quiet(arguments.debug)
+    opening = read_opening(arguments.tools, arguments.system)
     adapter = open_adapter(arguments.adapter, arguments.base)
     if arguments.input:
         from qlora_ray.inference.batch import Job, answer_file
 
         options = read_options(arguments.options)
-        job = Job(adapter, options, arguments.batch_size, arguments.compare, arguments.seed, arguments.system)
+        job = Job(adapter, options, arguments.batch_size, arguments.compare, arguments.seed, opening)
         return answer_file(job, arguments.input, arguments.output, arguments.workers, arguments.address)
     with no_garbage_collection():
         from qlora_ray.inference import chat, load
@@ -76,8 +80,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         options = read_options(arguments.options)
         loaded = load.load(adapter, load.pick_device())
     if arguments.chat:
-        return chat.talk(loaded, options, arguments.system, arguments.compare, arguments.seed)
-    return chat.answer_once(loaded, options, arguments.prompt, arguments.system, arguments.compare, arguments.seed)
+        return chat.talk(loaded, options, opening, arguments.compare, arguments.seed)
+    asked = [*opening, {"role": "user", "content": arguments.prompt}]
+    return chat.answer_once(loaded, options, asked, arguments.compare, arguments.seed)
 
 
 if __name__ == "__main__":

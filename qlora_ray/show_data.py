@@ -1,4 +1,7 @@
-"""python -m qlora_ray.data: what the model will see. Counts, lengths, packing, rejected records, and the mask."""
+"""python -m qlora_ray.data: what the model will see. Counts, lengths, packing, rejected records, and the mask.
+
+With --check: what is worth knowing of the records before they are trained on.
+"""
 
 import argparse
 import json
@@ -7,7 +10,7 @@ from typing import Any
 
 from qlora_ray import door
 from qlora_ray.config import Config
-from qlora_ray.console import console
+from qlora_ray.console import console, say_note
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,12 +18,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = door.make_parser("data", "Show what the model will see.")
     door.add_config_arguments(parser)
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show with their mask (default: 3)")
+    parser.add_argument("--check", action="store_true", help="look for copies, leaks, cut answers, ... (docs/data.md)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return door.run(parser, _show_data, argv)
 
 
 def _show_data(arguments: argparse.Namespace) -> int:
     config, _ = door.read_arguments(arguments)
+    if arguments.check:
+        found = _check(config, arguments.debug)
+        print(json.dumps(found, ensure_ascii=False)) if arguments.json else _show_check(found)
+        return 0
     shown = _look(config, max(0, arguments.rows), arguments.debug)
     print(json.dumps(shown, ensure_ascii=False)) if arguments.json else _show(shown)
     return 0
@@ -48,12 +56,66 @@ def _look(config: Config, num_rows: int, debug: bool) -> dict[str, Any]:
         connect.start_ray(config, debug)
         return run_on_ray
 
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    made = prepare(config, folder, packs(config, read_facts(local_base(config))), runner, tell)
+    made = prepare(config, folder, packs(config, read_facts(local_base(config))), runner, _tell)
     rows = show_rows(made, encoder_of(make_recipe(config)).tokenizer, num_rows) if num_rows else []
     return {**describe(made), "rows": rows}
+
+
+def _check(config: Config, debug: bool) -> dict[str, Any]:
+    import time
+
+    from qlora_ray.cluster import connect
+    from qlora_ray.data.faults import Base
+    from qlora_ray.data.prepare import make_recipe
+    from qlora_ray.data.quality import Quality
+    from qlora_ray.data.sources import find_sources
+    from qlora_ray.data.work import encoder_of
+    from qlora_ray.model.answer import stop_token_ids
+    from qlora_ray.model.untrained import generation_config_of, untrained_tokens
+    from qlora_ray.planning.early import check_files, local_base
+
+    began = time.perf_counter()
+    check_files(config)
+    connect.set_environment(config, debug)
+    folder = local_base(config)
+    encoder = encoder_of(make_recipe(config))
+    stops = frozenset(stop_token_ids(generation_config_of(folder), encoder.tokenizer))
+    quality = Quality(config, Base(encoder, stops, untrained_tokens(folder, encoder.tokenizer)), _tell)
+    quality.look({key: find_sources(config, key) for key in ("train_file", "validation_file")})
+    return {**quality.report(), "seconds": round(time.perf_counter() - began, 1)}
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _show_check(found: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(f"{found['num_records']:,} records, {found['num_usable']:,} usable, {found['num_validation']:,} of "
+                  f"these for validation; looked at in {found['seconds']:,.1f} s")  # fmt: skip
+    table = Table("records", "share", "what", "what to do")
+    for one in found["findings"].values():
+        if one["records"]:
+            table.add_row(f"{one['records']:,}", f"{one['share']:.1%}", one["what"], one["advice"])
+    if table.row_count:
+        console.print(table)
+    faults, unknown = found["findings"], found["not_checked"]
+    clean = [one["what"] for kind, one in faults.items() if not one["records"] and kind not in unknown]
+    console.print(Text(f"none: {'; '.join(clean)}", style="dim"))
+    for one in found["findings"].values():
+        if one["examples"]:
+            console.print(f"\n[bold]{one['what']}[/]")
+        for example in one["examples"]:
+            console.print(Text.assemble((example["place"], "cyan"), "  ", (_visible(example["why"]), "yellow")))
+            console.print(Text("  " + " ↵ ".join(_visible(example["text"]).split("\n")), style="dim"))
+    for kind, why in found["not_checked"].items():
+        say_note(f"{found['findings'][kind]['what']}: {why}.")
+
+
+def _visible(text: str) -> str:
+    return text.replace("\x1b", "␛")  # a record shall not steer the terminal
 
 
 def _show(data: dict[str, Any]) -> None:
@@ -65,6 +127,8 @@ def _show(data: dict[str, Any]) -> None:
     for name, value in _lines(data).items():
         table.add_row(name, value)
     console.print(table)
+    for note in data["notes"]:
+        say_note(note)
     for name in (*data["rejected_files"], data["cache_entry"]):
         console.print(name, style="dim", soft_wrap=True)
     console.print("\n[bold]tokens per sample[/]")
@@ -77,8 +141,7 @@ def _show(data: dict[str, Any]) -> None:
         for i, piece in enumerate(row["pieces"]):
             if i and piece["sample"] != row["pieces"][i - 1]["sample"]:
                 text.append("\n┄┄ next sample, which does not see the one above ┄┄\n", style="cyan")
-            visible = piece["text"].replace("\x1b", "␛")  # a record shall not steer the terminal
-            text.append(visible, style="bold green" if piece["trained"] else "dim")
+            text.append(_visible(piece["text"]), style="bold green" if piece["trained"] else "dim")
         console.print(f"\n[bold]row {number}[/]: {row['num_tokens']:,} tokens, {row['num_label_tokens']:,} trained on "
                       "([bold green]green[/])")  # fmt: skip
         console.print(text)

@@ -4,13 +4,22 @@ import itertools
 from collections.abc import Iterator
 
 from qlora_ray.config import Config, ConfigError
-from qlora_ray.data.formats import FORMATS, BadRecord, Messages, convert, load_function
+from qlora_ray.data.formats import FORMATS, convert, load_function
+from qlora_ray.data.mask import CALL, NAME, THOUGHT, TOLD, TOOLS
 from qlora_ray.data.read import BLANK, DamagedFile, cut, place_unit, read
 from qlora_ray.data.samples import INLINE_BYTES
 from qlora_ray.data.sources import Source, find_sources
 from qlora_ray.data.template import find_template
+from qlora_ray.data.turns import BadRecord, Messages
 
 PEEKED_RECORDS = 1000
+WAY_OUT = "Use a data.chat_template that shows it."
+WAYS_OUT = {
+    THOUGHT: "Use a data.chat_template that shows thoughts (chatml does), or take them out of the records.",
+    CALL: "Use a data.chat_template that knows tools (chatml does), or take them out of the records.",
+    TOOLS: "Use a data.chat_template that knows tools (chatml does), or take them out of the records.",
+    NAME: "Use a data.chat_template that shows names, or take them out of the records.",
+}
 
 
 def check_records(config: Config) -> None:
@@ -75,6 +84,16 @@ def refuse_too_many(source: Source, num_records: int, rejected: dict[str, tuple[
         f"{where}: {num_rejected} of {num_records} records cannot be used, data.max_bad_fraction allows {limit:.0%}: "
         f"{reasons}.{left}"
     )
+
+
+def refuse_missing(source: Source, num_records: int, missing: dict[str, tuple[int, str]], limit: float) -> None:
+    """Raise ConfigError where the template leaves out of more than `limit` of the records what it should not."""
+    for kind, (count, first) in missing.items():
+        if kind not in TOLD and count > limit * num_records:
+            raise ConfigError(
+                f"{source.key}={source.entry.path}: the chat template leaves out {kind}, in {count} of {num_records} "
+                f"records (first: {first}); data.max_bad_fraction allows {limit:.0%}. {WAYS_OUT.get(kind, WAY_OUT)}"
+            )
 
 
 def _messages(record: object, format: str) -> Messages | BadRecord:

@@ -18,6 +18,7 @@ def describe(made: Prepared) -> dict[str, Any]:
     lengths = np.concatenate([samples.index()["num_tokens"] for samples in made.train])
     return {
         **dataclasses.asdict(stats),
+        "notes": list(stats.notes),
         "label_share": stats.num_label_tokens / stats.num_tokens,
         "packing_efficiency": stats.packing_efficiency,
         "length_histogram": histogram(lengths, stats.max_length),

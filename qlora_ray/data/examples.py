@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 
 from qlora_ray.config import DataSource
-from qlora_ray.data.check import Rejected, messages_of, refuse_too_many
-from qlora_ray.data.formats import BadRecord
+from qlora_ray.data.check import Rejected, messages_of, refuse_missing, refuse_too_many
 from qlora_ray.data.sources import find_source
 from qlora_ray.data.tokenize import Encoder, Sample, prompt_of
+from qlora_ray.data.turns import BadRecord
 
 
 def read_examples(
@@ -24,13 +24,18 @@ def read_examples(
     samples: list[Sample] = []
     prompts: list[dict[str, Any]] = []
     rejected = Rejected()
+    missing: dict[str, tuple[int, str]] = {}
     for where, messages in messages_of(source, format):
         made = messages if isinstance(messages, BadRecord) else encoder.encode([messages])[0]
         rejected.count(where, made)
         if not isinstance(made, BadRecord) and not isinstance(messages, BadRecord):
             samples += made
+            for kind in {kind for sample in made for kind in sample.missing}:
+                count, first = missing.get(kind, (0, where))
+                missing[kind] = (count + 1, first)
             prompts += filter(None, [prompt_of(encoder.tokenizer, messages)])
     refuse_too_many(source, rejected.num_records, rejected.by_reason, max_bad_fraction)
+    refuse_missing(source, rejected.num_records, missing, max_bad_fraction)
     return to_table(samples), prompts
 
 

@@ -11,12 +11,13 @@ NO_ROW = -1  # fills the last global batch of an epoch: micro-batches never chan
 
 @dataclass(frozen=True)
 class Order:
-    """Cuts permutation(seed, epoch) into global batches of M micro-batches of B rows."""
+    """Cuts the rows, by permutation(seed, epoch) or as they stand, into global batches of M micro-batches of B."""
 
     num_rows: int
     seed: int
     micro_batch_size: int
     micro_batches_per_step: int
+    is_shuffled: bool = True  # data.order=shuffled; else the rows lie in the order asked for, in every epoch
 
     @property
     def global_batch_size(self) -> int:
@@ -34,7 +35,8 @@ class Order:
 
     def rows_of_step(self, step: int) -> np.ndarray:
         """Row numbers of optimizer step `step` (from 0): (M, B) int64, NO_ROW where an epoch has run out."""
-        order = permutation(self.num_rows, self.seed, self.epoch_of(step))
+        epoch = self.epoch_of(step)
+        order = permutation(self.num_rows, self.seed, epoch) if self.is_shuffled else np.arange(self.num_rows)
         first = step % self.steps_per_epoch * self.global_batch_size
         rows = np.full(self.global_batch_size, NO_ROW, dtype=np.int64)
         taken = order[first : first + self.global_batch_size]
@@ -53,6 +55,12 @@ def permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)
     order.setflags(write=False)
     return order
+
+
+def longest_first(lengths: np.ndarray, seed: int) -> np.ndarray:
+    """Where the longest stands in `lengths`, then the next: (N,) int64. Those of one length come as the seed says."""
+    shuffled = np.random.Generator(np.random.Philox(key=[seed, 2**63 + 1])).permutation(len(lengths))
+    return shuffled[np.argsort(-lengths[shuffled], kind="stable")]
 
 
 def held_out(num_rows: int, fraction: float, seed: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Best-fit decreasing: which samples share a row. Works on counts of lengths, so its cost does not grow with them."""
+"""Which samples share a row: best-fit decreasing on counts of lengths, whose cost does not grow with their number.
+
+Where the samples' order is to stay, rows are filled one after the other.
+"""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -41,6 +44,16 @@ def pack(lengths: np.ndarray, max_length: int, seed: int) -> tuple[np.ndarray, n
         samples.append(rows.ravel())
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]) if sizes else np.zeros(1)
     return offsets.astype(np.int64), np.concatenate(samples).astype(np.int64) if samples else np.zeros(0, np.int64)
+
+
+def pack_in_order(lengths: np.ndarray, max_length: int) -> np.ndarray:
+    """Fill rows with samples, (N,) lengths, as they come: offsets (R+1,) int64 of each row's first sample."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    offsets = [0]
+    while offsets[-1] < len(lengths):
+        before = ends[offsets[-1] - 1] if offsets[-1] else 0
+        offsets.append(int(np.searchsorted(ends, before + max_length, side="right")))
+    return np.array(offsets, np.int64)
 
 
 def _fill(histogram: np.ndarray, max_length: int) -> list[tuple[_Bin, int]]:

@@ -1,5 +1,7 @@
 """From what a config names to cached rows, before any worker or process group exists."""
 
+import dataclasses
+import datetime
 import itertools
 import json
 from collections import Counter
@@ -8,20 +10,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_ray.config import Config, base_model_path
-from qlora_ray.data.check import refuse_too_many
+from qlora_ray.config import Config, ConfigError, base_model_path
+from qlora_ray.data.check import refuse_missing, refuse_too_many
 from qlora_ray.data.deal import Share, deal
-from qlora_ray.data.pack import pack
+from qlora_ray.data.order import longest_first
+from qlora_ray.data.pack import pack, pack_in_order
 from qlora_ray.data.rows import find, write_rows, write_stats
 from qlora_ray.data.samples import INLINE_BYTES, Runner, Samples, Tell, fingerprint, run_inline, samples_of
 from qlora_ray.data.sources import Source, find_sources
 from qlora_ray.data.stats import DataStats
-from qlora_ray.data.template import find_template
-from qlora_ray.data.tokenize import prompt_of
+from qlora_ray.data.template import ASKS_DATE, find_template
+from qlora_ray.data.tokenize import prompt_of, tokenizer_files
 from qlora_ray.data.work import Recipe, encoder_of
 from qlora_ray.storage import Folder
 
 MOST_PROMPTS = 1000
+DATE_FILE = "date.txt"  # in the cache: the day that templates print
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,12 @@ def prepare(
     `runner` is asked for only where there is much to tokenize; without it all is done in this process. `tell` gets a
     line now and then where that takes long.
     """
-    cache, recipe = storage / "cache", make_recipe(config)
+    cache = storage / "cache"
+    recipe = with_date(make_recipe(config), config, cache)
     sources = {key: find_sources(config, key) for key in ("train_file", "validation_file")}
+    for source in itertools.chain.from_iterable(sources.values()):
+        if source.note:
+            tell(source.note)
     done = {
         key: tuple(samples_of(source, recipe, cache, _runner_for(source, runner), tell) for source in of_key)
         for key, of_key in sources.items()
@@ -55,6 +63,7 @@ def prepare(
     for key in sources:
         for source, samples in zip(sources[key], done[key], strict=True):
             refuse_too_many(source, samples.num_records, samples.rejected, config.data.max_bad_fraction)
+            refuse_missing(source, samples.num_records, samples.missing, config.data.max_bad_fraction)
     entry = cache / _rows_fingerprint(config, sources, done, packing)
     stats = find(entry)
     if stats is None:
@@ -68,8 +77,22 @@ def make_recipe(config: Config) -> Recipe:
     return Recipe(
         base=base_model_path(model.base_model), revision=model.revision, trust_remote_code=model.trust_remote_code,
         chat_template=find_template(data.chat_template), format=data.format, train_on=data.train_on,
-        max_length=config.training.max_length,
+        max_length=config.training.max_length, keep_thoughts=data.keep_thoughts,
     )  # fmt: skip
+
+
+def with_date(recipe: Recipe, config: Config, cache: Folder) -> Recipe:
+    """The recipe with the day that its template shall print: data.date, else that of the first time in this cache."""
+    files = tokenizer_files(recipe.base, recipe.revision)
+    texts = [file.read_bytes() for file in files] if recipe.chat_template is None else [recipe.chat_template.encode()]
+    if not any(ASKS_DATE.encode() in text for text in texts):
+        if config.data.date is not None:
+            raise ConfigError(f"data.date={config.data.date}: the chat template prints no date. Leave it out.")
+        return recipe
+    kept = cache / DATE_FILE
+    if config.data.date is None and not kept.exists():
+        kept.write_bytes(datetime.date.today().isoformat().encode())
+    return dataclasses.replace(recipe, date=config.data.date or kept.read_bytes().decode())
 
 
 def _runner_for(source: Source, runner: Callable[[], Runner] | None) -> Runner:
@@ -84,20 +107,19 @@ def _rows_fingerprint(config: Config, sources: dict, done: dict, packing: bool) 
         for key in sources
     }
     split = None if done["validation_file"] else config.data.validation_split
-    return fingerprint([repr((made_of, split, config.training.seed, packing, config.training.max_length))])
+    parts = (made_of, split, config.training.seed, packing, config.training.max_length)
+    order = config.data.order
+    return fingerprint([repr(parts if order == "shuffled" else (*parts, order))])  # entries made before it was asked
 
 
 def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, done: dict, packing: bool) -> DataStats:
     """Write an entry of rows: which samples each holds, and the held-out prompts."""
-    max_length, seed = config.training.max_length, config.training.seed
+    max_length = config.training.max_length
     train, held = deal(config, sources, done)
     lengths_of_rows = {}
     for split, share in (("train", train), ("validation", held)):
         lengths = share.index.num_tokens[share.samples]
-        if packing:
-            offsets, places = pack(lengths, max_length, seed)
-        else:
-            offsets, places = np.arange(len(lengths) + 1), np.arange(len(lengths))
+        offsets, places = _rows_of(lengths, config, packing, config.data.order if split == "train" else "shuffled")
         lengths_of_rows[split] = write_rows(entry, split, offsets, share.samples[places], share.index)
     stats = DataStats(
         fingerprint=entry.name,
@@ -114,14 +136,34 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
         packed=packing,
         max_length=max_length,
         formats=dict(sum((Counter(samples.formats) for samples in done["train_file"]), Counter())),
+        missing=_sum([samples.missing for samples in done["train_file"]]),
+        unused=_sum([samples.unused for samples in done["train_file"]]),
+        template_notes=encoder_of(recipe).notes(),
+        date=recipe.date,
     )
     held_key = "validation_file" if done["validation_file"] else "train_file"
     prompts = _prompts(recipe, done[held_key], held)
     (entry / "prompts.json").write_bytes(json.dumps(prompts, ensure_ascii=False).encode())
     names = {"train": done["train_file"], "validation": done[held_key]}
     entries = {split: [samples.entry.name for samples in made] for split, made in names.items()}
-    write_stats(entry, stats, entries, recipe.chat_template)
+    write_stats(entry, stats, entries, encoder_of(recipe).tokenizer.chat_template)
     return stats
+
+
+def _rows_of(lengths: np.ndarray, config: Config, packing: bool, order: str) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, places): row r holds the samples at places[offsets[r]:offsets[r+1]] of `lengths`."""
+    max_length, seed = config.training.max_length, config.training.seed
+    if packing and order == "shuffled":
+        return pack(lengths, max_length, seed)
+    places = longest_first(lengths, seed) if order == "by_length" else np.arange(len(lengths))
+    return pack_in_order(lengths[places], max_length) if packing else np.arange(len(lengths) + 1), places
+
+
+def _sum(counted: list[dict[str, tuple[int, str]]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for counts in counted:
+        total.update({kind: count for kind, (count, _) in counts.items()})
+    return dict(total)
 
 
 def _prompts(recipe: Recipe, samples: tuple[Samples, ...], held: Share) -> list[dict]:

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from qlora_ray.data.formats import BadRecord
+from qlora_ray.data.files import DataFile
 from qlora_ray.data.json_array import DamagedFile, array_items
-from qlora_ray.data.sources import DataFile
+from qlora_ray.data.turns import BadRecord
 
 CHUNK_BYTES = 8 << 20  # of JSON Lines and Arrow
 RECORDS_PER_BATCH = 1024
@@ -36,13 +36,14 @@ class Chunk:
 
 
 def cut(file: DataFile) -> list[Chunk]:
-    """The chunks of a file, in order. Raises DamagedFile."""
+    """The chunks of a file, in order; of a slice those that hold some of it. Raises DamagedFile."""
     try:
         if file.kind == "parquet":
-            return _cut_parquet(file)
+            return _overlapping(_cut_parquet(file), file.taken)
         if file.kind == "arrow":
-            return _cut_arrow(file)
-        if file.kind == "json" and not file.compression and file.num_bytes > 2 * CHUNK_BYTES and not is_array(file):
+            return _overlapping(_cut_arrow(file), file.taken)
+        is_large = file.num_bytes > 2 * CHUNK_BYTES and not file.compression
+        if file.kind == "json" and is_large and not file.taken and not is_array(file):
             starts = range(0, file.num_bytes - CHUNK_BYTES // 2, CHUNK_BYTES)
             return [
                 Chunk(file, start, stop, None if start else 0)
@@ -56,13 +57,50 @@ def cut(file: DataFile) -> list[Chunk]:
 def read(chunk: Chunk) -> Iterator[Located]:
     """(place, record) of each record of a chunk; the record is a BadRecord where it cannot be parsed, or BLANK.
 
-    Raises DamagedFile where the rest of the file cannot be read.
+    Of a slice, those of its records. Raises DamagedFile where the rest of the file cannot be read.
     """
     readers = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "arrow": _read_arrow}
     try:
-        yield from readers[chunk.file.kind](chunk)
+        records = readers[chunk.file.kind](chunk)
+        yield from records if chunk.file.taken is None else _of_slice(records, chunk, chunk.file.taken)
     except (OSError, pa.ArrowException, csv.Error, EOFError) as error:
         raise DamagedFile(_first_line(error)) from error
+
+
+def count(file: DataFile) -> int:
+    """Records of a whole file, bad ones too; blank lines are none. Raises DamagedFile."""
+    try:
+        if file.kind == "parquet":
+            return sum(_row_groups(file))
+        if file.kind == "arrow":
+            with _arrow_file(file) as opened:
+                return sum(batch.num_rows for batch in _batches(opened))
+        if file.kind == "json" and not is_array(file):
+            return sum(1 for line in _lines(Chunk(file)) if line.strip())
+    except (OSError, pa.ArrowException, EOFError) as error:
+        raise DamagedFile(_first_line(error)) from error
+    return sum(1 for _, record in read(Chunk(file)) if record is not BLANK)
+
+
+def _overlapping(chunks: list[Chunk], taken: tuple[int, int] | None) -> list[Chunk]:
+    if taken is None:
+        return chunks
+    ends = [*(chunk.num_before or 0 for chunk in chunks[1:]), taken[1]]
+    return [
+        chunk for chunk, end in zip(chunks, ends, strict=True) if (chunk.num_before or 0) < taken[1] and end > taken[0]
+    ]
+
+
+def _of_slice(records: Iterator[Located], chunk: Chunk, taken: tuple[int, int]) -> Iterator[Located]:
+    number = chunk.num_before or 0
+    for place, record in records:
+        if record is BLANK:
+            continue
+        if number >= taken[1]:
+            return
+        if number >= taken[0]:
+            yield place, record
+        number += 1
 
 
 def place_unit(file: DataFile) -> str:
@@ -177,11 +215,16 @@ def _read_csv(chunk: Chunk) -> Iterator[Located]:
 
 
 def _cut_parquet(file: DataFile) -> list[Chunk]:
-    with file.filesystem.open_input_file(file.path) as opened:
-        metadata = pa.parquet.ParquetFile(opened).metadata
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    sizes = _row_groups(file)
     before = [sum(sizes[:i]) for i in range(len(sizes))]
     return [Chunk(file, i, i + 1, number) for i, number in enumerate(before) if sizes[i]]
+
+
+def _row_groups(file: DataFile) -> list[int]:
+    """Records of each row group."""
+    with file.filesystem.open_input_file(file.path) as opened:
+        metadata = pa.parquet.ParquetFile(opened).metadata
+        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
 
 def _read_parquet(chunk: Chunk) -> Iterator[Located]:

@@ -35,7 +35,8 @@ def find(entry: Folder) -> DataStats | None:
     known = json.loads((entry / STATS).read_bytes())
     entries = {name for names in known["samples"].values() for name in names}
     whole = all((entry.parent / name / MANIFEST).exists() for name in entries)
-    return DataStats(**known["stats"]) if whole else None
+    stats = {**known["stats"], "template_notes": tuple(known["stats"]["template_notes"])}
+    return DataStats(**stats) if whole else None
 
 
 def write_rows(entry: Folder, split: str, offsets: np.ndarray, samples: np.ndarray, index: Index) -> np.ndarray:
@@ -57,7 +58,7 @@ def write_stats(entry: Folder, stats: DataStats, samples: dict[str, list[str]], 
 
 
 def chat_template_of(entry: Folder) -> str | None:
-    """The template that data.chat_template named when the rows were made; None is the tokenizer's own."""
+    """The template that made the rows: fitted to the tokenizer, its date fixed. None is the tokenizer's own."""
     return json.loads((entry / STATS).read_bytes())["chat_template"]
 
 

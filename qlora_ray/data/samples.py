@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qlora_ray.data.formats import FORMATS, Messages, load_function
+from qlora_ray.data.formats import FORMATS, load_function
 from qlora_ray.data.read import Chunk, DamagedFile, cut, place_unit
 from qlora_ray.data.sources import Source, content_hash
 from qlora_ray.data.tokenize import tokenizer_files
+from qlora_ray.data.turns import Messages
 from qlora_ray.data.work import (
     CHUNKS_WITH_MESSAGES,
     Done,
@@ -35,7 +36,7 @@ from qlora_ray.data.work import (
 )
 from qlora_ray.storage import Folder
 
-LAYOUT = 2  # raise when the tokens or the files change, so that old caches are not read
+LAYOUT = 3  # raise when the tokens or the files change, so that old caches are not read
 INLINE_BYTES = 8 << 20  # less than this is tokenized in seconds: sooner done than handed to Ray
 MANIFEST = "manifest.json"
 
@@ -54,6 +55,8 @@ class Samples:
     num_truncated: int
     formats: dict[str, int]
     rejected: dict[str, tuple[int, str]]  # by reason: how many, and where the first is, for people
+    missing: dict[str, tuple[int, str]]  # by kind, of what records have and their texts have not: the same
+    unused: dict[str, tuple[int, str]]  # by name, of fields that look like content and no format reads
     parts: tuple[tuple[str, int, int], ...]  # name, bytes, samples
 
     @property
@@ -94,7 +97,8 @@ def recipe_hash(recipe: Recipe) -> bytes:
     """Digest over what a recipe names: the tokenizer's files, the template's text, the format function's module."""
     files: list[bytes | str] = [path.read_bytes() for path in tokenizer_files(recipe.base, recipe.revision)]
     files = files or [recipe.base, str(recipe.revision)]
-    settings = [recipe.format, recipe.train_on, str(recipe.max_length), recipe.chat_template or ""]
+    settings = [recipe.format, recipe.train_on, str(recipe.max_length), recipe.chat_template or "",
+                recipe.keep_thoughts, recipe.date or ""]  # fmt: skip
     if recipe.format not in FORMATS and recipe.format != "auto":
         source = load_function(recipe.format)[1].__file__
         if source:
@@ -151,7 +155,9 @@ def _make(source: Source, recipe: Recipe, entry: Folder, run: Runner, tell: Tell
         num_usable=sum(_num_usable(result) for result in results),
         num_truncated=sum(result.num_truncated for result in results),
         formats=dict(sum((collections.Counter(result.formats) for result in results), collections.Counter())),
-        rejected=_reasons(chunks, results, shifts),
+        rejected=_counts(chunks, [result.rejected for result in results], shifts),
+        missing=_counts(chunks, [result.missing for result in results], shifts),
+        unused=_counts(chunks, [result.unused for result in results], shifts),
         parts=tuple((part_name(i), sizes[part_name(i)], len(result.num_tokens)) for i, result in enumerate(results)),
     )
     known = {name: value for name, value in vars(made).items() if name != "entry"}
@@ -208,12 +214,14 @@ def _join_rejected(entry: Folder, chunks: list[Chunk], results: list[Done], shif
                 joined.write(json.dumps(whole, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
-def _reasons(chunks: list[Chunk], results: list[Done], shifts: list[int]) -> dict[str, tuple[int, str]]:
-    """By reason, the most frequent first: how many, and where the first is."""
+def _counts(
+    chunks: list[Chunk], counted: list[dict[str, tuple[int, int]]], shifts: list[int]
+) -> dict[str, tuple[int, str]]:
+    """By reason, kind or name, the most frequent first: how many, and where the first is."""
     found: dict[str, tuple[int, str]] = {}
     several = len({chunk.file for chunk in chunks}) > 1
-    for chunk, result, shift in zip(chunks, results, shifts, strict=True):
-        for reason, (count, place) in result.rejected.items():
+    for chunk, of_chunk, shift in zip(chunks, counted, shifts, strict=True):
+        for reason, (count, place) in of_chunk.items():
             where = f"{place_unit(chunk.file)} {place + shift}" + (f" of {chunk.file.name}" if several else "")
             before, first = found.get(reason, (0, where))
             found[reason] = (before + count, first)

@@ -5,55 +5,17 @@ import glob
 import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import pyarrow
 import pyarrow.fs
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from qlora_ray.config import Config, ConfigError, DataSource, find_file
+from qlora_ray.data.files import KINDS, DataFile, data_file, kind_by_name
+from qlora_ray.data.splits import Splits, choose, splits_by_card, splits_by_name
 
-KINDS = {
-    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".arrow": "arrow", ".feather": "arrow",
-}  # fmt: skip
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-HASH_BLOCK_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """One file of records; picklable, so that tasks on other nodes can open it."""
-
-    filesystem: FileSystem = field(hash=False)
-    path: str
-    name: str  # as the user knows it
-    kind: str  # json (array or lines), csv, parquet, arrow
-    compression: str | None
-    num_bytes: int
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it lies on a disk of this machine."""
-        return isinstance(self.filesystem, LocalFileSystem)
-
-    @property
-    def separator(self) -> str:
-        """Between the cells of a CSV file."""
-        return "\t" if ".tsv" in self.path.rsplit("/", 1)[-1].lower() else ","
-
-    def open_stream(self):
-        """The uncompressed bytes, from the start."""
-        return self.filesystem.open_input_stream(self.path, compression=self.compression)
-
-    def sha256(self) -> bytes:
-        """Of the bytes as they lie on the disk."""
-        digest = hashlib.sha256()
-        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
-            while block := stream.read(HASH_BLOCK_BYTES):
-                digest.update(block)
-        return digest.digest()
+WHOLE = ""  # the split of files whose names tell of none
 
 
 @dataclass(frozen=True)
@@ -63,6 +25,16 @@ class Source:
     key: str  # e.g. data.train_file, for messages
     entry: DataSource
     files: tuple[DataFile, ...]
+    unread: tuple[str, ...] = ()  # names of files of other splits
+
+    @property
+    def note(self) -> str | None:
+        """What is worth telling of files beside those that are read."""
+        if not self.unread:
+            return None
+        names, more = ", ".join(self.unread[:3]), ", ..." if len(self.unread) > 3 else ""
+        read = f"split {self.entry.split} has {len(self.files)} of its files"
+        return f"{self.key}={self.entry.path}: {read}; not read: {names}{more}"
 
     @property
     def num_bytes(self) -> int:
@@ -81,20 +53,42 @@ def find_sources(config: Config, key: str, *, download: bool = True) -> tuple[So
     Without `download`, hub ids are left out: they take seconds.
     """
     data = config.data
+    if data.revision and not any(
+        _is_hub_id(e.path) for k in ("train_file", "validation_file") for e in data.sources(k)
+    ):
+        raise ConfigError(f"data.revision={data.revision}: no file named here is a hub data set. Leave it out.")
     split = data.split if key == "train_file" else "validation"
     found = []
     for entry in data.sources(key):
-        entry = entry.model_copy(update={"split": entry.split or split, "revision": entry.revision or data.revision})
-        if download or not _is_hub_id(entry.path):
-            found.append(find_source(entry, f"data.{key}"))
+        is_hub_id = _is_hub_id(entry.path)
+        revision = entry.revision or (data.revision if is_hub_id else None)
+        if download or not is_hub_id:
+            asked = {"split": entry.split or split, "revision": revision}
+            found.append(find_source(entry.model_copy(update=asked), f"data.{key}"))
     return tuple(found)
 
 
 def find_source(entry: DataSource, key: str) -> Source:
-    """The files that an entry names; `key` is what messages call it. Raises ConfigError."""
-    entry = entry.model_copy(update={"split": entry.split or "train"})
-    files = _from_hub(entry, key) if _is_hub_id(entry.path) else _find(entry, key)
-    return Source(key, entry, tuple(files))
+    """The files that an entry names; `key` is what messages call it. Raises ConfigError.
+
+    An entry without a split means a hub data set's "train", and all that lies elsewhere, if that is one split.
+    """
+    where, spec = f"{key}={entry.path}", entry.split
+    if _is_hub_id(entry.path):
+        splits, spec = _from_hub(entry, where), spec or "train"
+    else:
+        splits = _find(entry, where)
+    files = [file for some in splits.values() for file in some]
+    if list(splits) == [WHOLE]:  # it may be called by either name
+        splits = dict.fromkeys(("train", "validation") if key == "data.validation_file" else ("train",), files)
+        spec = spec or "train"
+    if spec is None:
+        if len(splits) > 1:
+            raise ConfigError(f"{where}: holds the splits {', '.join(sorted(splits))}. Name the files of one of them.")
+        (spec,) = splits
+    chosen = choose(splits, spec, where)
+    unread = sorted({file.name for file in files} - {file.name for file in chosen})
+    return Source(key, entry.model_copy(update={"split": spec}), tuple(chosen), tuple(unread))
 
 
 def content_hash(source: Source) -> bytes:
@@ -105,26 +99,33 @@ def content_hash(source: Source) -> bytes:
     digest = hashlib.sha256()
     with ThreadPoolExecutor(4) as threads:  # hashlib and pyarrow let go of the interpreter
         for file, sha256 in zip(source.files, threads.map(DataFile.sha256, source.files), strict=True):
-            digest.update(sha256 + f"{file.kind} {file.compression} {file.separator}".encode())
+            slice_ = f" {file.taken}" if file.taken else ""
+            digest.update(sha256 + f"{file.kind} {file.compression} {file.separator}{slice_}".encode())
     return digest.digest()
 
 
-def _find(entry: DataSource, key: str) -> list[DataFile]:
+def _find(entry: DataSource, where: str) -> Splits:
+    """The files of each split that a path, glob, folder or URI names; under WHOLE where nothing tells of splits."""
     name = entry.path
-    where = f"{key}={name}"
     try:
         filesystem, path, is_literal = _open_filesystem(name)
         info = filesystem.get_file_info(path)
-        if info.type == FileType.File:
-            return [_data_file(filesystem, path, name, info.size, where)]
         if info.type == FileType.Directory:
             return _in_folder(filesystem, path, entry, where)
-        matches = [] if is_literal else _glob(filesystem, path)
+        is_file = info.type == FileType.File
+        matches = [info] if is_file else [] if is_literal else _glob(filesystem, path)
     except (OSError, pyarrow.ArrowException) as error:
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     if not matches:
         raise ConfigError(f"{where}: {'no such file' if is_literal else 'no file matches'}.")
-    return [_data_file(filesystem, info.path, info.path, info.size, where) for info in matches]
+    _refuse_hub_settings(entry, where, ("name", "revision"))
+    return {WHOLE: [data_file(filesystem, i.path, name if is_file else i.path, i.size, where) for i in matches]}
+
+
+def _refuse_hub_settings(entry: DataSource, where: str, settings: tuple[str, ...]) -> None:
+    for setting in settings:
+        if value := getattr(entry, setting):
+            raise ConfigError(f"{where}: {setting}={value} is for hub data sets, and this is none. Leave it out.")
 
 
 def _open_filesystem(name: str) -> tuple[FileSystem, str, bool]:
@@ -154,64 +155,54 @@ def _glob(filesystem: FileSystem, pattern: str) -> list[pyarrow.fs.FileInfo]:
     return [info for info in found if info.type == FileType.File]
 
 
-def _in_folder(filesystem: FileSystem, path: str, entry: DataSource, where: str) -> list[DataFile]:
+def _in_folder(filesystem: FileSystem, path: str, entry: DataSource, where: str) -> Splits:
     below = {
         info.path.removeprefix(path).lstrip("/"): info
         for info in filesystem.get_file_info(FileSelector(path, recursive=True))
         if info.type == FileType.File
     }
-    if "dataset_dict.json" in below:  # datasets.DatasetDict.save_to_disk
-        splits = sorted({name.split("/")[0] for name in below if "/" in name})
-        if entry.split not in splits:
-            raise ConfigError(f"{where}: has no split {entry.split!r}. Set data.split to one of: {', '.join(splits)}.")
-        below = {name: info for name, info in below.items() if name.startswith(f"{entry.split}/")}
-    files = [
-        _data_file(filesystem, info.path, info.path, info.size, where)
-        for name, info in sorted(below.items())
+    names = [
+        name
+        for name in sorted(below)
         if not re.search(r"(^|/)[._]", name)
-        and _kind_by_name(name)
-        and name.rpartition("/")[2] not in ("dataset_info.json", "state.json", "dataset_dict.json")
+        and kind_by_name(name)
+        and name.rpartition("/")[2]
+        not in ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
     ]
-    if not files:
+    if not names:
         raise ConfigError(f"{where}: is a folder without data files ({', '.join(KINDS)}, also .gz and .zst).")
-    return files
-
-
-def _data_file(filesystem: FileSystem, path: str, name: str, num_bytes: int, where: str) -> DataFile:
-    if not num_bytes:
-        raise ConfigError(f"{where}: {'' if where.endswith('=' + name) else name + ': '}the file is empty.")
-    stem, ending = path.rsplit("/", 1)[-1], Path(path).suffix.lower()
-    compression = COMPRESSIONS.get(ending)
-    kind = _kind_by_name(stem)
-    if kind is None:
-        with filesystem.open_input_stream(path, compression=compression) as stream:
-            start = stream.read(64)
-        kind = "parquet" if start[:4] == b"PAR1" else "arrow" if start[:6] == b"ARROW1" else "json"
-    return DataFile(filesystem, path, name, kind, compression, num_bytes)
-
-
-def _kind_by_name(name: str) -> str | None:
-    path = Path(name.lower())
-    return KINDS.get(Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix)
+    listed = None
+    if "README.md" in below:
+        with filesystem.open_input_stream(below["README.md"].path) as card:
+            listed = splits_by_card(card.read().decode(errors="replace"), names, entry, where)
+    _refuse_hub_settings(entry, where, ("revision",) if listed else ("name", "revision"))
+    if "dataset_dict.json" in below:  # datasets.DatasetDict.save_to_disk
+        splits = sorted({name.split("/")[0] for name in names if "/" in name})
+        listed = {split: [name for name in names if name.startswith(f"{split}/")] for split in splits}
+    listed = listed or splits_by_name(names) or {WHOLE: names}
+    files = {name: data_file(filesystem, below[name].path, below[name].path, below[name].size, where) for name in names}
+    return {split: [files[name] for name in some] for split, some in listed.items()}
 
 
 def _is_hub_id(name: str) -> bool:
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
-    return is_id and _kind_by_name(name) is None and not find_file(name).exists()
+    return is_id and kind_by_name(name) is None and not find_file(name).exists()
 
 
-def _from_hub(entry: DataSource, key: str) -> list[DataFile]:
+def _from_hub(entry: DataSource, where: str) -> Splits:
     """The Arrow files that `datasets` keeps of a hub data set, downloading it where it is not there yet."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
-    where = f"{key}={entry.path}"
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(entry.path, entry.name, revision=entry.revision, split=entry.split)
+        found = datasets.load_dataset(entry.path, entry.name, revision=entry.revision)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{where}: no such file, and the hub did not give it: {reason}") from error
     local = LocalFileSystem()
-    paths = [str(file["filename"]) for file in found.cache_files]
-    return [DataFile(local, p, p, "arrow", None, local.get_file_info(p).size) for p in paths]
+    paths = {split: [str(file["filename"]) for file in one.cache_files] for split, one in found.items()}
+    return {
+        split: [DataFile(local, p, p, "arrow", None, local.get_file_info(p).size) for p in some]
+        for split, some in paths.items()
+    }

@@ -21,8 +21,23 @@ class DataStats:
     packed: bool = False
     max_length: int = 0
     formats: dict[str, int] = field(default_factory=dict)  # usable records by format
+    missing: dict[str, int] = field(default_factory=dict)  # training records, by kind of what their texts lack
+    unused: dict[str, int] = field(default_factory=dict)  # training records, by field that no format reads
+    template_notes: tuple[str, ...] = ()
+    date: str | None = None  # that the chat template prints
 
     @property
     def packing_efficiency(self) -> float:
         """Share of the rows' room that tokens fill."""
         return self.num_tokens / (self.num_rows * self.max_length) if self.num_rows and self.max_length else 0.0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the plan should know of the texts: what they lack, and what the template does."""
+        left_out = [
+            f"The chat template leaves out {kind}, in {count:,} of {self.num_records:,} records."
+            for kind, count in self.missing.items()
+        ]
+        fields = ", ".join(f"{name} ({count:,})" for name, count in self.unused.items())
+        return (*left_out, *([f"Fields that no format reads, with records: {fields}."] if fields else []),
+                *self.template_notes)  # fmt: skip

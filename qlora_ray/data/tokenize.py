@@ -1,14 +1,17 @@
 """Turns messages into token ids and the spans that are trained on: what the model reads, and what it learns to say."""
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from qlora_ray.config import ConfigError
-from qlora_ray.data.formats import RAW_ROLES, BadRecord, Messages
-from qlora_ray.data.template import PLAIN_TEMPLATE, ChatTemplate, Rendered, render
+from qlora_ray.data.borders import Borders, Tokens
+from qlora_ray.data.formats import RAW_ROLES
+from qlora_ray.data.mask import ChatTemplate, Rendered
+from qlora_ray.data.template import fit_template
+from qlora_ray.data.turns import BadRecord, Messages
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
@@ -20,6 +23,7 @@ class Sample:
     input_ids: list[int]
     spans: list[tuple[int, int]]  # [start, end) in tokens, of what is trained on; never token 0, which nothing predicts
     truncated: bool
+    missing: tuple[str, ...] = ()  # kinds of what the record has and the text has not (see mask.py)
 
     @property
     def labels(self) -> list[int]:
@@ -36,11 +40,12 @@ class Sample:
 
 
 def load_tokenizer(
-    base_model: str, revision: str | None, trust_remote_code: bool = False, chat_template: str | None = None
-):
+    base_model: str, revision: str | None, trust_remote_code: bool = False, chat_template: str | None = None,
+    date: str | None = None,
+):  # fmt: skip
     """The base's own fast tokenizer, with a pad token and a chat template (`chat_template` replaces its own).
 
-    Raises ConfigError when there is none.
+    A template that prints the day prints `date` (YYYY-MM-DD). Raises ConfigError when there is no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -56,20 +61,16 @@ def load_tokenizer(
         raise ConfigError(f"model.base_model={base_model}: the tokenizer has no end-of-sequence token (eos_token).")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # never attended to nor trained on, so any id will do
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    elif tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    elif isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = tokenizer.chat_template.get("default", PLAIN_TEMPLATE)
+    tokenizer.chat_template = fit_template(chat_template, tokenizer, bool(first_ids(tokenizer)), date)
     return tokenizer
 
 
 def prompt_ids(tokenizer, messages: Messages) -> list[int]:
-    """Token ids of a conversation (or of a raw prompt) up to where the assistant begins to speak."""
+    """Token ids of a conversation (or of a raw prompt) up to where the assistant begins to speak. Raises BadRecord."""
     if messages and messages[0]["role"] in RAW_ROLES:
-        return _first_ids(tokenizer) + tokenizer(messages[0]["content"], add_special_tokens=False)["input_ids"]
-    return tokenizer(render(tokenizer, messages, for_generation=True), add_special_tokens=False)["input_ids"]
+        return first_ids(tokenizer) + tokenizer(messages[0]["content"], add_special_tokens=False)["input_ids"]
+    rendered = _template_of(tokenizer, tokenizer.chat_template).prompt(messages)
+    return Borders(tokenizer).encode([rendered])[0].ids
 
 
 def prompt_of(tokenizer, messages: Messages) -> dict[str, Any] | None:
@@ -77,39 +78,77 @@ def prompt_of(tokenizer, messages: Messages) -> dict[str, Any] | None:
     if len(messages) < 2:
         return None
     ids = prompt_ids(tokenizer, messages[:-1])
-    return {"prompt": messages[-2]["content"], "expected": messages[-1]["content"], "input_ids": ids}
+    return {"prompt": messages[-2]["content"], "expected": _expected(tokenizer, messages), "input_ids": ids}
+
+
+def _expected(tokenizer, messages: Messages) -> str:
+    """What is answered, as generation shows it: a thought and calls as the template writes them, no special token."""
+    if messages[0]["role"] in RAW_ROLES:
+        return messages[-1]["content"]
+    template = _template_of(tokenizer, tokenizer.chat_template)
+    last = {key: value for key, value in messages[-1].items() if key != "weight"}
+    (made,) = template.render_all([[*messages[:-1], last]])
+    if isinstance(made, BadRecord):
+        raise made
+    said = made[-1].text[slice(*made[-1].spans[-1])].removesuffix(template.closing())
+    return tokenizer.decode(tokenizer(said, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+
+
+@lru_cache(maxsize=4)
+def _template_of(tokenizer, chat_template: str) -> ChatTemplate:
+    """What the tokenizer's template has shown of itself; `chat_template` is its text, for it may be replaced."""
+    return ChatTemplate(tokenizer)
 
 
 class Encoder:
     """Encodes messages in batches: rendered by the template, tokenized by the Rust tokenizer, masked by offsets."""
 
-    def __init__(self, tokenizer, max_length: int, train_on: str = "all_assistant_turns"):
+    def __init__(
+        self, tokenizer, max_length: int, train_on: str = "all_assistant_turns", keep_thoughts: str = "template"
+    ):
         self.tokenizer, self._max_length, self._train_on = tokenizer, max_length, train_on
-        self._template = ChatTemplate(tokenizer, train_on)
-        self._first_ids = _first_ids(tokenizer)
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self.template = ChatTemplate(tokenizer, train_on, keep_thoughts)
+        self._first_ids = first_ids(tokenizer)
+        self._borders = Borders(tokenizer)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how this template and this tokenizer go together."""
+        template, bos = self.template, self.tokenizer.bos_token
+        closing, opening = template.closing(), template.unused_opening
+        notes = []
+        if self._first_ids and not template.prompt([{"role": "user", "content": "x"}]).text.startswith(bos):
+            notes.append(f"The tokenizer begins texts with {bos}, its chat template does not: no row begins with it.")
+        if opening:
+            notes.append(
+                f"The chat template opens an answer with {opening!r}, and no row has it: generate and evaluate send "
+                "prompts without it. So should whatever else serves the adapter."
+            )
+        if closing and not template.stops(closing):
+            notes.append(
+                f"The chat template closes an answer with {closing!r}, which is no token of its own: generate and "
+                "evaluate look for the text."
+            )
+        return tuple(notes)
 
     def encode(self, conversations: Sequence[Messages]) -> list[list[Sample] | BadRecord]:
-        """Samples of each conversation (several only of a long raw text), or why it cannot be trained on.
+        """Samples of each conversation, or why it cannot be trained on.
 
-        Too long conversations lose their end; one that would have no trained token left is refused.
+        Several only of a long raw text, and of a chat where data.keep_thoughts asks for it. Too long conversations lose
+        their end; one that would have no trained token left is refused.
         """
         is_raw = [conversation[0]["role"] in RAW_ROLES for conversation in conversations]
-        chats = iter(self._template.render_all([c for c, raw in zip(conversations, is_raw, strict=True) if not raw]))
+        chats = iter(self.template.render_all([c for c, raw in zip(conversations, is_raw, strict=True) if not raw]))
         rendered = [
-            self._raw(conversation) if raw else next(chats)
+            [self._raw(conversation)] if raw else next(chats)
             for conversation, raw in zip(conversations, is_raw, strict=True)
         ]
-        encodings = iter(
-            self._backend.encode_batch(
-                [one.text for one in rendered if isinstance(one, Rendered)], add_special_tokens=False
-            )
-        )
+        flat = [one for made in rendered if not isinstance(made, BadRecord) for one in made]
+        tokens = iter(self._borders.encode(flat))
         return [
-            one if isinstance(one, BadRecord) else self._sample(one, next(encodings), conversation[0]["role"])
-            for one, conversation in zip(rendered, conversations, strict=True)
+            made
+            if isinstance(made, BadRecord)
+            else self._samples(conversation[0]["role"], [(one, next(tokens)) for one in made])
+            for made, conversation in zip(rendered, conversations, strict=True)
         ]
 
     def _raw(self, conversation: Messages) -> Rendered:
@@ -117,9 +156,13 @@ class Encoder:
         everything = len(conversation) == 1 or self._train_on == "everything"
         return Rendered(text, ((0 if everything else len(conversation[0]["content"]), len(text)),), is_closed=False)
 
-    def _sample(self, rendered: Rendered, encoding, first_role: str) -> list[Sample] | BadRecord:
-        ids = encoding.ids
-        spans = [_token_span(encoding, len(ids), start, end) for start, end in rendered.spans]
+    def _samples(self, first_role: str, pairs: list[tuple[Rendered, Tokens]]) -> list[Sample] | BadRecord:
+        made = [self._sample(first_role, one, tokens) for one, tokens in pairs]
+        usable = [sample for samples in made if not isinstance(samples, BadRecord) for sample in samples]
+        return usable or next(one for one in made if isinstance(one, BadRecord))
+
+    def _sample(self, first_role: str, rendered: Rendered, tokens: Tokens) -> list[Sample] | BadRecord:
+        ids, spans = tokens.ids, [tokens.span(start, end) for start, end in rendered.spans]
         if first_role in RAW_ROLES and self._first_ids:
             shift = len(self._first_ids)
             ids, spans = self._first_ids + ids, [(start + shift, end + shift) for start, end in spans]
@@ -133,7 +176,7 @@ class Encoder:
         spans = [(start, end) for start, end in spans if start < end]
         if not spans:
             return BadRecord(f"the prompt alone is longer than training.max_length={self._max_length} tokens")
-        return [Sample(ids[:kept], spans, truncated=len(ids) > kept)]
+        return [Sample(ids[:kept], spans, len(ids) > kept, rendered.missing)]
 
     def _windows(self, ids: list[int]) -> list[Sample]:
         starts = list(range(0, len(ids), self._max_length))
@@ -143,14 +186,7 @@ class Encoder:
         return [Sample(ids[start:end], [(1, end - start)], truncated=False) for start, end in cuts]
 
 
-def _token_span(encoding, count: int, start: int, end: int) -> tuple[int, int]:
-    """[first, last) tokens that overlap characters [start, end). Offsets only grow, so both ends can be bisected."""
-    tokens = range(count)
-    first = bisect_right(tokens, start, key=lambda i: encoding.token_to_chars(i)[1])
-    return first, bisect_left(tokens, end, lo=first, key=lambda i: encoding.token_to_chars(i)[0])
-
-
-def _first_ids(tokenizer) -> list[int]:
+def first_ids(tokenizer) -> list[int]:
     """What the tokenizer puts before a raw text: its beginning-of-sequence token, or nothing."""
     wrapped = tokenizer("")["input_ids"]
     return wrapped[:1] if wrapped and wrapped[0] == tokenizer.bos_token_id else []

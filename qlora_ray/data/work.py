@@ -4,7 +4,7 @@ import collections
 import itertools
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qlora_ray.data.formats import BadRecord, Messages, convert
+from qlora_ray.data.formats import convert, unused_fields
 from qlora_ray.data.read import BLANK, Chunk, DamagedFile, read
 from qlora_ray.data.tokenize import Encoder, Sample, load_tokenizer
+from qlora_ray.data.turns import BadRecord, Messages
 from qlora_ray.storage import Folder
 
 # spans: start, end, start, end, ... in tokens, of what is trained on; never token 0, which nothing predicts.
@@ -36,6 +37,8 @@ class Recipe:
     format: str
     train_on: str
     max_length: int
+    keep_thoughts: str = "template"
+    date: str | None = None  # that a template which prints the day prints
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Done:
     num_truncated: int
     formats: dict[str, int]
     rejected: dict[str, tuple[int, int]]  # by reason: how many, and the place of the first
+    missing: dict[
+        str, tuple[int, int]
+    ]  # by kind, of what records have and their texts have not: the same (see mask.py)
+    unused: dict[str, tuple[int, int]]  # by name, of fields that look like content and no format reads
     damage: str | None  # why the rest of the file cannot be read
 
 
@@ -80,6 +87,8 @@ class _Tally:
         self._of_samples = array("i")  # num_tokens, num_label_tokens, record; and so on
         self._num_records = self._num_places = self._num_usable = self._num_truncated = 0
         self._formats: collections.Counter[str] = collections.Counter()
+        self._missing: dict[str, tuple[int, int]] = {}
+        self._unused: dict[str, tuple[int, int]] = {}
         self.rejected: list[dict[str, Any]] = []
         self.kept_messages: list[str] = []
 
@@ -95,6 +104,7 @@ class _Tally:
                 for sample in made:
                     self._of_samples.extend((len(sample.input_ids), sample.num_labels, self._num_usable))
                 self._num_truncated += any(sample.truncated for sample in made)
+                _count(self._missing, {kind for sample in made for kind in sample.missing}, place)
                 if self._num_usable < self._num_messages_kept:
                     self.kept_messages.append(json.dumps(messages))
                 self._num_usable += 1
@@ -115,6 +125,8 @@ class _Tally:
             num_truncated=self._num_truncated,
             formats=dict(self._formats),
             rejected=reasons,
+            missing=self._missing,
+            unused=self._unused,
             damage=damage,
         )
 
@@ -132,10 +144,17 @@ class _Tally:
                 self._reject(place, reason)
                 continue
             self._formats[name] += 1
+            _count(self._unused, unused_fields(record, name), place)
             yield place, messages
 
     def _reject(self, place: int, reason: BadRecord) -> None:
         self.rejected.append({"place": place, "reason": str(reason), "detail": reason.detail})
+
+
+def _count(counts: dict[str, tuple[int, int]], kinds: Iterable[str], place: int) -> None:
+    for kind in kinds:
+        number, first = counts.get(kind, (0, place))
+        counts[kind] = (number + 1, first)
 
 
 def part_name(number: int) -> str:
@@ -182,5 +201,7 @@ def _lists(values: list[list[int]]) -> pa.Array:
 @lru_cache(maxsize=2)
 def encoder_of(recipe: Recipe) -> Encoder:
     """The encoder that a recipe describes; loaded once in a process. Raises ConfigError."""
-    tokenizer: Any = load_tokenizer(recipe.base, recipe.revision, recipe.trust_remote_code, recipe.chat_template)
-    return Encoder(tokenizer, recipe.max_length, recipe.train_on)
+    tokenizer: Any = load_tokenizer(
+        recipe.base, recipe.revision, recipe.trust_remote_code, recipe.chat_template, recipe.date
+    )
+    return Encoder(tokenizer, recipe.max_length, recipe.train_on, recipe.keep_thoughts)

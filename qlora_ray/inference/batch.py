@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_ray.config import Config, ConfigError
-from qlora_ray.data.formats import BadRecord, Messages
+from qlora_ray.data.formats import to_question
+from qlora_ray.data.turns import BadRecord, Messages
 from qlora_ray.model.record import Adapter
 
 MAX_BATCHES_PER_TASK = 4  # answers are written, and safe, when a task is done
@@ -29,7 +30,7 @@ class Job:
     batch_size: int
     compare: bool
     seed: int
-    system: str | None
+    opening: Messages  # what may be called, and a system message: of each row that has none of its own
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
@@ -39,7 +40,7 @@ class Job:
             "batch_size": self.batch_size,
             "compare": self.compare,
             "seed": self.seed,
-            "system": self.system,
+            "opening": self.opening,
         }
 
 
@@ -82,7 +83,7 @@ def answer_file(job: Job, source: str, target: str, workers: int | None, address
     return 0
 
 
-def to_prompt(line: str, system: str | None) -> tuple[Any, Messages]:
+def to_prompt(line: str, opening: Messages) -> tuple[Any, Messages]:
     """A line of the input as (record, messages up to where the assistant is to speak). Raises BadRecord."""
     try:
         record = json.loads(line)
@@ -90,27 +91,11 @@ def to_prompt(line: str, system: str | None) -> tuple[Any, Messages]:
         raise BadRecord(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object")
-    opening = [{"role": "system", "content": system}] if system else []
-    if "messages" in record:
-        turns = record["messages"]
-        if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
-            raise BadRecord("`messages` is not a list of {role, content}")
-        if turns[-1]["role"] == "assistant":
-            turns = turns[:-1]
-        if not turns or turns[-1]["role"] != "user":
-            raise BadRecord("`messages` does not end with what the user said")
-        return record, [*(opening if turns[0]["role"] != "system" else []), *turns]
-    text = record.get("prompt", record.get("instruction"))
-    if not isinstance(text, str) or not text.strip():
-        raise BadRecord("no `prompt`, `messages` or `instruction`")
-    extra = record.get("input") if "prompt" not in record else None
-    if isinstance(extra, str) and extra.strip():
-        text = f"{text}\n\n{extra}"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRecord("a text holds half of a surrogate pair") from None
-    return record, [*opening, {"role": "user", "content": text}]
+    asked = to_question(record)
+    has = {turn["role"] for turn in asked}
+    tools = [turn for turn in [*opening, *asked] if turn["role"] == "tools"][-1:]  # the row's own before the job's
+    system = [turn for turn in opening if turn["role"] == "system" and "system" not in has]
+    return record, [*tools, *system, *(turn for turn in asked if turn["role"] != "tools")]
 
 
 class Answerer:
@@ -135,7 +120,7 @@ class Answerer:
         first, rows, prompts = number * self._job.batch_size, [], []
         for row, line in enumerate(lines, first):
             try:
-                record, messages = to_prompt(line, self._job.system)
+                record, messages = to_prompt(line, self._job.opening)
                 ids = fit_prompt(self._loaded, messages, self._job.options)
                 rows.append({"row": row, "input": record})
                 prompts.append((len(rows) - 1, ids))
@@ -245,7 +230,3 @@ def _resume(partial: Path, identity_file: Path, identity: dict[str, Any], batch_
 def _count_bad(path: Path) -> list[str]:
     rows = map(json.loads, path.read_text("utf-8").split("\n")[:-1])
     return [f"row {row['row']}: {row['error']}" for row in rows if "error" in row]
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("content"), str) and isinstance(turn.get("role"), str)

@@ -6,29 +6,27 @@ from typing import Any
 import torch
 
 from qlora_ray.config import ConfigError
-from qlora_ray.data.formats import BadRecord, Messages
+from qlora_ray.data.turns import BadRecord, Messages
 from qlora_ray.inference.load import Loaded, fit_prompt, room
-from qlora_ray.model.answer import generation_options, left_padded
+from qlora_ray.model.answer import generation_options, left_padded, stop_text
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
 
 
-def answer_once(
-    loaded: Loaded, options: dict[str, Any], prompt: str, system: str | None, compare: bool, seed: int
-) -> int:
+def answer_once(loaded: Loaded, options: dict[str, Any], asked: Messages, compare: bool, seed: int) -> int:
     """Print the answer to one prompt. Raises ConfigError for a prompt that cannot be answered."""
-    _say(loaded, [*_opening(system), {"role": "user", "content": prompt}], options, compare, seed)
+    _say(loaded, asked, options, compare, seed)
     return 0
 
 
-def talk(loaded: Loaded, options: dict[str, Any], system: str | None, compare: bool, seed: int) -> int:
+def talk(loaded: Loaded, options: dict[str, Any], opening: Messages, compare: bool, seed: int) -> int:
     """Read turns from stdin and answer each, until /quit or the end of the input."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         import readline  # noqa: F401 - gives input() its history and keys
 
         print(HELP)
-    messages = _opening(system)
+    messages = opening
     while True:
         try:
             said = input("> " if is_terminal else "").strip()
@@ -40,7 +38,7 @@ def talk(loaded: Loaded, options: dict[str, Any], system: str | None, compare: b
         if said in ("/quit", "/exit"):
             return 0
         if said == "/reset":
-            messages = _opening(system)
+            messages = opening
             print("(forgotten)")
         elif said.startswith("/"):
             print(HELP)
@@ -59,10 +57,6 @@ def _turn(loaded, messages: Messages, said: str, options, compare: bool, seed: i
         print(" (stopped)")
         return messages
     return [*asked, {"role": "assistant", "content": answer}]
-
-
-def _opening(system: str | None) -> Messages:
-    return [{"role": "system", "content": system}] if system else []
 
 
 def _say(loaded: Loaded, messages: Messages, options, compare: bool, seed: int) -> str:
@@ -85,13 +79,15 @@ def _stream(loaded: Loaded, ids: list[int], options, seed: int) -> str:
 
     torch.manual_seed(seed)
     inputs = left_padded([ids], loaded.tokenizer.pad_token_id, loaded.device)
-    can_stream = options.get("num_beams", 1) == 1
+    stop = stop_text(loaded.tokenizer)
+    can_stream = options.get("num_beams", 1) == 1 and not stop
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True) if can_stream else None
     with torch.no_grad():
         output = loaded.model.generate(
             **inputs, streamer=streamer, **generation_options(loaded.model, loaded.tokenizer, options)
         )
     text = loaded.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    text = text.partition(stop)[0] if stop else text
     if not can_stream:
         print(text)
     return text

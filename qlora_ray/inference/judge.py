@@ -136,7 +136,7 @@ def _held_out(adapter: Adapter) -> Examples:
 
 def _from_file(adapter: Adapter, tokenizer: Any, file: str) -> Examples:
     config = _run_config(adapter)
-    encoder = Encoder(tokenizer, config.training.max_length, config.data.train_on)
+    encoder = Encoder(tokenizer, config.training.max_length, config.data.train_on, config.data.keep_thoughts)
     return Examples(
         *examples_of_file.read_examples(file, "--file", encoder, config.data.format, config.data.max_bad_fraction)
     )

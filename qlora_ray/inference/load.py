@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from qlora_ray.config import ConfigError
-from qlora_ray.data.formats import Messages
 from qlora_ray.data.tokenize import load_tokenizer, prompt_ids
+from qlora_ray.data.turns import BadRecord, Messages, split_tools
 from qlora_ray.model.base import load_base
 from qlora_ray.model.record import Adapter, tokenizer_sha256
 
@@ -73,6 +73,9 @@ def _hush() -> None:
 def fit_prompt(loaded: Loaded, messages: Messages, options: dict[str, Any]) -> list[int]:
     """Token ids of a conversation that is to be answered. Raises TooLong, and BadRecord where the template refuses."""
     ids = prompt_ids(loaded.tokenizer, messages)
+    tools, _ = split_tools(messages)
+    if tools and not all(tool["function"]["name"] in loaded.tokenizer.decode(ids) for tool in tools):
+        raise BadRecord("the chat template leaves out the tools")
     new, context = options.get("max_new_tokens", 1), loaded.context_length
     if context is not None and len(ids) + new > context:
         raise TooLong(

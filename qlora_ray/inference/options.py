@@ -2,11 +2,14 @@
 
 import contextlib
 import difflib
+import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qlora_ray.config import ConfigError
+from qlora_ray.data.turns import BadRecord, Messages, tools_turn
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 # (least, most) of options that transformers itself checks only in the middle of answering, or not at all
@@ -32,6 +35,24 @@ def read_options(texts: list[str]) -> dict[str, Any]:
     if any(options.get(name) is not None for name in SAMPLING):
         options.setdefault("do_sample", True)
     return options
+
+
+def read_opening(tools: str | None, system: str | None) -> Messages:
+    """What comes before the first question: the tools in a file (a JSON list, or {tools}), and a system message."""
+    turns: Messages = []
+    if tools is not None:
+        try:
+            value = json.loads(Path(tools).expanduser().read_text("utf-8"))
+            turns += tools_turn(value.get("tools", value) if isinstance(value, dict) else value)
+        except OSError as error:
+            raise ConfigError(f"--tools {tools}: {error.strerror}.") from None
+        except BadRecord as error:
+            raise ConfigError(f"--tools {tools}: {error}.") from None
+        except ValueError as error:
+            raise ConfigError(f"--tools {tools}: not JSON: {error}.") from None
+        if not turns:
+            raise ConfigError(f"--tools {tools}: holds no tool.")
+    return [*turns, *([{"role": "system", "content": system}] if system else [])]
 
 
 def _validate(options: dict[str, Any]) -> None:

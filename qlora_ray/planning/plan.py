@@ -338,6 +338,7 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
     if data.num_truncated:
         limit = config.training.max_length
         notes.append(f"{data.num_truncated} of {data.num_records} records were cut to training.max_length={limit}.")
+    notes += data.notes
     if data.num_rejected:
         notes.append(f"{data.num_rejected} of {data.num_records} records were rejected.")
     return tuple(notes)

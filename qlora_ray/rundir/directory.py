@@ -54,6 +54,7 @@ def refuse_taken_name(run: Folder, resume: bool) -> None:
 def run_identity(config: Config, data: DataStats, facts: BaseFacts, plan: Plan) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
     return {
+        "order": config.data.order,
         "data": data.fingerprint,
         "base": {"model_type": facts.model_type, "num_parameters": facts.num_parameters, "sha256": facts.fingerprint},
         "lora": config.model.model_dump(include={"lora_r", "lora_alpha", "target_modules", "lora_variant"}),

@@ -107,7 +107,10 @@ def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
     began, config, plan = time.perf_counter(), run.config, run.plan
     resumed = checkpoint.load_latest(run.folder, set_aside=team.rank == 0)
     state = State.of(resumed.progress["state"]) if resumed else State()
-    order = Order(setup.num_rows(run.rows), config.training.seed, plan.micro_batch_size, plan.micro_batches_per_step)
+    order = Order(
+        setup.num_rows(run.rows), config.training.seed, plan.micro_batch_size, plan.micro_batches_per_step,
+        is_shuffled=config.data.order == "shuffled",
+    )  # fmt: skip
     device = ray.train.torch.get_device()
     setup.choose_kernels(config, device)
     tokenizer = setup.tokenizer_of(config, run.rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_ray import generate
-from qlora_ray.data.formats import BadRecord
+from qlora_ray.data.turns import BadRecord
 from qlora_ray.inference.batch import Answerer, Job, to_prompt
 from qlora_ray.model.record import open_adapter
 from tests.integration import door
@@ -62,7 +62,7 @@ def test_killed_batch_that_is_started_again_gives_the_file_of_one_that_was_not(t
     assert out == "" and not [noise for noise in ("WARNING", "INFO", "Traceback", "Error") if noise in err], err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
-    job = Job(open_adapter(str(trained)), {"max_new_tokens": NEW_TOKENS}, BATCH_SIZE, False, 0, None)
+    job = Job(open_adapter(str(trained)), {"max_new_tokens": NEW_TOKENS}, BATCH_SIZE, False, 0, [])
     whole = Answerer(job)
     expected = []
     for number in range(0, -(-NUM_ROWS // BATCH_SIZE)):
@@ -89,7 +89,10 @@ def test_killed_batch_that_is_started_again_gives_the_file_of_one_that_was_not(t
     ],
 )  # fmt: skip
 def test_each_shape_of_row_becomes_the_messages_to_answer(record, turns):
-    assert [(turn["role"], turn["content"]) for turn in to_prompt(json.dumps(record), "s")[1]] == turns
+    assert [
+        (turn["role"], turn["content"])
+        for turn in to_prompt(json.dumps(record), [{"role": "system", "content": "s"}])[1]
+    ] == turns
 
 
 NOT_ROWS = ["", "[1]", "3", '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}']
@@ -99,4 +102,4 @@ NOT_ROWS += ['{"messages": [{"role": "system", "content": "x"}]}', '{"prompt": "
 @pytest.mark.parametrize("row", NOT_ROWS)
 def test_bad_row_is_named_not_fatal(row):
     with pytest.raises(BadRecord):
-        to_prompt(row, None)
+        to_prompt(row, [])

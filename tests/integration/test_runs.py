@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 import signal
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -130,6 +132,19 @@ def test_digests_in_the_metrics_are_those_of_the_samples_that_each_step_should_r
     rows, order = rows_read(run)
     logged = [digest for line in door.metrics(run) for digest in line.get("sample_digests", [])]
     assert logged == [sample_digest(rows, order, step) for step in range(STEPS)]
+
+
+def test_run_in_given_order_reads_the_samples_as_the_file_has_them(storage):
+    ended = door.run(*settings(storage, "given", 1, 2, "data.order=given", "training.max_steps=2"))
+    assert ended.returncode == 0, ended.stderr
+    rows, order = rows_read(storage / "given")
+    given = replace(order, is_shuffled=False)
+    logged = [digest for line in door.metrics(storage / "given") for digest in line.get("sample_digests", [])]
+    assert logged == [sample_digest(rows, given, step) for step in range(2)]
+    read = np.concatenate([rows.samples_of(given.rows_of_step(step).T.ravel()) for step in range(2)])
+    assert read.tolist() == sorted(read.tolist()) and len(read) >= 2 * 2 * BATCH_SIZE
+    ended = door.run(*settings(storage, "given", 1, 2, "training.max_steps=2"), "--resume")
+    assert ended.returncode == 2 and "begun with another order: given, now shuffled" in ended.stderr
 
 
 def places(run, first: plain_loop.Place) -> list[plain_loop.Place]:

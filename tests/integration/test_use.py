@@ -11,11 +11,15 @@ from transformers import AutoTokenizer
 
 from qlora_ray import evaluate, generate
 from qlora_ray.config import ConfigError, base_model_path
-from qlora_ray.data.tokenize import PLAIN_TEMPLATE, load_tokenizer
+from qlora_ray.data.formats import to_messages
+from qlora_ray.data.template import CHATML_TEMPLATE, PLAIN_TEMPLATE
+from qlora_ray.data.tokenize import load_tokenizer, prompt_ids
+from qlora_ray.inference.batch import to_prompt
 from qlora_ray.inference.load import load
-from qlora_ray.model.answer import exact_match, left_padded, stop_token_ids, token_f1
+from qlora_ray.inference.options import read_opening
+from qlora_ray.model.answer import answer_texts, exact_match, left_padded, stop_token_ids, token_f1
 from qlora_ray.model.base import load_base
-from qlora_ray.model.record import FILE, describe_base, find_adapter, open_adapter
+from qlora_ray.model.record import FILE, describe_base, find_adapter, open_adapter, tokenizer_sha256
 from tests.integration import tiny_models
 
 CPU = torch.device("cpu")
@@ -114,6 +118,55 @@ def test_answers_end_where_the_chat_template_closes_a_turn():
     assert stop_token_ids(model, tokenizer) == sorted({closing, tokenizer.eos_token_id})
     tokenizer.chat_template = PLAIN_TEMPLATE
     assert stop_token_ids(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_answers_end_at_the_text_that_closes_a_turn_where_no_token_does():
+    config = tiny_models.make_config(EMBEDDED)
+    model, tokenizer = load_base(config.model, config.quantization, "float32", CPU), load_tokenizer(EMBEDDED, None)
+    closed_by = "{% for m in messages %}<|user|>{{ m.content }}CLOSING{% endfor %}"
+    prompts = [tokenizer("<|user|>Copy: green trees<|end|><|assistant|>")["input_ids"]] * 2
+    tokenizer.chat_template = closed_by.replace("CLOSING", "{{ eos_token }}")
+    whole = answer_texts(model, prompts, tokenizer, CPU, max_new_tokens=12)[0]
+    closing = whole.strip()[3:6].strip()
+    assert closing
+    tokenizer.chat_template = closed_by.replace("CLOSING", closing)
+    ended = answer_texts(model, prompts, tokenizer, CPU, max_new_tokens=12)
+    assert ended == [whole.partition(closing)[0]] * 2 and len(ended[0]) < len(whole)
+
+
+TOOLS = [{"name": "find_town", "description": "Finds a town.", "parameters": {"type": "object", "properties": {}}}]
+
+
+def test_tools_of_a_file_and_of_a_row_reach_the_prompt_as_in_training(copied, tmp_path, capsys):
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps(TOOLS))
+    arguments = ["--adapter", str(copied), "--prompt", "Where?", "--tools", str(file), "max_new_tokens=2"]
+    assert generate.main(arguments) == 2
+    assert "the prompt cannot be put to this model: the chat template leaves out the tools" in capsys.readouterr().err
+    tokenizer = load_tokenizer(EMBEDDED, None, chat_template=CHATML_TEMPLATE)
+    tokenizer.save_pretrained(copied)
+    record = json.loads((copied / FILE).read_text())
+    (copied / FILE).write_text(json.dumps({**record, "tokenizer_sha256": tokenizer_sha256(tokenizer)}))
+    assert generate.main(arguments) == 0
+    question = {"role": "user", "content": "Where?"}
+    of_file = [*read_opening(str(file), None), question]
+    wanted = prompt_ids(tokenizer, to_messages({"messages": [question, {"role": "assistant", "content": "x"}],
+                                                "tools": TOOLS}, "auto")[:-1])  # fmt: skip
+    assert prompt_ids(tokenizer, of_file) == wanted and "find_town" in tokenizer.decode(wanted)
+    assert to_prompt(json.dumps({"messages": [question], "tools": TOOLS}), [])[1] == of_file
+    assert to_prompt(json.dumps({"prompt": "Where?"}), of_file[:1])[1] == of_file
+    own = to_prompt(json.dumps({"prompt": "Where?", "tools": [{"name": "own"}]}), of_file[:1])[1]
+    assert [tool["function"]["name"] for tool in own[0]["tools"]] == ["own"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '["x"]'])
+def test_a_file_of_tools_that_is_none_is_refused_by_name(tmp_path, content):
+    file = tmp_path / "tools.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=f"--tools {file}: "):
+        read_opening(str(file), None)
+    with pytest.raises(ConfigError, match="--tools gone.json: No such file"):
+        read_opening("gone.json", None)
 
 
 def test_evaluate_measures_the_loss_that_a_plain_loop_measures(trained, tmp_path, capsys):

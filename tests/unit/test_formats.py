@@ -3,7 +3,8 @@
 import pytest
 
 from qlora_ray.config import ConfigError
-from qlora_ray.data.formats import BadRecord, convert, load_function, to_messages
+from qlora_ray.data.formats import convert, load_function, to_messages
+from qlora_ray.data.turns import BadRecord
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 TURNS = [
@@ -81,7 +82,7 @@ def test_format_is_told_by_the_fields(record, name):
         ({"messages": TURNS[2:3]}, "alternate"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "a turn is not"),
         ({"messages": [TURNS[1], {"role": "assistant", "content": ""}]}, "an assistant turn is empty"),
-        ({"messages": [TURNS[1], {"role": "assistant", "content": [{"type": "image"}]}]}, "a turn is not"),
+        ({"messages": [TURNS[1], {"role": "assistant", "content": [{"type": "image"}]}]}, "multi-modal"),
         ({"messages": [TURNS[1], {**TURNS[2], "weight": 0.5}]}, "`weight` is not 0 or 1"),
         ({"messages": [TURNS[1], {**TURNS[2], "weight": 0}]}, "every assistant turn has weight 0"),
         ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "a turn is not {from"),

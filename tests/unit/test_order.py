@@ -1,10 +1,12 @@
 """Which rows make which batch depends on seed, epoch and step only."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from qlora_ray.data.delivery import Stream, deliver, rows_at
-from qlora_ray.data.order import NO_ROW, Order, held_out, micro_batches_of
+from qlora_ray.data.order import NO_ROW, Order, held_out, longest_first, micro_batches_of, permutation
 from qlora_ray.data.rows import Rows, sample_digest
 from qlora_ray.data.tokenize import IGNORE_INDEX, Sample
 from tests.made_rows import make_entry
@@ -68,6 +70,27 @@ def test_rows_of_a_step_do_not_depend_on_what_was_asked_before():
 def test_epochs_and_seeds_give_different_orders():
     first, other = (Order(100, seed, 10, 10) for seed in (1, 2))
     assert len({tuple(order.rows_of_step(step).ravel()) for order in (first, other) for step in range(5)}) == 10
+
+
+def test_shuffled_orders_are_those_of_runs_begun_long_ago():
+    assert permutation(12, 7, 0).tolist() == [0, 1, 9, 3, 11, 5, 2, 6, 10, 7, 8, 4]
+    assert permutation(12, 7, 1).tolist() == [1, 8, 5, 2, 9, 11, 0, 4, 3, 7, 10, 6]
+
+
+def test_rows_that_are_not_shuffled_come_as_they_stand_in_every_epoch():
+    for case in range(CASES):
+        order = replace(random_order(case), is_shuffled=False)
+        for epoch in range(2):
+            steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+            rows = np.concatenate([order.rows_of_step(step).T.ravel() for step in steps])
+            assert rows[rows != NO_ROW].tolist() == list(range(order.num_rows))
+
+
+def test_longest_first_is_sorted_and_only_equal_lengths_depend_on_the_seed():
+    lengths = np.random.default_rng(0).integers(1, 9, 200)
+    some, again, other = (longest_first(lengths, seed) for seed in (1, 1, 2))
+    assert sorted(some) == list(range(200)) and some.tolist() == again.tolist() != other.tolist()
+    assert lengths[some].tolist() == lengths[other].tolist() == sorted(lengths, reverse=True)
 
 
 def test_held_out_rows_are_distinct_in_range_and_as_many_as_asked():

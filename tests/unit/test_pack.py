@@ -6,7 +6,7 @@ import collections
 import numpy as np
 import pytest
 
-from qlora_ray.data.pack import pack
+from qlora_ray.data.pack import pack, pack_in_order
 
 
 def room_left_by_hand(lengths: list[int], max_length: int) -> list[int]:
@@ -34,6 +34,16 @@ def test_rows_are_filled_as_best_fit_decreasing_fills_them(case):
     room = [max_length - lengths[samples[a:b]].sum() for a, b in zip(offsets, offsets[1:], strict=False)]
     assert sorted(room) == room_left_by_hand(lengths.tolist(), max_length)
     assert all(np.diff(offsets) > 0)
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_rows_filled_in_order_hold_the_next_samples_up_to_the_first_without_room(case):
+    lengths, max_length = random_lengths(case)
+    offsets = pack_in_order(lengths, max_length)
+    assert offsets[0] == 0 and offsets[-1] == len(lengths) and all(np.diff(offsets) > 0)
+    for start, end in zip(offsets, offsets[1:], strict=False):
+        assert lengths[start:end].sum() <= max_length
+        assert end == len(lengths) or lengths[start : end + 1].sum() > max_length
 
 
 def test_seed_alone_decides_which_samples_of_a_length_meet():

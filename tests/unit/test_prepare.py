@@ -12,8 +12,9 @@ from qlora_ray.data import read as read_module
 from qlora_ray.data import samples as samples_module
 from qlora_ray.data.check import check_records
 from qlora_ray.data.examples import read_examples
-from qlora_ray.data.prepare import prepare
+from qlora_ray.data.prepare import _rows_fingerprint, prepare
 from qlora_ray.data.rows import Rows
+from qlora_ray.data.samples import fingerprint
 from qlora_ray.data.tokenize import IGNORE_INDEX, Encoder, load_tokenizer
 from qlora_ray.storage import open_folder
 from tests.unit.test_formats import GOOD, TURNS
@@ -177,6 +178,32 @@ def test_large_source_is_refused_early_only_if_its_first_records_are_all_bad(wri
     all_bad = write([{"a": 1}] * 5 + [GOOD], "all.jsonl")
     with pytest.raises(ConfigError, match="no format has these fields"):
         check_records(Config.model_validate({"data": {"train_file": all_bad}}))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_given_order_is_the_files_within_rows_and_over_them(write, prepared, packing):
+    files = [write([say(i) for i in range(n, n + 20)], f"{n}.json") for n in (20, 0)]
+    made = prepared(files, packing, data={"order": "given"}, training={"max_length": 64})
+    said = [int(text.split()[0]) for row in texts(made) for text in row.split("<|end|>") if text]
+    assert said == [*range(20, 40), *range(20)]
+    assert made.stats.num_rows < 40 if packing else made.stats.num_rows == 40
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_order_by_length_begins_with_the_longest_samples(write, prepared, packing):
+    made = prepared(write([say(i) for i in range(40)]), packing, data={"order": "by_length", "validation_split": 0.2})
+    rows = Rows(made.entry, "train")
+    lengths = made.train[0].index()["num_tokens"][rows.samples_of(np.arange(len(rows)))]
+    assert len(lengths) == 32 and lengths.tolist() == sorted(lengths, reverse=True)
+
+
+def test_order_is_part_of_what_is_cached_and_shuffled_finds_what_was_made_before_it_was_asked(write, prepared):
+    path = write([say(i) for i in range(40)])
+    entries = [prepared(path, True, data={"order": order}).entry.name for order in ("shuffled", "given", "by_length")]
+    assert len(set(entries)) == 3
+    assert prepared(path, True).entry.name == entries[0]
+    without_order = fingerprint([repr(({}, 0.1, 0, True, 512))])
+    assert _rows_fingerprint(Config(), {}, {"validation_file": ()}, True) == without_order
 
 
 def test_held_out_records_are_not_trained_on(write, prepared):

@@ -10,12 +10,14 @@ import pytest
 
 from qlora_ray.config import Config, ConfigError
 from qlora_ray.data import read as read_module
-from qlora_ray.data.formats import BadRecord
 from qlora_ray.data.json_array import DamagedFile
 from qlora_ray.data.read import BLANK, cut, read
 from qlora_ray.data.sources import content_hash, find_sources
+from qlora_ray.data.turns import BadRecord
 
 RECORDS = [{"instruction": f"Say {i}.", "input": "", "output": f"é京🙂 {i}" + ' "x",\n{[' * (i % 4)} for i in range(50)]
+
+SPLITS = {"train": RECORDS[:40], "test": RECORDS[40:]}
 
 
 def sources(train_file, **data):
@@ -218,15 +220,17 @@ def test_hub_data_set_is_read_from_what_the_hub_library_keeps(tmp_path, monkeypa
 
     asked = {}
     load = datasets.load_dataset
-    write(tmp_path / "train.jsonl", as_lines(RECORDS))
+    files = {name: str(write(tmp_path / f"{name}.jsonl", as_lines(some))) for name, some in SPLITS.items()}
 
-    def from_disk(path, name, *, revision, split):  # a hub that cannot be reached from here, without the network
-        asked.update(path=path, name=name, revision=revision, split=split)
-        return load("json", data_files=str(tmp_path / "train.jsonl"), split="train", cache_dir=str(tmp_path / "hub"))
+    def from_disk(path, name, *, revision):  # a hub that cannot be reached from here, without the network
+        asked.update(path=path, name=name, revision=revision)
+        return load("json", data_files=files, cache_dir=str(tmp_path / "hub"))
 
     monkeypatch.setattr(datasets, "load_dataset", from_disk)
-    assert records("someone/instructions", revision="abc", split="train[:90%]") == RECORDS
-    assert asked == {"path": "someone/instructions", "name": None, "revision": "abc", "split": "train[:90%]"}
+    assert records("someone/instructions", revision="abc") == SPLITS["train"]
+    assert asked == {"path": "someone/instructions", "name": None, "revision": "abc"}
+    assert records("someone/instructions", split="train[:25%]+test[-2:]") == SPLITS["train"][:10] + SPLITS["test"][-2:]
+    assert "has no split 'dev'. Set data.split to one of: test, train." in refusal("someone/instructions", split="dev")
 
 
 def test_hub_data_set_that_does_not_come_is_refused_by_name():

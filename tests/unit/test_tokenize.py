@@ -5,9 +5,9 @@ import random
 import pytest
 
 from qlora_ray.config import ConfigError, base_model_path
-from qlora_ray.data.formats import BadRecord
 from qlora_ray.data.template import CHATML_TEMPLATE, PLAIN_TEMPLATE, find_template
 from qlora_ray.data.tokenize import IGNORE_INDEX, Encoder, load_tokenizer, prompt_ids
+from qlora_ray.data.turns import BadRecord
 from tests.unit.test_formats import TURNS
 
 EMBEDDED = base_model_path("embedded")
@@ -77,23 +77,40 @@ def test_labels_of_the_embedded_base_are_those_of_transformers_own_mask():
     assert trained_text(tokenizer, encode(tokenizer, TURNS)) == ["Kyoto, 京都.<|end|>", "Lima<|end|>"]
 
 
-def labels_by_prefixes(tokenizer, turns) -> list[int]:
-    """Labels by a slower way: each answer lies between the renderings of the turns before it and of it, too."""
+def by_prefixes(tokenizer, turns) -> tuple[list[int], list[int]]:
+    """Token ids and labels by a slower way: an answer lies between the renderings of what is before it and with it.
+
+    Where the text before an answer has other tokens alone than in the whole, the whole is cut there.
+    """
 
     def rendered(some, **more):
         return tokenizer.apply_chat_template(some, tokenize=False, **more)
 
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     whole = rendered(turns)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [IGNORE_INDEX] * len(encoded["input_ids"])
+    ids, spans, cuts = ids_of(whole), [], [0]
     for i, turn in enumerate(turns):
         if turn["role"] == "assistant":
             before, through = rendered(turns[:i], add_generation_prompt=True), rendered(turns[: i + 1]).rstrip("\n")
             assert whole.startswith(through) and through.startswith(before)
-            for k, (start, end) in enumerate(encoded["offset_mapping"]):
-                if start < len(through) and len(before) < end:
-                    labels[k] = encoded["input_ids"][k]
-    return [IGNORE_INDEX, *labels[1:]]
+            spans.append((len(before), len(through)))
+            alone = ids_of(before)
+            cuts += [len(before)] if ids[: len(alone)] != alone else []
+    made, labels = [], []
+    for first, last in zip(cuts, [*cuts[1:], len(whole)], strict=True):
+        lead = "\n" if first else ""  # what a tokenizer puts before a text's begin is not to stand within
+        encoded = tokenizer(lead + whole[first:last], add_special_tokens=False, return_offsets_mapping=True)
+        skip = len(ids_of(lead)) if lead and encoded["input_ids"][: len(ids_of(lead))] == ids_of(lead) else 0
+        if lead and not skip:
+            lead = ""
+            encoded = tokenizer(whole[first:last], add_special_tokens=False, return_offsets_mapping=True)
+        for token, (start, end) in list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))[skip:]:
+            start, end = start + first - len(lead), end + first - len(lead)
+            made.append(token)
+            labels.append(token if any(start < b and a < end for a, b in spans) else IGNORE_INDEX)
+    return made, [IGNORE_INDEX, *labels[1:]]
 
 
 @pytest.mark.parametrize("name", ["plain", "chatml", "llama3", "llama2"])
@@ -101,16 +118,18 @@ def test_labels_are_what_lies_between_the_renderings_of_prefixes(name):
     tokenizer = tokenizer_with(TEMPLATES[name])
     for turns in [TURNS, *random_conversations(60)]:
         sample = encode(tokenizer, turns, max_length=2000)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
-        assert sample.input_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
-        assert sample.labels == labels_by_prefixes(tokenizer, turns)
+        assert (sample.input_ids, sample.labels) == by_prefixes(tokenizer, turns)
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                prompt = prompt_ids(tokenizer, turns[:i])
+                assert sample.input_ids[: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize(
     ("name", "trained"),
     [
         ("plain", ["Kyoto, 京都.<|end|>", "Lima<|end|>"]),
-        ("chatml", ["Kyoto, 京都.<|im_end|><|end|>", "Lima<|im_end|><|end|>"]),
+        ("chatml", ["Kyoto, 京都.<|end|>", "Lima<|end|>"]),
         ("llama3", ["Kyoto, 京都.<|end|>", "Lima<|end|>"]),
         ("llama2", [" Kyoto, 京都. <|end|>", " Lima <|end|>"]),
         ("qwen3", ["Kyoto, 京都.<|end|>", "<think>\n\n</think>\n\nLima<|end|>"]),
@@ -254,7 +273,8 @@ def test_spans_found_by_bisection_are_the_tokens_that_overlap(kind):
     )
     fast.chat_template = LLAMA3
     for turns in conversations:
-        assert encode(fast, turns, max_length=3000).labels == labels_by_prefixes(fast, turns)
+        sample = encode(fast, turns, max_length=3000)
+        assert (sample.input_ids, sample.labels) == by_prefixes(fast, turns)
 
 
 def test_tokenizer_without_template_gets_the_plain_one(tmp_path):

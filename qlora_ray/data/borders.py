@@ -1,0 +1,122 @@
+"""Tokenizes texts so that a prompt alone has the tokens that it has in its row.
+
+A tokenizer may join what ends a prompt with what begins an answer, or split the end of a prompt otherwise when more
+follows. Where it does, the text is cut at that border and each part tokenized alone: what generate sends is then what
+the model has read in training.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from qlora_ray.data.mask import Rendered
+
+FAR_TOKENS, FAR_CHARACTERS = 64, 400  # further back than this nothing is looked for that keeps tokens apart
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of a part of a text; an encoding of the tokenizers library is one of a whole."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # characters of the part
+
+    def token_to_chars(self, i: int) -> tuple[int, int]:
+        return self.offsets[i]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a text, made of parts: (first character, first token, part) of each."""
+
+    ids: list[int]
+    parts: tuple[tuple[int, int, Any], ...]
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """[first, last) tokens that overlap characters [start, end)."""
+        first = self.first_after(start)
+        character, token, part = self._part(lambda begin: begin < end)
+        last = bisect_left(range(len(part)), end - character, key=lambda i: part.token_to_chars(i)[0])
+        return first, max(first, token + last)
+
+    def first_after(self, start: int) -> int:
+        """The first token that ends after a character. Offsets only grow, so it can be bisected."""
+        character, token, part = self._part(lambda begin: begin <= start)
+        return token + bisect_right(range(len(part)), start - character, key=lambda i: part.token_to_chars(i)[1])
+
+    def _part(self, reaches) -> tuple[int, int, Any]:
+        """The last part that begins where it should."""
+        return next((part for part in reversed(self.parts[1:]) if reaches(part[0])), self.parts[0])
+
+
+class Borders:
+    """A tokenizer's backend, and whether it keeps prompts and answers apart."""
+
+    def __init__(self, tokenizer):
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._added = set(tokenizer.added_tokens_decoder)
+        self._newline = self._encode("\n").ids
+        self._ids_within = lru_cache(maxsize=10_000)(lambda text: self._within(text).ids)
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[Tokens]:
+        """Tokens of each text."""
+        encodings = self._backend.encode_batch([one.text for one in rendered], add_special_tokens=False)
+        return [self._checked(one, encoding) for one, encoding in zip(rendered, encodings, strict=True)]
+
+    def _checked(self, rendered: Rendered, encoding) -> Tokens:
+        whole = Tokens(encoding.ids, ((0, 0, encoding),))
+        cuts = [start for start in rendered.starts if start and not self._is_border(rendered.text, whole, start)]
+        if not cuts:
+            return whole
+        ids: list[int] = []
+        parts = []
+        for start, end in zip([0, *cuts], [*cuts, len(rendered.text)], strict=True):
+            piece = rendered.text[start:end]
+            part = self._within(piece) if start else self._encode(piece)
+            parts.append((start, len(ids), part))
+            ids += part.ids
+        return Tokens(ids, tuple(parts))
+
+    def _is_border(self, text: str, whole: Tokens, start: int) -> bool:
+        """Whether the text up to `start` has the same tokens alone."""
+        encoding = whole.parts[0][2]
+        first = whole.first_after(start)
+        if first < len(encoding) and encoding.token_to_chars(first)[0] < start:
+            return False
+        if first and encoding.ids[first - 1] in self._added:
+            return True
+        near = self._last_kept_apart(text, encoding, first)
+        if near and self._ids_within(text[encoding.token_to_chars(near)[0] : start]) == encoding.ids[near:first]:
+            return True
+        return self._encode(text[:start]).ids == encoding.ids[:first]
+
+    def _last_kept_apart(self, text: str, encoding, first: int) -> int:
+        """The last token before `first` that what precedes it cannot change: after an added token or an empty line."""
+        ids = encoding.ids
+        for i in range(first - 1, max(0, first - FAR_TOKENS), -1):
+            if ids[i] in self._added:
+                return i
+        end = encoding.token_to_chars(first - 1)[0] if first else 0
+        line = text.rfind("\n\n", max(0, end - FAR_CHARACTERS), end) + 2
+        place = bisect_left(range(first), line, key=lambda i: encoding.token_to_chars(i)[0])
+        return place if line > 1 and place < first and encoding.token_to_chars(place)[0] == line else 0
+
+    def _encode(self, text: str) -> Any:
+        return self._backend.encode(text, add_special_tokens=False)
+
+    def _within(self, text: str) -> Part:
+        """Tokens of a text that other text precedes: a tokenizer may put a space before what begins a text."""
+        led = self._encode("\n" + text)
+        count = len(self._newline)
+        if led.ids[:count] == self._newline and (len(led) == count or led.token_to_chars(count)[0] >= 1):
+            offsets = [(max(0, a - 1), b - 1) for a, b in led.offsets[count:]]
+            return Part(led.ids[count:], offsets)
+        alone = self._encode(text)
+        return Part(alone.ids, alone.offsets)
