@@ -271,9 +271,9 @@ def write_tool_records(folder: Path, count: int) -> None:
     pick = random.Random(0)
     words = ["".join(pick.choices("etaoinshrdlu", k=pick.randint(2, 9))) for _ in range(2000)]
     say = lambda most: " ".join(pick.choices(words, k=pick.randint(3, most)))  # noqa: E731
-    what = lambda: {"type": "string", "description": say(12)}  # noqa: E731
+    what = lambda: {"type": "string", "description": say(6)}  # noqa: E731
     known = [
-        {"type": "function", "function": {"name": f"tool_{i}", "description": say(20), "parameters": {
+        {"type": "function", "function": {"name": f"tool_{i}", "description": say(8), "parameters": {
             "type": "object", "properties": {"what": what()}, "required": ["what"]}}}
         for i in range(40)
     ]  # fmt: skip
@@ -283,10 +283,10 @@ def write_tool_records(folder: Path, count: int) -> None:
             names = [tool["function"]["name"] for tool in offered[: pick.randint(1, 2)]]
             calls = [{"type": "function", "function": {"name": name, "arguments": {"what": say(6)}}} for name in names]
             turns = [
-                {"role": "user", "content": say(40)},
+                {"role": "user", "content": say(25)},
                 {"role": "assistant", "content": "", "tool_calls": calls},
-                *({"role": "tool", "name": name, "content": say(30)} for name in names),
-                {"role": "assistant", "content": say(40)},
+                *({"role": "tool", "name": name, "content": say(15)} for name in names),
+                {"role": "assistant", "content": say(25)},
             ]
             file.write(json.dumps({"messages": turns, "tools": offered}) + "\n")
 

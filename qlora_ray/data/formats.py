@@ -64,7 +64,8 @@ def sharegpt(record: dict[str, Any]) -> Messages:
             raise BadRecord("a turn is not {from: human|gpt|system|function_call|observation, value: text}")
         renamed.append(_renamed(turn))
         if len(renamed) > 1 and renamed[-1].get("tool_calls") and renamed[-2]["role"] == "assistant":
-            renamed[-2] |= {"tool_calls": [*renamed[-2].get("tool_calls", []), *renamed.pop()["tool_calls"]]}
+            calls = renamed.pop()["tool_calls"]  # of the same turn
+            renamed[-1] = {**renamed[-1], "tool_calls": [*renamed[-1].get("tool_calls", []), *calls]}
     return check_turns(_system(record) + renamed, "conversations", tools_of(record))
 
 

@@ -1,5 +1,7 @@
 """Records of many shapes to messages, and what is refused with which reason."""
 
+import json
+
 import pytest
 
 from qlora_ray.config import ConfigError
@@ -40,6 +42,55 @@ def test_sharegpt_record_is_renamed():
     turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in TURNS]
     assert to_messages({"conversations": turns}, "auto") == TURNS
     assert to_messages({"conversations": turns[1:], "system": "Be brief."}, "sharegpt") == TURNS
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": None, "tool_calls": [CALL]},
+        {"tool_calls": [{"name": "f", "arguments": '{"a": 1}'}]},
+        {"content": "", "tool_calls": json.dumps([CALL])},
+        {"content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+    ],
+)
+def test_calls_of_every_shape_become_one(turn):
+    made = to_messages({"messages": [TURNS[1], {"role": "assistant", **turn}]}, "auto")
+    assert made == [TURNS[1], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [[TOOL], [TOOL["function"]], json.dumps([TOOL]), [json.dumps(TOOL["function"])],
+     [{"type": "function", **TOOL["function"]}]],
+)  # fmt: skip
+@pytest.mark.parametrize("field", ["tools", "functions"])
+def test_tools_of_every_shape_become_one_and_come_first(tools, field):
+    made = to_messages({"messages": TURNS, field: tools}, "auto")
+    assert made == [{"role": "tools", "content": "", "tools": [TOOL]}, *TURNS]
+
+
+def test_a_call_that_follows_what_the_assistant_says_is_of_the_same_turn():
+    said = [("human", "x"), ("gpt", "I look."), ("function_call", '{"name": "f", "arguments": {"a": 1}}'),
+            ("observation", "2"), ("gpt", "It is 2.")]  # fmt: skip
+    made = to_messages({"conversations": [{"from": who, "value": value} for who, value in said]}, "auto")
+    assert [turn["role"] for turn in made] == ["user", "assistant", "tool", "assistant"]
+    assert made[1] == {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_of_every_name_become_one(field):
+    made = to_messages({"messages": [TURNS[1], {**TURNS[4], field: "South!"}]}, "auto")
+    assert made[1] == {**TURNS[4], "reasoning_content": "South!"}
+
+
+def test_weight_0_keeps_a_turn_of_sharegpt_out_of_the_loss():
+    turns = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", "weight": 0}] * 2
+    turns[3] = {"from": "gpt", "value": "z"}
+    assert [turn.get("weight") for turn in to_messages({"conversations": turns}, "auto")] == [None, 0, None, None]
 
 
 def test_prompt_and_completion_stay_raw_texts_or_become_turns():
@@ -89,6 +140,28 @@ def test_format_is_told_by_the_fields(record, name):
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": None}]}, "a turn is not"),
         ({"prompt": "x", "completion": ""}, "`completion` is empty"),
         ({"text": 5}, "`text` is empty or not a text"),
+        ({"messages": "user: hi"}, "`messages` is a text, not a list of turns"),
+        ({"conversations": "hi"}, "`conversations` is a text, not a list of turns"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b"}, "a preference record"),
+        ({"prompt": "x", "completion": "a", "label": False}, "a preference record"),
+        ({"messages": TURNS, "images": ["a.png"]}, "a multi-modal record"),
+        ({"messages": TURNS, "tools": "{oops"}, "`tools` is not JSON"),
+        ({"messages": TURNS, "tools": [{"description": "x"}]}, "a tool is not"),
+        ({"messages": [TURNS[1], {"role": "assistant", "tool_calls": [{"name": ""}]}]}, "a tool call is not"),
+        (
+            {"messages": [TURNS[1], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+            "arguments are not a JSON object",
+        ),
+        ({"messages": [TURNS[1], {"role": "assistant", "reasoning": 5, "content": "x"}]}, "thought is not a text"),
+        (
+            {"messages": [TURNS[1], {"role": "assistant", "reasoning": "Hm.", "content": None}]},
+            "an assistant turn is empty",
+        ),
+        ({"messages": [TURNS[1], {"role": "tool", "content": "x"}, TURNS[2]]}, "alternate"),
+        (
+            {"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f(1)"}]},
+            "a function_call is not JSON",
+        ),
     ],
 )
 def test_unusable_record_is_refused_with_the_reason(record, reason):
