@@ -24,6 +24,7 @@ class Part:
     offsets: list[tuple[int, int]]  # characters of the part
 
     def token_to_chars(self, i: int) -> tuple[int, int]:
+        """[start, end) in characters of token `i`."""
         return self.offsets[i]
 
     def __len__(self) -> int:

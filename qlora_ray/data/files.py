@@ -30,6 +30,7 @@ class DataFile:
 
     @property
     def is_local(self) -> bool:
+        """Whether it lies on a disk of this machine."""
         return isinstance(self.filesystem, LocalFileSystem)
 
     @property

@@ -69,6 +69,7 @@ class Finding:
     examples: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, place: object, text: str, why: str = "") -> None:
+        """Count one more, and keep it as an example where there are few."""
         self.count += 1
         if len(self.examples) < MOST_EXAMPLES:
             shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."

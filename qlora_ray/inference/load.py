@@ -29,6 +29,7 @@ class TooLong(ConfigError):
 
 
 def pick_device() -> torch.device:
+    """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -33,6 +33,7 @@ class Drift:
     changed_greedy_tokens: float  # share, in answers written freely by each
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return asdict(self)
 
 

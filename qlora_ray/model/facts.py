@@ -117,7 +117,7 @@ def _fingerprint(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def weight_files(path: Path, key: str) -> list[Path]:
-    # The files that transformers would load: the index's, else model.safetensors; others may lie beside them.
+    """The files that transformers would load: others may lie beside them. Raises ConfigError for a damaged index."""
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]

@@ -27,6 +27,7 @@ def make_head_return_nats(head: torch.nn.Linear) -> None:
 
 
 def returns_nats(head: torch.nn.Module | None) -> bool:
+    """Whether a head has the loss in it (`make_head_return_nats`)."""
     return hasattr(head, "expected_labels")
 
 

@@ -90,6 +90,7 @@ class FusedLayer:
         kept.attention = (q, k, v, output)
 
     def normalize_input(self, kept: Kept) -> None:
+        """Fill in n1."""
         if kept.n1 is None:
             kept.n1 = self.qkv.buffer(kept.x)
             kept.inverse1 = self._normalize(0, kept.x, None, kept.n1, kept.drops[0])

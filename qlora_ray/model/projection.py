@@ -38,18 +38,22 @@ class Member:
 
     @property
     def rank(self) -> int:
+        """Of its LoRA; 0 without one."""
         return int(self.lora.r[ADAPTER_NAME]) if self.lora else 0
 
     @property
     def scale(self) -> float:
+        """The factor of B A."""
         return float(self.lora.scaling[ADAPTER_NAME])
 
     @property
     def a(self) -> torch.nn.Parameter:
+        """A, (rank, K)."""
         return self.lora.lora_A[ADAPTER_NAME].weight  # (rank, K)
 
     @property
     def b(self) -> torch.nn.Parameter:
+        """B, (n, rank)."""
         return self.lora.lora_B[ADAPTER_NAME].weight  # (n, rank)
 
 
@@ -75,6 +79,7 @@ def why_not(module: torch.nn.Module) -> str | None:
 
 
 def member(module: torch.nn.Module) -> Member:
+    """The layer, taken out of its LoRA if it has one."""
     from peft.tuners.lora import Linear4bit
 
     return Member(module.get_base_layer(), module) if isinstance(module, Linear4bit) else Member(module, None)
@@ -199,6 +204,7 @@ class Single:
         self._holder = held_by
 
     def parameters(self) -> list[torch.nn.Parameter]:
+        """A and B, if there are any: the order of `backward`'s gradients."""
         return [self.member.a, self.member.b] if self.member.lora else []
 
     def forward(self, x: torch.Tensor, drop: Drop = NOTHING) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -282,6 +288,7 @@ class LoraProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, single: Single, drop: Drop, *parameters):
+        """x (..., K) -> (..., N)."""
         flat = x.reshape(-1, x.shape[-1])
         y, z = single.forward(flat, drop)
         ctx.single, ctx.drop = single, drop
@@ -290,6 +297,7 @@ class LoraProjection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        """Gradients of x and of A and B."""
         flat, *z = ctx.saved_tensors
         dx, gradients = ctx.single.backward(dy.reshape(-1, dy.shape[-1]), flat, z[0] if z else None, ctx.drop)
         return dx.view(*dy.shape[:-1], -1), None, None, *gradients

@@ -29,10 +29,12 @@ class Adapter:
 
     @property
     def quantization(self) -> QuantizationConfig:
+        """As the base was quantized in training."""
         return QuantizationConfig.model_validate(self.record["quantization"])
 
     @property
     def compute_dtype(self) -> str:
+        """Name of the dtype that training computed in, e.g. "bfloat16"."""
         return self.record["quantization"]["compute_dtype"]
 
     @property
@@ -44,6 +46,7 @@ class Adapter:
 
     @property
     def context_length(self) -> int | None:
+        """Most tokens that the base was trained on at a time; None where its config does not say."""
         return read_facts(self.base).context_length
 
     @property

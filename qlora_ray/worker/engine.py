@@ -72,9 +72,11 @@ class Engine:
 
     @property
     def module(self) -> torch.nn.Module:
+        """The PEFT model inside."""
         return self._engine.module
 
     def forward(self, **inputs: torch.Tensor) -> Any:
+        """What the model returns. Every worker must call this: ZeRO-3 gathers weights in it."""
         # Without stage 3 DeepSpeed has nothing to do before its step, and its hooks expect gradients to reduce.
         return self._engine(**inputs) if self._is_sharded else self._engine.module(**inputs)
 

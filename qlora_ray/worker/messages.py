@@ -46,6 +46,7 @@ class Logged:
 
     @property
     def step(self) -> int:
+        """The last of the steps."""
         return self.entry["step"]
 
 

@@ -124,6 +124,7 @@ def tokenizer_of(config: Config, rows: Folder):
 
 
 def num_rows(rows: Folder) -> int:
+    """Rows of the training split."""
     return len(open_rows(rows, "train"))
 
 

@@ -52,4 +52,5 @@ class Watchdog:
 
 
 def stacks_file(rank: int) -> str:
+    """Name of the file, in the folder of logs, that a worker's stacks go to."""
     return f"stacks_{rank}.log"
