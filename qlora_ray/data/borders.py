@@ -18,10 +18,10 @@ FAR_TOKENS, FAR_CHARACTERS = 64, 400  # further back than this nothing is looked
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of a part of a text; an encoding of the tokenizers library is one of a whole."""
+    """Tokens of a text; an encoding of the tokenizers library is another."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]]  # characters of the part
+    offsets: list[tuple[int, int]]  # in characters
 
     def token_to_chars(self, i: int) -> tuple[int, int]:
         """[start, end) in characters of token `i`."""
@@ -33,26 +33,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a text, made of parts: (first character, first token, part) of each."""
+    """Token ids of a text, and where each stands in it."""
 
     ids: list[int]
-    parts: tuple[tuple[int, int, Any], ...]
+    part: Any  # a Part, or an encoding of the tokenizers library
 
     def span(self, start: int, end: int) -> tuple[int, int]:
         """[first, last) tokens that overlap characters [start, end)."""
         first = self.first_after(start)
-        character, token, part = self._part(lambda begin: begin < end)
-        last = bisect_left(range(len(part)), end - character, key=lambda i: part.token_to_chars(i)[0])
-        return first, max(first, token + last)
+        last = bisect_left(range(len(self.ids)), end, lo=first, key=lambda i: self.part.token_to_chars(i)[0])
+        return first, last
 
     def first_after(self, start: int) -> int:
         """The first token that ends after a character. Offsets only grow, so it can be bisected."""
-        character, token, part = self._part(lambda begin: begin <= start)
-        return token + bisect_right(range(len(part)), start - character, key=lambda i: part.token_to_chars(i)[1])
-
-    def _part(self, reaches) -> tuple[int, int, Any]:
-        """The last part that begins where it should."""
-        return next((part for part in reversed(self.parts[1:]) if reaches(part[0])), self.parts[0])
+        return bisect_right(range(len(self.ids)), start, key=lambda i: self.part.token_to_chars(i)[1])
 
 
 class Borders:
@@ -72,22 +66,34 @@ class Borders:
         return [self._checked(one, encoding) for one, encoding in zip(rendered, encodings, strict=True)]
 
     def _checked(self, rendered: Rendered, encoding) -> Tokens:
-        whole = Tokens(encoding.ids, ((0, 0, encoding),))
+        whole = Tokens(encoding.ids, encoding)
         cuts = [start for start in rendered.starts if start and not self._is_border(rendered.text, whole, start)]
         if not cuts:
             return whole
-        ids: list[int] = []
-        parts = []
-        for start, end in zip([0, *cuts], [*cuts, len(rendered.text)], strict=True):
-            piece = rendered.text[start:end]
-            part = self._within(piece) if start else self._encode(piece)
-            parts.append((start, len(ids), part))
-            ids += part.ids
-        return Tokens(ids, tuple(parts))
+        part, end = Part(encoding.ids, encoding.offsets), len(rendered.text)
+        for start in reversed(cuts):
+            part = self._cut(rendered.text[:end], part, start)
+            end = start
+        return Tokens(part.ids, part)
+
+    def _cut(self, text: str, part: Part, start: int) -> Part:
+        """The tokens with none across `start`: only those between the added tokens around it are made anew.
+
+        `text` ends at the next cut, which stays.
+        """
+        ids, offsets = part.ids, part.offsets
+        first = bisect_right(offsets, start, key=lambda offset: offset[1])
+        before = next((i for i in range(first - 1, -1, -1) if ids[i] in self._added), 0)
+        last = bisect_left(offsets, len(text), key=lambda offset: offset[0])
+        after = next((i for i in range(first, last) if ids[i] in self._added and offsets[i][0] >= start), last)
+        begin, end = offsets[before][0] if before else 0, offsets[after][0] if after < last else len(text)
+        left, right = self._encode(text[begin:start]), self._within(text[start:end])
+        made = [(a + begin, b + begin) for a, b in left.offsets] + [(a + start, b + start) for a, b in right.offsets]
+        return Part(ids[:before] + left.ids + right.ids + ids[after:], offsets[:before] + made + offsets[after:])
 
     def _is_border(self, text: str, whole: Tokens, start: int) -> bool:
         """Whether the text up to `start` has the same tokens alone."""
-        encoding = whole.parts[0][2]
+        encoding = whole.part
         first = whole.first_after(start)
         if first < len(encoding) and encoding.token_to_chars(first)[0] < start:
             return False
