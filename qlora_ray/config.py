@@ -20,13 +20,10 @@ from pydantic import (
 )
 
 from qlora_ray.environment import hide_secrets
+from qlora_ray.errors import ConfigError
 
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 EMBEDDED_BASE = "embedded"
-
-
-class ConfigError(ValueError):
-    """The user asked for something impossible; the message names the key, the value, the rule and a way out."""
 
 
 class Section(BaseModel):

@@ -12,7 +12,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from qlora_ray.config import Config, ConfigError, find_file, load_config
+from qlora_ray.config import Config, find_file, load_config
+from qlora_ray.errors import ConfigError
 
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_ray import door
-from qlora_ray.config import ConfigError
 from qlora_ray.console import quiet
+from qlora_ray.errors import ConfigError
 from qlora_ray.inference.options import read_options
 
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from qlora_ray import door
-from qlora_ray.config import ConfigError
 from qlora_ray.console import quiet
+from qlora_ray.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:

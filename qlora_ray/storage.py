@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.fs
 
 from qlora_ray import environment
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 
 SHARE_IT = "Use a folder that all nodes share (NFS), or a URI such as s3://."
 FREE_SPACE = "Free space there; --resume goes on."

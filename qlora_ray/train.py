@@ -5,7 +5,7 @@ import sys
 import time
 
 from qlora_ray import door
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 from typing import Literal
 
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import Patch
 
 Answer = Literal["open", "asks for a token", "takes ours", "no answer"]

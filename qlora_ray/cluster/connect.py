@@ -10,7 +10,8 @@ from typing import Any
 
 from qlora_ray import environment
 from qlora_ray.cluster import authentication
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
+from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import Patch
 from qlora_ray.planning.plan import Hardware
 

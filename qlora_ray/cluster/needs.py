@@ -1,7 +1,8 @@
 """What a run will want of the nodes, from its config alone: before data is read and hardware known."""
 
 from qlora_ray.cluster.found import Needs, Row
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, read_facts
 from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.model.recompute import Keep

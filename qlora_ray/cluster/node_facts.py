@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import qlora_ray
-from qlora_ray.config import ConfigError, base_model_path
+from qlora_ray.config import base_model_path
+from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import TESTED
 from qlora_ray.storage import Folder
 

@@ -3,14 +3,15 @@
 import itertools
 from collections.abc import Iterator
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
 from qlora_ray.data.formats import FORMATS, convert, load_function
 from qlora_ray.data.mask import CALL, NAME, THOUGHT, TOLD, TOOLS
 from qlora_ray.data.read import BLANK, DamagedFile, cut, place_unit, read
 from qlora_ray.data.samples import INLINE_BYTES
 from qlora_ray.data.sources import Source, find_sources
 from qlora_ray.data.template import find_template
-from qlora_ray.data.turns import BadRecord, Messages
+from qlora_ray.data.turns import Messages
+from qlora_ray.errors import BadRecord, ConfigError
 
 PEEKED_RECORDS = 1000
 WAY_OUT = "Use a data.chat_template that shows it."

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
 from qlora_ray.data.order import held_out
 from qlora_ray.data.samples import Samples
+from qlora_ray.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from qlora_ray.config import DataSource
 from qlora_ray.data.check import Rejected, messages_of, refuse_missing, refuse_too_many
 from qlora_ray.data.sources import find_source
 from qlora_ray.data.tokenize import Encoder, Sample, prompt_of
-from qlora_ray.data.turns import BadRecord
+from qlora_ray.errors import BadRecord
 
 
 def read_examples(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pyarrow.fs import FileSystem, LocalFileSystem
 
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 
 KINDS = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",

@@ -12,17 +12,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from qlora_ray.config import ConfigError
-from qlora_ray.data.turns import (
-    MEDIA,
-    ROLES,
-    TURN_FIELDS,
-    BadRecord,
-    Messages,
-    check_question,
-    check_turns,
-    make_calls,
-)
+from qlora_ray.data.turns import MEDIA, ROLES, TURN_FIELDS, Messages, check_question, check_turns, make_calls
+from qlora_ray.errors import BadRecord, ConfigError
 
 RAW_ROLES = ("text", "prompt", "completion")
 SHAREGPT_ROLES = {

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_ray.data.turns import BadRecord, Messages, split_tools
+from qlora_ray.data.turns import Messages, split_tools
+from qlora_ray.errors import BadRecord
 
 # What a template may trip over: its own refusal, or a form that it cannot handle.
 RENDER_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)

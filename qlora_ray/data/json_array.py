@@ -4,9 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-
-class DamagedFile(ValueError):
-    """A file that stops being what it claims to be."""
+from qlora_ray.errors import DamagedFile
 
 
 def array_items(blocks: Iterator[str]) -> Iterator[Any]:

@@ -15,7 +15,8 @@ from itertools import accumulate
 from typing import Any
 
 from qlora_ray.data.forms import TOOL, TOOL_NAME, Renderer, json_text, split_thought
-from qlora_ray.data.turns import BadRecord, Messages, split_tools
+from qlora_ray.data.turns import Messages, split_tools
+from qlora_ray.errors import BadRecord
 
 # What can be missing from the rendering. Of the first few a run is only told; more of the others stops it.
 EARLIER_THOUGHT, NO_STOP, OTHER_PROMPT = (

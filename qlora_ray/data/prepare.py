@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_ray.config import Config, ConfigError, base_model_path
+from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.check import refuse_missing, refuse_too_many
 from qlora_ray.data.deal import Share, deal
 from qlora_ray.data.order import longest_first
@@ -22,6 +22,7 @@ from qlora_ray.data.stats import DataStats
 from qlora_ray.data.template import ASKS_DATE, find_template
 from qlora_ray.data.tokenize import prompt_of, tokenizer_files
 from qlora_ray.data.work import Recipe, encoder_of
+from qlora_ray.errors import ConfigError
 from qlora_ray.storage import Folder
 
 MOST_PROMPTS = 1000

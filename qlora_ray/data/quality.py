@@ -14,12 +14,12 @@ import numpy as np
 from qlora_ray.config import Config
 from qlora_ray.data.faults import Base, can_tell_mojibake, faults_of, text_of
 from qlora_ray.data.formats import convert
-from qlora_ray.data.json_array import DamagedFile
 from qlora_ray.data.near import Groups, NearGroups, can_be_near, normalised
 from qlora_ray.data.order import held_out
 from qlora_ray.data.read import BLANK, cut, place_unit, read
 from qlora_ray.data.sources import Source
-from qlora_ray.data.turns import BadRecord, Messages
+from qlora_ray.data.turns import Messages
+from qlora_ray.errors import BadRecord, DamagedFile
 
 RECORDS_AT_ONCE = 512
 RECORDS_A_LINE = 20_000  # of what tells how far it is

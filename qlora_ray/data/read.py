@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from qlora_ray.data.files import DataFile
-from qlora_ray.data.json_array import DamagedFile, array_items
-from qlora_ray.data.turns import BadRecord
+from qlora_ray.data.json_array import array_items
+from qlora_ray.errors import BadRecord, DamagedFile
 
 CHUNK_BYTES = 8 << 20  # of JSON Lines and Arrow
 RECORDS_PER_BATCH = 1024

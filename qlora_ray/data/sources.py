@@ -11,9 +11,10 @@ import pyarrow
 import pyarrow.fs
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from qlora_ray.config import Config, ConfigError, DataSource, find_file
+from qlora_ray.config import Config, DataSource, find_file
 from qlora_ray.data.files import KINDS, DataFile, data_file, kind_by_name
 from qlora_ray.data.splits import Splits, choose, splits_by_card, splits_by_name
+from qlora_ray.errors import ConfigError
 
 WHOLE = ""  # the split of files whose names tell of none
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from qlora_ray.config import ConfigError, DataSource
+from qlora_ray.config import DataSource
 from qlora_ray.data.files import DataFile
-from qlora_ray.data.json_array import DamagedFile
 from qlora_ray.data.read import count
+from qlora_ray.errors import ConfigError, DamagedFile
 
 # The words of datasets/data_files.py (5.2): a folder or a file is of the split that its name holds as a whole word.
 KEYWORDS = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}

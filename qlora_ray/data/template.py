@@ -3,7 +3,8 @@
 import re
 from datetime import date as Date
 
-from qlora_ray.config import ConfigError, find_file
+from qlora_ray.config import find_file
+from qlora_ray.errors import ConfigError
 
 # For models without a chat template. The answer is closed by the tokenizer's own end-of-sequence token.
 PLAIN_TEMPLATE = (

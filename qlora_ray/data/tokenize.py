@@ -6,12 +6,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qlora_ray.config import ConfigError
 from qlora_ray.data.borders import Borders, Tokens
 from qlora_ray.data.formats import RAW_ROLES
 from qlora_ray.data.mask import ChatTemplate, Rendered
 from qlora_ray.data.template import fit_template
-from qlora_ray.data.turns import BadRecord, Messages
+from qlora_ray.data.turns import Messages
+from qlora_ray.errors import BadRecord, ConfigError
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
 

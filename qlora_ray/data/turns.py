@@ -9,6 +9,8 @@ function, function: {name, arguments}} with arguments as a mapping; of a tool to
 import json
 from typing import Any
 
+from qlora_ray.errors import BadRecord
+
 Messages = list[dict[str, Any]]
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
@@ -20,14 +22,6 @@ TURN_FIELDS = {
 }  # fmt: skip
 MEDIA = ("image", "audio", "video", "file")
 NO_TURN = "a turn is not {role: system|user|assistant|tool, content: text}"
-
-
-class BadRecord(ValueError):
-    """A record that cannot be trained on. The message is the reason: one of few; `detail` is what differs."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason)
-        self.detail = detail
 
 
 def check_turns(turns: Any, field: str, tools: Any = None) -> Messages:

@@ -15,7 +15,8 @@ import pyarrow as pa
 from qlora_ray.data.formats import convert, unused_fields
 from qlora_ray.data.read import BLANK, Chunk, DamagedFile, read
 from qlora_ray.data.tokenize import Encoder, Sample, load_tokenizer
-from qlora_ray.data.turns import BadRecord, Messages
+from qlora_ray.data.turns import Messages
+from qlora_ray.errors import BadRecord
 from qlora_ray.storage import Folder
 
 # spans: start, end, start, end, ... in tokens, of what is trained on; never token 0, which nothing predicts.

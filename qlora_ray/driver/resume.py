@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from qlora_ray.config import Config, ConfigError, flat
+from qlora_ray.config import Config, flat
+from qlora_ray.errors import ConfigError
 from qlora_ray.planning.plan import Plan, learning_rate_at
 from qlora_ray.rundir import checkpoints, names
 from qlora_ray.rundir.metrics import read_lines

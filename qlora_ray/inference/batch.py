@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
 from qlora_ray.data.formats import to_question
-from qlora_ray.data.turns import BadRecord, Messages
+from qlora_ray.data.turns import Messages
+from qlora_ray.errors import BadRecord, ConfigError, WorkersFailed
 from qlora_ray.model.record import Adapter
 
 MAX_BATCHES_PER_TASK = 4  # answers are written, and safe, when a task is done
@@ -42,10 +43,6 @@ class Job:
             "seed": self.seed,
             "opening": self.opening,
         }
-
-
-class WorkersFailed(RuntimeError):
-    """Ray Data gave up; the message is the last line of why."""
 
 
 def answer_file(job: Job, source: str, target: str, workers: int | None, address: str | None) -> int:
@@ -115,7 +112,8 @@ class Answerer:
         return {"number": batch["number"], "texts": texts}
 
     def _answer(self, number: int, lines: list[str]) -> list[str]:
-        from qlora_ray.inference.load import TooLong, fit_prompt, room
+        from qlora_ray.errors import TooLong
+        from qlora_ray.inference.load import fit_prompt, room
 
         first, rows, prompts = number * self._job.batch_size, [], []
         for row, line in enumerate(lines, first):
@@ -187,7 +185,7 @@ def _answers(
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         reason = str(cause).strip().splitlines()[-1]
-        raise WorkersFailed(reason.removeprefix("qlora_ray.config.ConfigError: ")) from error
+        raise WorkersFailed(reason.removeprefix("qlora_ray.errors.ConfigError: ")) from error
     finally:
         ray.shutdown()
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from qlora_ray.config import ConfigError
-from qlora_ray.data.turns import BadRecord, Messages
+from qlora_ray.data.turns import Messages
+from qlora_ray.errors import BadRecord, ConfigError
 from qlora_ray.inference.load import Loaded, fit_prompt, room
 from qlora_ray.model.answer import generation_options, left_padded, stop_text
 

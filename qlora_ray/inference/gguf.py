@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.record import Adapter
 
 SCRIPT = "convert_lora_to_gguf.py"

@@ -11,10 +11,11 @@ import pyarrow as pa
 import torch
 import yaml
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
 from qlora_ray.data import examples as examples_of_file
 from qlora_ray.data.rows import open_rows
 from qlora_ray.data.tokenize import Encoder
+from qlora_ray.errors import ConfigError
 from qlora_ray.inference.load import Loaded
 from qlora_ray.model.answer import PROMPTS_PER_BATCH, answer_texts, exact_match, token_f1
 from qlora_ray.model.record import Adapter

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from qlora_ray.config import ConfigError
 from qlora_ray.data.tokenize import load_tokenizer, prompt_ids
-from qlora_ray.data.turns import BadRecord, Messages, split_tools
+from qlora_ray.data.turns import Messages, split_tools
+from qlora_ray.errors import BadRecord, ConfigError, TooLong
 from qlora_ray.model.base import load_base
 from qlora_ray.model.record import Adapter, tokenizer_sha256
 
@@ -22,10 +22,6 @@ class Loaded:
     tokenizer: Any
     device: torch.device
     context_length: int | None
-
-
-class TooLong(ConfigError):
-    """A prompt that the context has no room for."""
 
 
 def pick_device() -> torch.device:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 from qlora_ray.model import card
 from qlora_ray.model.base import four_bit_modules
 from qlora_ray.model.record import Adapter, base_tensors

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from qlora_ray.config import ConfigError
-from qlora_ray.data.turns import BadRecord, Messages, tools_turn
+from qlora_ray.data.turns import Messages, tools_turn
+from qlora_ray.errors import BadRecord, ConfigError
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 # (least, most) of options that transformers itself checks only in the middle of answering, or not at all

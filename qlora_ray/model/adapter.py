@@ -4,7 +4,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from qlora_ray.config import ConfigError, ModelConfig
+from qlora_ray.config import ModelConfig
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.record import base_tensors
 from qlora_ray.model.tensors import TensorFiles

@@ -2,7 +2,8 @@
 
 import os
 
-from qlora_ray.config import ConfigError, base_model_path
+from qlora_ray.config import base_model_path
+from qlora_ray.errors import ConfigError
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]  # code is run only where it is trusted
 

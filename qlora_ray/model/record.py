@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_ray.config import EMBEDDED_BASE, ConfigError, ModelConfig, QuantizationConfig, base_model_path
+from qlora_ray.config import EMBEDDED_BASE, ModelConfig, QuantizationConfig, base_model_path
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import check_folder, read_facts, read_shapes, weight_files
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.tensors import TensorFiles

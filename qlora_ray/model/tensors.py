@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from qlora_ray.config import Config, ConfigError, flat
+from qlora_ray.config import Config, flat
+from qlora_ray.errors import ConfigError
 
 DECIDED_BY = {
     "train_micro_batch_size_per_gpu": "training.batch_size",

@@ -8,7 +8,8 @@ import re
 from typing import Any
 
 from qlora_ray import environment
-from qlora_ray.config import Config, ConfigError, find_file
+from qlora_ray.config import Config, find_file
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, check_folder, read_facts, stored_quantization
 from qlora_ray.planning import deepspeed
 from qlora_ray.planning.plan import Hardware, accumulation_of, check_workers_fit, zero_stage

@@ -5,8 +5,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
 from qlora_ray.data.stats import DataStats
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, choose
 from qlora_ray.planning import deepspeed, memory

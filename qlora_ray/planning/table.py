@@ -1,6 +1,7 @@
 """What fits on N GPUs of M GiB, and how fast: a table, in under a second and without a GPU."""
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, check_folder, read_facts
 from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.model.recompute import Choice, Keep, choose

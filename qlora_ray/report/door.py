@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from qlora_ray import door
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 from qlora_ray.report.compare import write_comparison
 from qlora_ray.report.page import write_report
 from qlora_ray.rundir import names

@@ -4,17 +4,13 @@ import hashlib
 import json
 import re
 
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import BrokenCheckpoint
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
 
 NAME = re.compile(r"step_(\d{8})")
 MANIFEST = "manifest.json"
 FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json"}
-
-
-class BrokenCheckpoint(ConfigError):
-    """A checkpoint whose files are not those that its manifest lists."""
 
 
 def with_manifest(run: Folder) -> list[Folder]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from qlora_ray.config import Config, ConfigError, bundled_root
+from qlora_ray.config import Config, bundled_root
 from qlora_ray.data.prepare import Prepared
 from qlora_ray.data.stats import DataStats
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts
 from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import checkpoints, names

@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 from qlora_ray.rundir import names
 from qlora_ray.storage import DISK_IS_FULL, Folder
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 from qlora_ray.rundir import names
 from qlora_ray.rundir.metrics import read_lines
 from qlora_ray.storage import Folder, open_folder

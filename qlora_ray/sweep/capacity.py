@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
+from qlora_ray.errors import ConfigError
 from qlora_ray.planning.plan import Hardware, Plan, held
 from qlora_ray.sweep import space
 

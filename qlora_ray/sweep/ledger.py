@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 from qlora_ray.storage import sync_folder
 
 FILE = "trials.jsonl"

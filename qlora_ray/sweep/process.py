@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from qlora_ray.config import ConfigError
 from qlora_ray.environment import JOB_CONFIG
+from qlora_ray.errors import ConfigError
 from qlora_ray.rundir import checkpoints, names
 from qlora_ray.rundir.metrics import read_lines
 from qlora_ray.rundir.record import read_json

@@ -13,11 +13,12 @@ import yaml
 
 from qlora_ray import storage
 from qlora_ray.cluster import connect
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
 from qlora_ray.console import chatter_goes_to, console
 from qlora_ray.data.check import check_records
 from qlora_ray.data.prepare import prepare
 from qlora_ray.data.spread import run_on_ray
+from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
 from qlora_ray.rundir import directory, names

@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_ray.config import Config, ConfigError, Parameter, SweepConfig, make_config
+from qlora_ray.config import Config, Parameter, SweepConfig, make_config
+from qlora_ray.errors import ConfigError
 
 NUM_TRIALS = 8  # of a random search or optuna that does not say
 NOT_TO_VARY = ("sweep", "ray.address", "ray.storage_path", "ray.run_name", "logging", "watchdog")

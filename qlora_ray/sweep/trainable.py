@@ -10,6 +10,7 @@ from typing import Any
 from ray import tune
 
 from qlora_ray.config import Config
+from qlora_ray.errors import BrokenCheckpoint
 from qlora_ray.rundir import checkpoints
 from qlora_ray.storage import DISK_IS_FULL
 from qlora_ray.sweep import exploit, space
@@ -61,7 +62,7 @@ class TrialActor(tune.Trainable):
                 if report:
                     return report
                 time.sleep(POLL_SECONDS)
-        except checkpoints.BrokenCheckpoint as error:
+        except BrokenCheckpoint as error:
             return self._ends("failed", str(error))
         except OSError as error:
             if error.errno not in DISK_IS_FULL:

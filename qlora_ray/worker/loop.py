@@ -9,15 +9,14 @@ import ray.train
 import ray.train.torch
 import torch
 
-from qlora_ray.config import ConfigError
 from qlora_ray.data.delivery import Stream
 from qlora_ray.data.order import Order
+from qlora_ray.errors import ConfigError, GuardError, Stop
 from qlora_ray.planning.plan import learning_rate_at
 from qlora_ray.rundir import names
 from qlora_ray.rundir.metrics import MetricsFile
 from qlora_ray.worker import checkpoint, evaluate, export, setup
 from qlora_ray.worker.engine import Engine
-from qlora_ray.worker.errors import GuardError, Stop
 from qlora_ray.worker.loss import sum_of_nats
 from qlora_ray.worker.messages import Done, Evaluated, Fatal, Holding, Ready, Refused, Run, Warned
 from qlora_ray.worker.metrics import Meter, RowCounts

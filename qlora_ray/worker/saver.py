@@ -7,9 +7,9 @@ best adapter that found no space: a run that goes on from it would not write tha
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from qlora_ray.errors import Stop
 from qlora_ray.storage import FREE_SPACE, unless_full
 from qlora_ray.worker import checkpoint
-from qlora_ray.worker.errors import Stop
 from qlora_ray.worker.messages import Run, Warned
 from qlora_ray.worker.state import AdapterState, State
 from qlora_ray.worker.team import Team

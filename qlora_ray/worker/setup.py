@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from qlora_ray.config import Config, ConfigError, base_model_path
+from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.rows import chat_template_of, open_rows
 from qlora_ray.data.tokenize import load_tokenizer
+from qlora_ray.errors import ConfigError, GuardError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
@@ -24,7 +25,6 @@ from qlora_ray.rundir import names
 from qlora_ray.storage import SHARE_IT, Folder
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import Engine
-from qlora_ray.worker.errors import GuardError
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Run
 from qlora_ray.worker.state import AdapterState

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_ray import generate
-from qlora_ray.data.turns import BadRecord
+from qlora_ray.errors import BadRecord
 from qlora_ray.inference.batch import Answerer, Job, to_prompt
 from qlora_ray.model.record import open_adapter
 from tests.integration import door

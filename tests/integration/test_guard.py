@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qlora_ray.config import base_model_path
+from qlora_ray.errors import GuardError
 from qlora_ray.model import base as base_module
 from qlora_ray.worker import setup
-from qlora_ray.worker.errors import GuardError
 from tests.integration import engines, tiny_models
 
 EMBEDDED = base_model_path("embedded")

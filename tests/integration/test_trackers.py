@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
 from qlora_ray.driver import trackers
+from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import check_trackers
 
 LINES = [{"step": step, "loss": 1 / step, "tokens_per_second": 10.0 * step} for step in range(1, 21)]

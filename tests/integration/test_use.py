@@ -10,10 +10,11 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from qlora_ray import evaluate, generate
-from qlora_ray.config import ConfigError, base_model_path
+from qlora_ray.config import base_model_path
 from qlora_ray.data.formats import to_messages
 from qlora_ray.data.template import CHATML_TEMPLATE, PLAIN_TEMPLATE
 from qlora_ray.data.tokenize import load_tokenizer, prompt_ids
+from qlora_ray.errors import ConfigError
 from qlora_ray.inference.batch import to_prompt
 from qlora_ray.inference.load import load
 from qlora_ray.inference.options import read_opening

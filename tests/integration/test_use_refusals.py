@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from qlora_ray import evaluate, export, generate
-from qlora_ray.config import ConfigError, base_model_path
+from qlora_ray.config import base_model_path
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.record import FILE
 from tests.integration import adapters, tiny_models
 

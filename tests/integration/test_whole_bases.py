@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_ray import evaluate, export, generate, plan, train
-from qlora_ray.config import ConfigError, base_model_path
+from qlora_ray.config import base_model_path
+from qlora_ray.errors import ConfigError
 from qlora_ray.inference import merge, verify
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, count_parameters, load_base

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from qlora_ray.config import Config
-from qlora_ray.rundir.checkpoints import BrokenCheckpoint, newest_whole, verify, with_manifest
+from qlora_ray.errors import BrokenCheckpoint, Stop
+from qlora_ray.rundir.checkpoints import newest_whole, verify, with_manifest
 from qlora_ray.rundir.metrics import MetricsFile
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.checkpoint import load_latest, save
-from qlora_ray.worker.errors import Stop
 from qlora_ray.worker.messages import Run
 from qlora_ray.worker.saver import Saver
 from qlora_ray.worker.state import MOMENTS, State

@@ -11,7 +11,8 @@ from qlora_ray.cluster import node_facts as facts_module
 from qlora_ray.cluster.checks import CHECKS, QUICK
 from qlora_ray.cluster.found import Found, Needs, Row, look
 from qlora_ray.cluster.needs import needs_of, refuse
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
+from qlora_ray.errors import ConfigError
 from qlora_ray.planning.plan import Hardware
 
 GPU = {"name": "H100", "total_gib": 80.0, "free_gib": 79.0, "driver": "580.65.06", "compute_capability": "9.0"}

@@ -7,7 +7,8 @@ import pydantic
 import pytest
 
 from qlora_ray import cli
-from qlora_ray.config import Config, ConfigError, bundled_root, find_file, load_config
+from qlora_ray.config import Config, bundled_root, find_file, load_config
+from qlora_ray.errors import ConfigError
 
 CONFIGS = sorted((bundled_root() / "configs").glob("*.yaml"))
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
+from qlora_ray.errors import ConfigError
 from qlora_ray.rundir.directory import check_resumable, run_identity
 from qlora_ray.storage import open_folder
 from tests.unit.test_plan import DATA, FACTS, plan

@@ -11,7 +11,8 @@ import pytest
 from benchmarks.memory import facts_of
 from benchmarks.throughput import SHAPES
 from qlora_ray import plan
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, activation_bytes, choose
 from qlora_ray.planning import memory, table
 from qlora_ray.planning.plan import num_lora_parameters

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from qlora_ray.config import ConfigError
 from qlora_ray.data.formats import convert, load_function, to_messages
-from qlora_ray.data.turns import BadRecord
+from qlora_ray.errors import BadRecord, ConfigError
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 TURNS = [

@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from qlora_ray.config import Config, ConfigError, base_model_path
+from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.examples import read_examples
 from qlora_ray.data.prepare import prepare
 from qlora_ray.data.rows import chat_template_of
 from qlora_ray.data.tokenize import Encoder, load_tokenizer, prompt_ids
+from qlora_ray.errors import ConfigError
 from qlora_ray.storage import open_folder
 from tests.unit.test_formats import TURNS
 from tests.unit.test_template_matrix import FILES, TOOLS, U2, U, call, says, tokenizer_of

@@ -12,7 +12,8 @@ import torch
 import qlora_ray
 from benchmarks.patches import collect
 from qlora_ray import libraries
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
+from qlora_ray.errors import ConfigError
 from tests.integration import tiny_models
 
 PACKAGE, ROOT = Path(qlora_ray.__file__).parent, Path(__file__).parents[2]

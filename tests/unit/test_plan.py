@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from qlora_ray.config import Config, ConfigError, base_model_path
+from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.stats import DataStats
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import read_facts
 from qlora_ray.planning.early import refuse_early
 from qlora_ray.planning.plan import Hardware, check_workers_fit, learning_rate_at, make_plan, num_lora_parameters, packs

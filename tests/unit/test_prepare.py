@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from qlora_ray.config import Config, ConfigError, base_model_path
+from qlora_ray.config import Config, base_model_path
 from qlora_ray.data import read as read_module
 from qlora_ray.data import samples as samples_module
 from qlora_ray.data.check import check_records
@@ -16,6 +16,7 @@ from qlora_ray.data.prepare import _rows_fingerprint, prepare
 from qlora_ray.data.rows import Rows
 from qlora_ray.data.samples import fingerprint
 from qlora_ray.data.tokenize import IGNORE_INDEX, Encoder, load_tokenizer
+from qlora_ray.errors import ConfigError
 from qlora_ray.storage import open_folder
 from tests.unit.test_formats import GOOD, TURNS
 

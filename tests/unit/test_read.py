@@ -8,12 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from qlora_ray.config import Config, ConfigError
+from qlora_ray.config import Config
 from qlora_ray.data import read as read_module
-from qlora_ray.data.json_array import DamagedFile
 from qlora_ray.data.read import BLANK, cut, read
 from qlora_ray.data.sources import content_hash, find_sources
-from qlora_ray.data.turns import BadRecord
+from qlora_ray.errors import BadRecord, ConfigError, DamagedFile
 
 RECORDS = [{"instruction": f"Say {i}.", "input": "", "output": f"é京🙂 {i}" + ' "x",\n{[' * (i % 4)} for i in range(50)]
 

@@ -5,9 +5,10 @@ import json
 import pytest
 import yaml
 
-from qlora_ray.config import Config, ConfigError, base_model_path, flat, make_config
+from qlora_ray.config import Config, base_model_path, flat, make_config
 from qlora_ray.data.stats import DataStats
 from qlora_ray.driver import resume
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import read_facts
 from qlora_ray.planning.plan import Hardware, learning_rate_at, make_plan
 from qlora_ray.rundir import directory

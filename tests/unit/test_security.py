@@ -15,7 +15,8 @@ from pydantic import ValidationError
 import qlora_ray
 from qlora_ray import environment, storage
 from qlora_ray.cluster import authentication, connect
-from qlora_ray.config import Config, ConfigError, load_config
+from qlora_ray.config import Config, load_config
+from qlora_ray.errors import ConfigError
 
 PACKAGE, ROOT = Path(qlora_ray.__file__).parent, Path(__file__).parents[2]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "_bundled" not in path.parts)

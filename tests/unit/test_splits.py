@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from qlora_ray.config import Config, ConfigError, DataSource
+from qlora_ray.config import Config, DataSource
 from qlora_ray.data import read as read_module
 from qlora_ray.data.read import BLANK, cut, read
 from qlora_ray.data.sources import content_hash, find_source, find_sources
 from qlora_ray.data.splits import splits_by_name
+from qlora_ray.errors import ConfigError
 
 datasets.disable_progress_bars()
 RECORDS = [{"n": n} for n in range(130)]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from qlora_ray.config import ConfigError
+from qlora_ray.errors import ConfigError
 from qlora_ray.sweep.ledger import FILE, Ledger
 
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from qlora_ray.config import ConfigError, make_config
+from qlora_ray.config import make_config
+from qlora_ray.errors import ConfigError
 from qlora_ray.planning.plan import Hardware, make_plan
 from qlora_ray.sweep import capacity, space
 from tests.unit.test_plan import DATA, FACTS

@@ -16,7 +16,8 @@ from qlora_ray.data.formats import to_messages, to_question
 from qlora_ray.data.mask import OTHER_PROMPT, SAID_BY
 from qlora_ray.data.template import NAMED, fit_template
 from qlora_ray.data.tokenize import IGNORE_INDEX, Encoder, load_tokenizer, prompt_ids
-from qlora_ray.data.turns import BadRecord, split_tools
+from qlora_ray.data.turns import split_tools
+from qlora_ray.errors import BadRecord
 
 FOLDER = Path(__file__).parent.parent / "templates"
 FILES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.jinja"))}

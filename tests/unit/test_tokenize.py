@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from qlora_ray.config import ConfigError, base_model_path
+from qlora_ray.config import base_model_path
 from qlora_ray.data.template import CHATML_TEMPLATE, PLAIN_TEMPLATE, find_template
 from qlora_ray.data.tokenize import IGNORE_INDEX, Encoder, load_tokenizer, prompt_ids
-from qlora_ray.data.turns import BadRecord
+from qlora_ray.errors import BadRecord, ConfigError
 from tests.unit.test_formats import TURNS
 
 EMBEDDED = base_model_path("embedded")

@@ -47,11 +47,11 @@ def misbehave(kind: str) -> None:
     elif kind == "raise":
         raise ValueError("made to fail")
     elif kind == "guard":
-        from qlora_ray.worker.errors import GuardError
+        from qlora_ray.errors import GuardError
 
         raise GuardError("made to find that the weights are wrong")
     elif kind == "refuse":
-        from qlora_ray.config import ConfigError
+        from qlora_ray.errors import ConfigError
 
         raise ConfigError("model.base_model: made to be missing on one node")
     elif kind == "oom":
