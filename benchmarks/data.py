@@ -23,7 +23,7 @@ from pathlib import Path
 
 MAX_LENGTH = 1024
 FIGURES = ("tokenize", "tools", "memory", "packing", "delivery")
-TOOLS_TEMPLATE = "tests/templates/smollm3.jinja"  # knows tools, and marks what is generated, as TRL wants it
+TOOLS_TEMPLATE = "benchmarks/tools.jinja"  # knows tools, and marks what is generated, as TRL wants it
 STEP_SECONDS = 0.1
 
 
