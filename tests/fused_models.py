@@ -6,11 +6,12 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
 from qlora_ray.model.base import load_base
 from qlora_ray.model.dropout import Drop, drop_of, kept
-from qlora_ray.model.fused import fuse
+from qlora_ray.model.fused import FIRST_PLACE, fuse
 from qlora_ray.worker.loss import sum_of_nats
 from tests.integration import tiny_models
 
@@ -54,6 +55,14 @@ def with_masks_of_fused(model: PeftModel, probability: float, seed: int) -> Peft
             group = next(i for i, names in enumerate(groups) if parts[-2] in names.split())
             layer = int(parts[parts.index("layers") + 1])
             module[ADAPTER_NAME] = GivenMask(drop_of(probability, seed, 4 * layer + group))
+    return model
+
+
+def with_a_mask_each(model: PeftModel, probability: float, seed: int) -> PeftModel:
+    """Give each LoRA the mask that it would have as a fused projection of its own."""
+    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for number, module in enumerate(lora):
+        module.lora_dropout[ADAPTER_NAME] = GivenMask(drop_of(probability, seed, FIRST_PLACE + number))
     return model
 
 

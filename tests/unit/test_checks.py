@@ -147,7 +147,7 @@ def test_refusal_of_train_names_check_node_and_way_out():
 def test_needs_of_a_run_are_those_of_its_plan():
     config = Config.model_validate({"ray": {"num_workers": 2}, "checkpoint": {"keep": 3}})
     needs = needs_of(config, Hardware(4, 2, nodes=({"CPU": 2}, {"CPU": 2})))
-    trainable = 303_104  # r=16 on all linear layers of the embedded base
+    trainable = 299_008  # r=16 on all linear layers of the embedded base
     assert needs.use_gpu and needs.num_workers == 2
     assert needs.storage_bytes == 4 * trainable * 12 + 2 * trainable * 4 + 32 * 2**20
     assert needs.object_store_bytes == 512 * 4 * 512 * 12  # micro-batches ahead x rows x tokens x three int32

@@ -70,12 +70,13 @@ def test_forecast_of_a_whole_model_is_what_an_h200_measured():
         assert peak == pytest.approx(float(measured), rel=0.014)
 
 
-def test_dropout_and_unknown_families_have_no_fused_layers(tmp_path):
+def test_families_whose_layers_are_not_fused_have_no_layer_shape(tmp_path):
     from qlora_ray.model.facts import read_facts
 
     llama, gemma = (read_facts(tiny_models.save(family, tmp_path / family)) for family in ("llama", "gemma2"))
     assert memory.layer_shape(Config(), llama, 2) is not None
-    assert memory.layer_shape(Config.model_validate({"model": {"lora_dropout": 0.1}}), llama, 2) is None
+    assert memory.layer_shape(Config.model_validate({"model": {"lora_dropout": 0.1}}), llama, 2) is not None
+    assert memory.layer_shape(Config.model_validate({"model": {"lora_variant": "dora"}}), llama, 2) is None
     assert memory.layer_shape(Config(), gemma, 2) is None
 
 

@@ -13,7 +13,7 @@ import qlora_ray
 
 PACKAGE = Path(qlora_ray.__file__).parent
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-EXTRAS = ("tensorboard", "mlflow", "wandb", "optuna", "lm-eval")
+EXTRAS = ("tensorboard", "mlflow", "wandb", "optuna", "lm-eval", "check")
 WITH_TORCH = {"triton"}  # its builds for GPUs bring it; CPU builds do without
 IMPORTED_AS = {"lm_eval": "lm-eval", "mlflow": "mlflow-skinny"}  # where the extra need not be installed
 
