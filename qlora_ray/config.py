@@ -44,7 +44,7 @@ class ModelConfig(Section):
     lora_alpha: float = Field(32, gt=0)
     """LoRA scale (PEFT `lora_alpha`): the update is multiplied by alpha / r."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the LoRA input. 0 is fastest."""
+    """Dropout on the LoRA input; 0 is a few percent faster."""
     target_modules: str | list[str] = "all-linear"
     """Which linear layers get a LoRA: "all-linear", a list of module name suffixes, or a regular expression."""
     lora_variant: Literal["lora", "rslora", "dora", "loftq"] = "lora"
