@@ -148,9 +148,7 @@ class FusedLayer:
         ops.swiglu_backward(h, kept.gate_up)  # dh becomes h, gate_up its gradient
         of_down = self.down_back.parameter_gradients(dy, dz, h, kept.z_down, kept.drops[3])
         del h, dz, buffer
-        of_gate_up, buffer1 = self._through_group(
-            self.gate_up, kept.gate_up, kept.n2, 1, kept.x1, kept.inverse2, dy, self.out.room, kept.drops[2]
-        )
+        of_gate_up, buffer1 = self._through_group(1, kept, kept.gate_up, dy)
         dx1 = buffer1[:, :width]
         kept.gate_up = kept.n2 = kept.x1 = None
         q, k, v, output = kept.attention
@@ -163,9 +161,7 @@ class FusedLayer:
         ops.rotate_backward(dq, dk, dv, *angles, d_qkv)
         del q, k, v, output, flat, d_output, dq, dk, dv
         kept.attention = None
-        of_qkv, buffer = self._through_group(
-            self.qkv, d_qkv, kept.n1, 0, kept.x, kept.inverse1, dx1, self.down_back.room, kept.drops[0]
-        )
+        of_qkv, buffer = self._through_group(0, kept, d_qkv, dx1)
         self.passed.buffer = buffer if self.index else None
         return buffer[:, :width], *of_qkv, *of_out, *of_gate_up, *of_down
 
@@ -187,11 +183,13 @@ class FusedLayer:
         group.fill(buffer, drop)
         return inverse
 
-    def _through_group(self, group: Group, d_out, buffer, which: int, x, inverse, residual, room: int, drop: Drop):
-        """Back through a group of projections and the norm before it: (LoRA gradients, gradient of x with room)."""
+    def _through_group(self, which: int, kept: Kept, d_out: torch.Tensor, residual: torch.Tensor):
+        """Back through the projections behind a norm, and the norm: (LoRA gradients, gradient of x with room)."""
+        group, room = ((self.qkv, self.down_back.room), (self.gate_up, self.out.room))[which]
+        x, inverse, buffer = ((kept.x, kept.inverse1, kept.n1), (kept.x1, kept.inverse2, kept.n2))[which]
+        drop, weight = kept.drops[2 * which], self.norms[which].weight.data
         both = group.backward(d_out, drop)
         gradients = group.parameter_gradients(d_out, both[:, group.inputs :], buffer, drop)
-        weight = self.norms[which].weight.data
         dx = x.new_empty(x.shape[0], x.shape[1] + room)
         ops_for(x.device).rms_norm_backward(
             both[:, : group.inputs], x, weight, inverse, residual, dx[:, : group.inputs]

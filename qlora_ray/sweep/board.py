@@ -35,7 +35,7 @@ class Session:
         """`began` is the time.monotonic() of the command."""
         self._config, self._run, self._ledger = planned.config, run, ledger
         self._sweep = space.sweep_of(planned.config)
-        self._reports, self._room, self._began = planned.reports, planned.room, began
+        self._planned, self._reports, self._began = planned, planned.reports, began
         self._said: queue.Queue[tuple[str, str]] = queue.Queue()
         self._stop: tuple[str, str] | None = None  # status and reason
         self._stop_at = 0.0
@@ -67,7 +67,7 @@ class Session:
     def _fit(self) -> None:
         import ray
 
-        from qlora_ray.sweep.tuning import make_tuner
+        from qlora_ray.sweep.tuning import make_tuner, run_config_of
 
         context = ray.get_runtime_context()
         address = next(one["NodeManagerAddress"] for one in ray.nodes() if one["NodeID"] == context.get_node_id())
@@ -85,10 +85,8 @@ class Session:
         try:
             # Ray Tune's own files, which nobody reads again: not where a full disk would end it.
             with tempfile.TemporaryDirectory(prefix="qlora_ray_tune_", ignore_cleanup_errors=True) as folder:
-                make_tuner(
-                    self._config, job, self._ledger, self._reports, Path(folder), self._callback, self._may_end,
-                    self._room, f"node:{address}",
-                ).fit()  # fmt: skip
+                run_config = run_config_of(Path(folder), self._callback, self._may_end)
+                make_tuner(self._planned, self._ledger, job, run_config, f"node:{address}").fit()
         except BaseException as error:  # told by the main thread
             self._error = error
         finally:

@@ -18,7 +18,7 @@ from qlora_ray import environment
 from qlora_ray.config import Config, SweepConfig
 from qlora_ray.libraries import Patch
 from qlora_ray.sweep import exploit, space
-from qlora_ray.sweep.capacity import Reports
+from qlora_ray.sweep.capacity import Planned, Reports
 from qlora_ray.sweep.domain import domain
 from qlora_ray.sweep.ledger import Ledger, TrialRecord
 
@@ -196,27 +196,31 @@ def keep_keys_back() -> None:
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not environment.is_secret(name, "")}
 
 
+def run_config_of(folder: Path, callback: WriteLedger, may_end: Callable[[], bool]) -> tune.RunConfig:
+    """Where Ray Tune keeps its own files, whom it tells, and when it ends before its trials do."""
+    return tune.RunConfig(
+        name="tune", storage_path=str(folder), callbacks=[callback], stop=StopAll(may_end), verbose=0,
+        failure_config=tune.FailureConfig(max_failures=MAX_ACTOR_DEATHS),
+    )  # fmt: skip
+
+
 def make_tuner(
-    config: Config, job: dict[str, Any], ledger: Ledger, reports: Reports, folder: Path, callback: WriteLedger,
-    may_end: Callable[[], bool], max_concurrent: int, node: str,
-) -> tune.Tuner:  # fmt: skip
+    planned: Planned, ledger: Ledger, job: dict[str, Any], run_config: tune.RunConfig, node: str
+) -> tune.Tuner:
     """The Tuner of all that is left to do. `node` is the driver's, where data files and models are."""
     from qlora_ray.sweep.trainable import TrialActor
 
     keep_keys_back()
-    search, param_space, num_samples = search_of(config, ledger, max_concurrent)
-    sweep = space.sweep_of(config)
+    search, param_space, num_samples = search_of(planned.config, ledger, planned.room)
+    sweep = space.sweep_of(planned.config)
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(TrialActor, job=job), {"CPU": 0, node: 0.001}),
         param_space=param_space,
         tune_config=tune.TuneConfig(
-            search_alg=search, scheduler=scheduler_of(sweep, reports, ledger), num_samples=num_samples,
-            max_concurrent_trials=max_concurrent if sweep.search == "optuna" else None, reuse_actors=False,
+            search_alg=search, scheduler=scheduler_of(sweep, planned.reports, ledger), num_samples=num_samples,
+            max_concurrent_trials=planned.room if sweep.search == "optuna" else None, reuse_actors=False,
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: f"{trial.config['trial']}_{trial.trial_id}",
         ),
-        run_config=tune.RunConfig(
-            name="tune", storage_path=str(folder), callbacks=[callback], stop=StopAll(may_end), verbose=0,
-            failure_config=tune.FailureConfig(max_failures=MAX_ACTOR_DEATHS),
-        ),
+        run_config=run_config,
     )  # fmt: skip
