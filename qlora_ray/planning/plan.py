@@ -326,9 +326,9 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
             f"Rows are padded, not packed: that {base.model_type} models keep the samples of a row apart is not shown."
         )
     if data.packed and steps_per_epoch < FEW_STEPS <= data.num_samples:
-        each = data.num_samples / data.num_rows
+        each, steps = data.num_samples / data.num_rows, "1 step" if steps_per_epoch == 1 else f"{steps_per_epoch} steps"
         notes.append(
-            f"Packed rows hold {each:.0f} samples each, so an epoch is only {steps_per_epoch} steps. "
+            f"Packed rows hold {each:.0f} samples each, so an epoch is only {steps}. "
             "For more and smaller ones lower training.max_length or batch_size, or set training.packing=false."
         )
     if use_gpu and not config.training.deterministic:
