@@ -46,10 +46,11 @@ ALL = [
 
 
 def config_of(case: Case, folder: Path, num_workers: int) -> Config:
-    """Validation and a checkpoint at each step; the global batch is 4 rows for any number of workers."""
+    """Validation and a checkpoint at each step, with dropout; the global batch is 4 rows for any number of workers."""
     data = folder / f"{case.records}.json"
     data.write_text(json.dumps([{"instruction": f"say {i}", "output": f"{i} it is"} for i in range(case.records)]))
     return make_config({
+        "model": {"lora_dropout": 0.1},
         "training": {"max_steps": case.steps, "batch_size": 2, "global_batch_size": 4, "max_length": 32,
                      "eval_every_steps": 1},
         "data": {"train_file": str(data), "validation_split": 0.1 if case.has_validation else 0},
@@ -98,6 +99,7 @@ def check(cases: list[Case], folder: Path) -> None:
             assert bits(folder / f"workers{num_workers}" / case.name, case.steps) == ended[case], (case, num_workers)
 
 
+@pytest.mark.timeout(900)
 def test_run_of_a_few_records_ends_with_the_same_bits_for_any_workers_and_after_a_resume(tmp_path):
     check(FEW, tmp_path)
 
