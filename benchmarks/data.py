@@ -270,11 +270,13 @@ def write_tool_records(folder: Path, count: int) -> None:
 
     pick = random.Random(0)
     words = ["".join(pick.choices("etaoinshrdlu", k=pick.randint(2, 9))) for _ in range(2000)]
-    say = lambda most: " ".join(pick.choices(words, k=pick.randint(3, most)))  # noqa: E731
-    what = lambda: {"type": "string", "description": say(6)}  # noqa: E731
+
+    def say(most: int) -> str:
+        return " ".join(pick.choices(words, k=pick.randint(3, most)))
+
     known = [
         {"type": "function", "function": {"name": f"tool_{i}", "description": say(8), "parameters": {
-            "type": "object", "properties": {"what": what()}, "required": ["what"]}}}
+            "type": "object", "properties": {"what": {"type": "string", "description": say(6)}}, "required": ["what"]}}}
         for i in range(40)
     ]  # fmt: skip
     with (folder / f"{count}.jsonl").open("w") as file:
