@@ -7,7 +7,7 @@
     python -m benchmarks.data delivery                 waiting for data at 100 ms steps, two workers
 
 Records: seeded chats of one to three questions and answers, lengths log-normal, JSON Lines; the embedded base's
-tokenizer; max_length 1024; loss on the answers only. Times are whole processes, imports and Ray's start included.
+tokenizer; max_length 1024; loss on the answers only. Times are whole processes, imports included.
 """
 
 import argparse
@@ -143,13 +143,10 @@ def wait_for_rows(folder: str, rank: int, steps: int) -> dict:
 
 
 def ours(folder: Path, records: int, tools: bool = False) -> dict:
-    """Tokenize, mask, pack and cache with Ray Data on all cores."""
-    import ray
-
-    from qlora_ray.cluster import connect
+    """Tokenize, mask, pack and cache on all cores, as a run without a cluster does."""
     from qlora_ray.config import Config
     from qlora_ray.data.prepare import prepare
-    from qlora_ray.data.spread import run_on_ray
+    from qlora_ray.data.spread import run_on_cores
     from qlora_ray.storage import open_folder
 
     config = Config.model_validate(
@@ -163,13 +160,7 @@ def ours(folder: Path, records: int, tools: bool = False) -> dict:
         }
     )
 
-    def runner():
-        connect.set_environment(config, debug=False)
-        connect.start_ray(config, debug=False)
-        return run_on_ray
-
-    made = prepare(config, open_folder(str(folder / "storage")), packing=True, runner=runner)
-    ray.shutdown()
+    made = prepare(config, open_folder(str(folder / "storage")), packing=True, runner=lambda: run_on_cores)
     (folder / "entry.json").write_text(json.dumps(made.entry.name))
     return {"tokens": made.stats.num_tokens, "rows": made.stats.num_rows,
             "packing_efficiency": round(made.stats.packing_efficiency, 4)}  # fmt: skip

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 
 from qlora_ray.config import Config, find_file, load_config
-from qlora_ray.errors import ConfigError
+from qlora_ray.errors import ConfigError, ProcessDied
 
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -46,6 +46,9 @@ def run(
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ProcessDied as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except OSError as error:  # a run or sweep that has started ends with a summary
         from qlora_ray.storage import DISK_IS_FULL, FREE_SPACE
 

@@ -6,6 +6,7 @@ __all__ = [
     "ConfigError",
     "DamagedFile",
     "GuardError",
+    "ProcessDied",
     "QloraRayError",
     "Stop",
     "TooLong",
@@ -39,6 +40,10 @@ class BadRecord(QloraRayError, ValueError):
 
 class DamagedFile(QloraRayError, ValueError):
     """A data file that stops being what it claims to be."""
+
+
+class ProcessDied(QloraRayError, RuntimeError):
+    """A process of our own that ended before its work; the message says which and how."""
 
 
 class Stop(QloraRayError, RuntimeError):

@@ -40,7 +40,7 @@ def _look(config: Config, num_rows: int, debug: bool) -> dict[str, Any]:
     from qlora_ray.data.check import check_records
     from qlora_ray.data.describe import describe, show_rows
     from qlora_ray.data.prepare import make_recipe, prepare
-    from qlora_ray.data.spread import run_on_ray
+    from qlora_ray.data.spread import run_on_cores, run_on_ray
     from qlora_ray.data.work import encoder_of
     from qlora_ray.model.facts import read_facts
     from qlora_ray.planning.early import check_files, local_base
@@ -53,6 +53,8 @@ def _look(config: Config, num_rows: int, debug: bool) -> dict[str, Any]:
     connect.set_environment(config, debug)
 
     def runner():
+        if not connect.address(config):
+            return run_on_cores
         connect.start_ray(config, debug)
         return run_on_ray
 

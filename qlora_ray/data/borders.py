@@ -1,129 +1,133 @@
 """Tokenizes texts so that a prompt alone has the tokens that it has in its row.
 
 A tokenizer may join what ends a prompt with what begins an answer, or split the end of a prompt otherwise when more
-follows. Where it does, the text is cut at that border and each part tokenized alone: what generate sends is then what
-the model has read in training.
+follows. So a text is cut where an answer begins, and each part is tokenized alone: what generate sends is then what the
+model has read in training.
 """
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
-from qlora_ray.data.mask import Rendered
-
-FAR_TOKENS, FAR_CHARACTERS = 64, 400  # further back than this nothing is looked for that keeps tokens apart
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tokens of a text; an encoding of the tokenizers library is another."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]  # in characters
-
-    def token_to_chars(self, i: int) -> tuple[int, int]:
-        """[start, end) in characters of token `i`."""
-        return self.offsets[i]
-
-    def __len__(self) -> int:
-        return len(self.ids)
+from qlora_ray.data.mask import Rendered, Span
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a text, and where each stands in it."""
+    """Token ids of a text, and its spans in tokens: [start, end) of those that overlap the characters."""
 
     ids: list[int]
-    part: Any  # a Part, or an encoding of the tokenizers library
+    spans: list[Span]
 
-    def span(self, start: int, end: int) -> tuple[int, int]:
-        """[first, last) tokens that overlap characters [start, end)."""
-        first = self.first_after(start)
-        last = bisect_left(range(len(self.ids)), end, lo=first, key=lambda i: self.part.token_to_chars(i)[0])
-        return first, last
 
-    def first_after(self, start: int) -> int:
-        """The first token that ends after a character. Offsets only grow, so it can be bisected."""
-        return bisect_right(range(len(self.ids)), start, key=lambda i: self.part.token_to_chars(i)[1])
+@dataclass(frozen=True)
+class _Part:
+    """Tokens between two cuts, and where each stands in the text: no places where a token shows all edges."""
+
+    ids: list[int]
+    offsets: list[Span]
 
 
 class Borders:
-    """A tokenizer's backend, and whether it keeps prompts and answers apart."""
+    """A tokenizer's backend, and which of its tokens stand apart from any text around them."""
 
     def __init__(self, tokenizer):
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._added = set(tokenizer.added_tokens_decoder)
+        self._added = {str(token): (number, token) for number, token in tokenizer.added_tokens_decoder.items()}
+        self._closings = tuple(text for text, (_, token) in self._added.items() if token.special)
+        self._apart: dict[str, bool] = {}  # of the closings met
         self._newline = self._encode("\n").ids
-        self._ids_within = lru_cache(maxsize=10_000)(lambda text: self._within(text).ids)
+        # A tokenizer may put a space before what begins a text, or drop one.
+        self._heeds_beginning = any(
+            self._encode("\n" + text).ids != self._newline + self._encode(text).ids for text in ("x y", " x")
+        )
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Tokens]:
-        """Tokens of each text."""
-        encodings = self._backend.encode_batch([one.text for one in rendered], add_special_tokens=False)
-        return [self._checked(one, encoding) for one, encoding in zip(rendered, encodings, strict=True)]
+        """Tokens of each text and of its spans."""
+        cuts = [(0, *(start for start in one.starts if start), len(one.text)) for one in rendered]
+        closers = [self._closers(one, of_one) for one, of_one in zip(rendered, cuts, strict=True)]
+        parts = [[one.text[a:b] for a, b in pairwise(of_one)] for one, of_one in zip(rendered, cuts, strict=True)]
+        quick = [part for own, known in zip(parts, closers, strict=True) if known is not None for part in own]
+        encoded = iter(self._backend.encode_batch_fast(quick, add_special_tokens=False))
+        made = []
+        for one, of_one, own, known in zip(rendered, cuts, parts, closers, strict=True):
+            if known is None:
+                whole = [self._part(one.text, a, b) for a, b in pairwise(of_one)]
+            else:
+                whole = [_Part(next(encoded).ids, []) for _ in own]
+            made.append(_joined(one, of_one, whole, known or {}))
+        return made
 
-    def _checked(self, rendered: Rendered, encoding) -> Tokens:
-        whole = Tokens(encoding.ids, encoding)
-        cuts = [start for start in rendered.starts if start and not self._is_border(rendered.text, whole, start)]
-        if not cuts:
-            return whole
-        part, end = Part(encoding.ids, encoding.offsets), len(rendered.text)
-        for start in reversed(cuts):
-            part = self._cut(rendered.text[:end], part, start)
-            end = start
-        return Tokens(part.ids, part)
+    def _closers(self, one: Rendered, cuts: tuple[int, ...]) -> dict[int, int] | None:
+        """By edge of a span amid a part: the id of the token that ends there, the first such in the part.
 
-    def _cut(self, text: str, part: Part, start: int) -> Part:
-        """The tokens with none across `start`: only those between the added tokens around it are made anew.
-
-        `text` ends at the next cut, which stays.
+        None where an edge has none, or where a part alone has other tokens than after what precedes it.
         """
-        ids, offsets = part.ids, part.offsets
-        first = bisect_right(offsets, start, key=lambda offset: offset[1])
-        before = next((i for i in range(first - 1, -1, -1) if ids[i] in self._added), 0)
-        last = bisect_left(offsets, len(text), key=lambda offset: offset[0])
-        after = next((i for i in range(first, last) if ids[i] in self._added and offsets[i][0] >= start), last)
-        begin, end = offsets[before][0] if before else 0, offsets[after][0] if after < last else len(text)
-        left, right = self._encode(text[begin:start]), self._within(text[start:end])
-        made = [(a + begin, b + begin) for a, b in left.offsets] + [(a + start, b + start) for a, b in right.offsets]
-        return Part(ids[:before] + left.ids + right.ids + ids[after:], offsets[:before] + made + offsets[after:])
+        if self._heeds_beginning and len(cuts) > 2:
+            return None
+        found = {}
+        for span in one.spans:
+            for edge in span:
+                if edge in cuts:
+                    continue
+                closer = self._closer(one.text, edge)
+                start = cuts[bisect_right(cuts, edge) - 1]
+                if not closer or one.text.find(closer, start) != edge - len(closer):
+                    return None
+                found[edge] = self._added[closer][0]
+        return found
 
-    def _is_border(self, text: str, whole: Tokens, start: int) -> bool:
-        """Whether the text up to `start` has the same tokens alone."""
-        encoding = whole.part
-        first = whole.first_after(start)
-        if first < len(encoding) and encoding.token_to_chars(first)[0] < start:
-            return False
-        if first and encoding.ids[first - 1] in self._added:
-            return True
-        near = self._last_kept_apart(text, encoding, first)
-        if near and self._ids_within(text[encoding.token_to_chars(near)[0] : start]) == encoding.ids[near:first]:
-            return True
-        return self._encode(text[:start]).ids == encoding.ids[:first]
+    def _closer(self, text: str, end: int) -> str:
+        """The token that text[:end] ends with, if it is one whatever stands around it."""
+        for closer, is_apart in self._apart.items():
+            if text.endswith(closer, 0, end):
+                return closer if is_apart else ""
+        if text.endswith(self._closings, 0, end):
+            met = max((closer for closer in self._closings if text.endswith(closer, 0, end)), key=len)
+            self._apart[met] = self._stands_apart(met)
+            return self._closer(text, end)
+        return ""
 
-    def _last_kept_apart(self, text: str, encoding, first: int) -> int:
-        """The last token before `first` that what precedes it cannot change: after an added token or an empty line."""
-        ids = encoding.ids
-        for i in range(first - 1, max(0, first - FAR_TOKENS), -1):
-            if ids[i] in self._added:
-                return i
-        end = encoding.token_to_chars(first - 1)[0] if first else 0
-        line = text.rfind("\n\n", max(0, end - FAR_CHARACTERS), end) + 2
-        place = bisect_left(range(first), line, key=lambda i: encoding.token_to_chars(i)[0])
-        return place if line > 1 and place < first and encoding.token_to_chars(place)[0] == line else 0
+    def _stands_apart(self, closer: str) -> bool:
+        _, token = self._added[closer]
+        starts = tuple(closer[:size] for size in range(1, len(closer)))
+        others = (other for other in self._added if other != closer)
+        overlaps = any(closer in other or other.endswith(starts) for other in others)
+        return not (token.normalized or token.single_word or overlaps)
+
+    def _part(self, text: str, start: int, end: int) -> _Part:
+        """Tokens of text[start:end] as what precedes it leaves them: after the token there, or after a line's end."""
+        lead = (self._closer(text, start) or "\n") if start else ""
+        led = self._encode(lead + text[start:end])
+        count = len(self._newline) if lead == "\n" else len(lead and [lead])
+        if lead == "\n" and not self._begins_after_newline(led, count):
+            lead, count, led = "", 0, self._encode(text[start:end])
+        size = len(lead)
+        return _Part(led.ids[count:], [(max(0, a - size), b - size) for a, b in led.offsets[count:]])
+
+    def _begins_after_newline(self, led: Any, count: int) -> bool:
+        return led.ids[:count] == self._newline and (len(led) == count or led.token_to_chars(count)[0] >= 1)
 
     def _encode(self, text: str) -> Any:
         return self._backend.encode(text, add_special_tokens=False)
 
-    def _within(self, text: str) -> Part:
-        """Tokens of a text that other text precedes: a tokenizer may put a space before what begins a text."""
-        led = self._encode("\n" + text)
-        count = len(self._newline)
-        if led.ids[:count] == self._newline and (len(led) == count or led.token_to_chars(count)[0] >= 1):
-            offsets = [(max(0, a - 1), b - 1) for a, b in led.offsets[count:]]
-            return Part(led.ids[count:], offsets)
-        alone = self._encode(text)
-        return Part(alone.ids, alone.offsets)
+
+def _joined(one: Rendered, cuts: tuple[int, ...], parts: list[_Part], closers: dict[int, int]) -> Tokens:
+    before = [0, *accumulate(len(part.ids) for part in parts)]
+
+    def place(edge: int, is_start: bool) -> int:
+        k = bisect_right(cuts, edge) - 1
+        if cuts[k] == edge:
+            return before[k]
+        if edge in closers:
+            return before[k] + parts[k].ids.index(closers[edge]) + 1
+        if is_start:
+            return before[k] + bisect_right(parts[k].offsets, edge - cuts[k], key=lambda offset: offset[1])
+        return before[k] + bisect_left(parts[k].offsets, edge - cuts[k], key=lambda offset: offset[0])
+
+    ids = parts[0].ids if len(parts) == 1 else [number for part in parts for number in part.ids]
+    return Tokens(ids, [(place(start, True), place(end, False)) for start, end in one.spans])

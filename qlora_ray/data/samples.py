@@ -36,7 +36,7 @@ from qlora_ray.data.work import (
 )
 from qlora_ray.storage import Folder
 
-LAYOUT = 3  # raise when the tokens or the files change, so that old caches are not read
+LAYOUT = 4  # raise when the tokens or the files change, so that old caches are not read
 INLINE_BYTES = 8 << 20  # less than this is tokenized in seconds: sooner done than handed to Ray
 MANIFEST = "manifest.json"
 

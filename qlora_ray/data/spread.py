@@ -1,14 +1,85 @@
-"""Tokenizes the chunks of a large source as Ray Data tasks: parallel over the cluster, nothing through the driver."""
+"""Tokenizes the chunks of a large source at once: on this machine's cores, or as Ray Data tasks over a cluster.
 
+Chunks are written where they are made; nothing but counts and lengths comes back.
+"""
+
+import contextlib
 import logging
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
 
 from qlora_ray.data.read import Chunk
 from qlora_ray.data.work import Done, Recipe, encoder_of, tokenize_chunk
+from qlora_ray.errors import ProcessDied
 from qlora_ray.storage import Folder
+
+MOST_PROCESSES = 32  # each holds a tokenizer and a chunk: about half a GiB
+
+
+def run_on_cores(chunks: list[Chunk], recipe: Recipe, entry: Folder) -> Iterator[tuple[int, Done]]:
+    """(chunk number, what is known of it) for each chunk, as they end: a process for each core of this machine.
+
+    Raises ConfigError for a tokenizer that cannot be loaded, ProcessDied where a process ends before its chunk, and
+    the OSError of one that cannot read or write.
+    """
+    context = multiprocessing.get_context("spawn")
+    count = min(len(chunks), len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    with contextlib.ExitStack() as stack:
+        busy: dict[Any, Any] = {}  # by our end of its pipe
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_tokenize_as_told, args=(theirs, recipe, entry), daemon=True)
+            process.start()
+            theirs.close()  # only the process has it now: where either ends, the other reads the end of the pipe
+            stack.callback(_end, process, ours)
+            busy[ours] = process
+        encoder_of(recipe)  # a tokenizer that cannot be loaded is told here, not from there
+        left = iter(enumerate(chunks))
+        for pipe in busy:
+            pipe.send(next(left))
+        while busy:
+            for pipe in wait(list(busy)):
+                try:
+                    done = pipe.recv()
+                except EOFError:
+                    busy[pipe].join()
+                    raise ProcessDied(
+                        f"a process that tokenizes ended with exit code {busy[pipe].exitcode}"
+                        f"{' (killed, maybe for its memory)' if busy[pipe].exitcode == -signal.SIGKILL else ''}."
+                    ) from None
+                if isinstance(done, OSError):  # a full disk, say
+                    raise done
+                following = next(left, None)
+                if following is None:
+                    del busy[pipe]
+                else:
+                    pipe.send(following)
+                yield done
+
+
+def _end(process: Any, pipe: Connection) -> None:
+    pipe.close()
+    process.terminate()
+    process.join()
+
+
+def _tokenize_as_told(pipe: Connection, recipe: Recipe, entry: Folder) -> None:
+    """Tokenize the chunks that come, until none does or the process that sends them is gone."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores have a process each
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal it comes to all; the driver ends this process
+    with contextlib.suppress(EOFError):
+        while True:
+            number, chunk = pipe.recv()
+            try:
+                pipe.send((number, tokenize_chunk(chunk, recipe, entry, number)))
+            except OSError as error:
+                pipe.send(error)
 
 
 def run_on_ray(chunks: list[Chunk], recipe: Recipe, entry: Folder) -> Iterator[tuple[int, Done]]:

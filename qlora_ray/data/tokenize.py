@@ -162,13 +162,13 @@ class Encoder:
         return usable or next(one for one in made if isinstance(one, BadRecord))
 
     def _sample(self, first_role: str, rendered: Rendered, tokens: Tokens) -> list[Sample] | BadRecord:
-        ids, spans = tokens.ids, [tokens.span(start, end) for start, end in rendered.spans]
+        ids, spans = tokens.ids, tokens.spans
         if first_role in RAW_ROLES and self._first_ids:
             shift = len(self._first_ids)
             ids, spans = self._first_ids + ids, [(start + shift, end + shift) for start, end in spans]
         if not rendered.is_closed:
             ids = [*ids, self.tokenizer.eos_token_id]
-            spans.append((len(ids) - 1, len(ids)))
+            spans = [*spans, (len(ids) - 1, len(ids))]
         if first_role == "text":
             return self._windows(ids)
         kept = min(len(ids), self._max_length)

@@ -66,11 +66,13 @@ class Start:
     def _prepare(self, folder: Folder) -> Ready:
         """Prepare the data while Ray starts. Ray must start on this thread: its processes die with their maker."""
         from qlora_ray.cluster.quick import look_quickly
-        from qlora_ray.data.spread import run_on_ray
+        from qlora_ray.data.spread import run_on_cores, run_on_ray
 
         config, started = self.config, Future[Hardware]()
 
         def runner():
+            if not connect.address(config):
+                return run_on_cores
             started.result()
             return run_on_ray
 

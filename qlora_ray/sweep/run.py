@@ -17,7 +17,7 @@ from qlora_ray.config import Config
 from qlora_ray.console import chatter_goes_to, console
 from qlora_ray.data.check import check_records
 from qlora_ray.data.prepare import prepare
-from qlora_ray.data.spread import run_on_ray
+from qlora_ray.data.spread import run_on_cores, run_on_ray
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
@@ -86,7 +86,8 @@ def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware, inlin
 
     With `inline` it is done in this process, without Ray.
     """
-    runner = None if inline else lambda: run_on_ray
+    spread = run_on_ray if connect.address(configs[0]) else run_on_cores
+    runner = None if inline else lambda: spread
     plans, prepared, bases = [], {}, {}
     for one in configs:
         base = one.model.base_model, one.model.revision

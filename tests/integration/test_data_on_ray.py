@@ -1,6 +1,7 @@
-"""Ray Data tokenizes and carries: the same samples and rows as without it."""
+"""Several processes, or Ray Data, tokenize; Ray Data carries: the same samples and rows as of one process."""
 
 import json
+import multiprocessing
 import threading
 
 import numpy as np
@@ -12,8 +13,11 @@ from qlora_ray.data import delivery, prepare
 from qlora_ray.data import read as read_module
 from qlora_ray.data.delivery import MICRO_BATCHES_PER_TASK, Stream, deliver, rows_at
 from qlora_ray.data.order import Order
+from qlora_ray.data.read import cut
 from qlora_ray.data.rows import Rows, open_rows
-from qlora_ray.data.spread import run_on_ray
+from qlora_ray.data.sources import find_sources
+from qlora_ray.data.spread import run_on_cores, run_on_ray
+from qlora_ray.errors import ProcessDied
 from qlora_ray.storage import open_folder
 
 
@@ -39,7 +43,8 @@ def path(tmp_path_factory):
     return str(path)
 
 
-def test_tokenizing_on_ray_gives_the_rows_of_one_process(ray, path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("spread", [run_on_ray, run_on_cores])
+def test_tokenizing_at_once_gives_the_rows_of_one_process(spread, ray, path, tmp_path, monkeypatch):
     monkeypatch.setattr(read_module, "CHUNK_BYTES", 4096)
     config = Config.model_validate({"data": {"train_file": path}, "training": {"max_length": 64}})
     here = prepare.prepare(config, open_folder(str(tmp_path / "here")), packing=True)
@@ -48,7 +53,7 @@ def test_tokenizing_on_ray_gives_the_rows_of_one_process(ray, path, tmp_path, mo
 
     def runner():
         asked.append(True)
-        return run_on_ray
+        return spread
 
     there = prepare.prepare(config, open_folder(str(tmp_path / "there")), packing=True, runner=runner)
     assert asked == [True] and len(there.train[0].parts) > 3
@@ -59,6 +64,28 @@ def test_tokenizing_on_ray_gives_the_rows_of_one_process(ray, path, tmp_path, mo
     assert (there.entry / "prompts.json").read_bytes() == (here.entry / "prompts.json").read_bytes()
     again = prepare.prepare(config, open_folder(str(tmp_path / "there")), packing=True, runner=runner)
     assert asked == [True] and again == there
+
+
+def test_process_that_ends_before_its_chunk_ends_all_with_the_reason(path, tmp_path):
+    config = Config.model_validate({"data": {"train_file": path}})
+    recipe, (source,) = prepare.make_recipe(config), find_sources(config, "train_file")
+    chunks = cut(source.files[0]) * 3
+    entry = open_folder(str(tmp_path / "entry"))
+    done = run_on_cores(chunks, recipe, entry)
+    next(done)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(ProcessDied, match="a process that tokenizes ended with exit code -9"):
+        list(done)
+    assert not multiprocessing.active_children()
+
+
+def test_full_disk_is_told_as_such_by_the_process_that_met_it(path, tmp_path):
+    config = Config.model_validate({"data": {"train_file": path}})
+    recipe, (source,) = prepare.make_recipe(config), find_sources(config, "train_file")
+    (tmp_path / "entry").write_text("a file in the folder's place")
+    with pytest.raises(OSError, match="entry"):
+        list(run_on_cores(cut(source.files[0]), recipe, open_folder(str(tmp_path / "entry"))))
 
 
 def test_rows_that_ray_data_carries_are_those_of_the_order(ray, path, tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ PACKAGE = Path(qlora_ray.__file__).parent
 
 def test_names_that_are_exported_are_those_of_the_tree():
     assert errors.__all__ == [
-        "BadRecord", "BrokenCheckpoint", "ConfigError", "DamagedFile", "GuardError", "QloraRayError", "Stop", "TooLong",
-        "WorkersFailed",
+        "BadRecord", "BrokenCheckpoint", "ConfigError", "DamagedFile", "GuardError", "ProcessDied", "QloraRayError",
+        "Stop", "TooLong", "WorkersFailed",
     ]  # fmt: skip
     assert all(issubclass(getattr(errors, name), errors.QloraRayError) for name in errors.__all__)
 

@@ -80,7 +80,7 @@ def test_labels_of_the_embedded_base_are_those_of_transformers_own_mask():
 def by_prefixes(tokenizer, turns) -> tuple[list[int], list[int]]:
     """Token ids and labels by a slower way: an answer lies between the renderings of what is before it and with it.
 
-    Where the text before an answer has other tokens alone than in the whole, the whole is cut there.
+    The whole is cut where an answer begins.
     """
 
     def rendered(some, **more):
@@ -90,14 +90,13 @@ def by_prefixes(tokenizer, turns) -> tuple[list[int], list[int]]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     whole = rendered(turns)
-    ids, spans, cuts = ids_of(whole), [], [0]
+    spans, cuts = [], [0]
     for i, turn in enumerate(turns):
         if turn["role"] == "assistant":
             before, through = rendered(turns[:i], add_generation_prompt=True), rendered(turns[: i + 1]).rstrip("\n")
             assert whole.startswith(through) and through.startswith(before)
             spans.append((len(before), len(through)))
-            alone = ids_of(before)
-            cuts += [len(before)] if ids[: len(alone)] != alone else []
+            cuts.append(len(before))
     made, labels = [], []
     for first, last in zip(cuts, [*cuts[1:], len(whole)], strict=True):
         lead = "\n" if first else ""  # what a tokenizer puts before a text's begin is not to stand within
