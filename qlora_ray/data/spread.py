@@ -31,7 +31,7 @@ def run_on_cores(chunks: list[Chunk], recipe: Recipe, entry: Folder) -> Iterator
     context = multiprocessing.get_context("spawn")
     count = min(len(chunks), len(os.sched_getaffinity(0)), MOST_PROCESSES)
     with contextlib.ExitStack() as stack:
-        busy: dict[Any, Any] = {}  # by our end of its pipe
+        busy: dict[Connection, Any] = {}  # by our end of its pipe
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_tokenize_as_told, args=(theirs, recipe, entry), daemon=True)
@@ -42,9 +42,9 @@ def run_on_cores(chunks: list[Chunk], recipe: Recipe, entry: Folder) -> Iterator
         encoder_of(recipe)  # a tokenizer that cannot be loaded is told here, not from there
         left = iter(enumerate(chunks))
         for pipe in busy:
-            pipe.send(next(left))
+            _send(pipe, next(left))
         while busy:
-            for pipe in wait(list(busy)):
+            for pipe in (one for one in wait(list(busy)) if isinstance(one, Connection)):
                 try:
                     done = pipe.recv()
                 except EOFError:
@@ -59,8 +59,13 @@ def run_on_cores(chunks: list[Chunk], recipe: Recipe, entry: Folder) -> Iterator
                 if following is None:
                     del busy[pipe]
                 else:
-                    pipe.send(following)
+                    _send(pipe, following)
                 yield done
+
+
+def _send(pipe: Connection, what: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the other end is gone: who reads next sees it
+        pipe.send(what)
 
 
 def _end(process: Any, pipe: Connection) -> None:
@@ -76,10 +81,12 @@ def _tokenize_as_told(pipe: Connection, recipe: Recipe, entry: Folder) -> None:
     with contextlib.suppress(EOFError):
         while True:
             number, chunk = pipe.recv()
+            done: Any
             try:
-                pipe.send((number, tokenize_chunk(chunk, recipe, entry, number)))
+                done = number, tokenize_chunk(chunk, recipe, entry, number)
             except OSError as error:
-                pipe.send(error)
+                done = error
+            _send(pipe, done)
 
 
 def run_on_ray(chunks: list[Chunk], recipe: Recipe, entry: Folder) -> Iterator[tuple[int, Done]]:
