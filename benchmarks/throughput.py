@@ -26,6 +26,22 @@ SHAPES = {
                        sliding_window=None),
     "qwen2.5-7b": dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
                        num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, rope_theta=1e6),
+    "qwen3-8b": dict(model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+                     num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936, rope_theta=1e6),
+    "gemma3-4b": dict(model_type="gemma3_text", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34,
+                      num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=262208,
+                      sliding_window=1024),
+    "phi-4-mini": dict(model_type="phi3", hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+                       num_attention_heads=24, num_key_value_heads=8, vocab_size=200064, partial_rotary_factor=0.75),
+    "granite-3-8b": dict(model_type="granite", hidden_size=4096, intermediate_size=12800, num_hidden_layers=40,
+                         num_attention_heads=32, num_key_value_heads=8, vocab_size=49155, residual_multiplier=0.22,
+                         attention_multiplier=0.0078125, embedding_multiplier=12.0, logits_scaling=16.0),
+    "olmo2-7b": dict(model_type="olmo2", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                     num_attention_heads=32, num_key_value_heads=32, vocab_size=100352),
+    "smollm3-3b": dict(model_type="smollm3", hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+                       num_attention_heads=16, num_key_value_heads=4, vocab_size=128256),
+    "glm4-9b": dict(model_type="glm4", hidden_size=4096, intermediate_size=13696, num_hidden_layers=40,
+                    num_attention_heads=32, num_key_value_heads=2, head_dim=128, vocab_size=151552),
     "tiny": dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=3,
                  num_attention_heads=4, num_key_value_heads=2, vocab_size=2048),
 }  # fmt: skip
@@ -36,7 +52,7 @@ LEARNING_RATE, SEED, RANK = 2e-4, 0, 16
 def floor_tokens_per_second(shape: dict, length: int, rank: int = RANK) -> float:
     """Tokens a second if matrix products alone took time, at PEAK_FLOPS, nothing recomputed."""
     hidden, heads, kv = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
-    head_dim = hidden // heads
+    head_dim = shape.get("head_dim", hidden // heads)
     sides = [(hidden, heads * head_dim), (hidden, kv * head_dim), (hidden, kv * head_dim), (heads * head_dim, hidden)]
     sides += [(hidden, shape["intermediate_size"])] * 3
     layers = shape["num_hidden_layers"]

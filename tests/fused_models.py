@@ -15,6 +15,32 @@ from qlora_ray.model.fused import FIRST_PLACE, fuse
 from qlora_ray.worker.loss import sum_of_nats
 from tests.integration import tiny_models
 
+# What the fields of a family's config say that differ from Llama's, at their least trivial.
+SETTINGS: dict[str, dict] = {
+    "ministral": {"head_dim": 16, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": {
+        "residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 4.0,
+    },
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "glm4": {"attention_bias": True},
+    "gemma": {"head_dim": 16},
+    "gemma3_text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+}  # fmt: skip
+
+
+def save(family: str, folder: Path) -> str:
+    """A tiny model of a family with its settings, and with norms and biases that are not what they begin as."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_models.save(family, folder, **SETTINGS.get(family, {}))
+    file = folder / "model.safetensors"
+    weights, generator = load_file(file), torch.Generator().manual_seed(2)
+    for weight in (weight for weight in weights.values() if weight.dim() == 1):
+        weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    save_file(weights, file, metadata={"format": "pt"})
+    return str(folder)
+
 
 def build(folder: Path | str, dtype: torch.dtype, device: str = "cpu", fused: bool = True, **model) -> PeftModel:
     """A 4-bit base with a LoRA whose B is not zero."""
@@ -48,7 +74,7 @@ def build_reference(folder: Path | str, device: str = "cpu", **model) -> PeftMod
 
 def with_masks_of_fused(model: PeftModel, probability: float, seed: int) -> PeftModel:
     """Give each LoRA outside fused layers the mask that its group would have in a fused Llama layer."""
-    groups = ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj")
+    groups = ("q_proj k_proj v_proj qkv_proj", "o_proj", "gate_proj up_proj gate_up_proj", "down_proj")
     for name, module in model.named_modules():
         parts = name.split(".")
         if parts[-1] == "lora_dropout":
@@ -92,6 +118,11 @@ def nats_and_gradients(model: PeftModel, batch: dict[str, torch.Tensor]) -> tupl
 def error(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
     """Largest relative error of a matrix: |g - exact| / |exact|."""
     return max(float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact)
+
+
+def squares(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """Squared relative errors of all matrices together."""
+    return sum(float((gradients[name] - exact[name]).norm() / exact[name].norm()) ** 2 for name in exact)
 
 
 def packed_batch() -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ Stands on two internals, of torch and of transformers: FLASH and OWN_MASK.
 
 # B rows, T tokens per row, M = B x T, H heads of E values, S samples
 import logging
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -42,48 +43,81 @@ def no_mask(device: torch.device) -> torch.Tensor:
     return torch.empty(1, 1, 0, 0, dtype=torch.int32, device=device)
 
 
-def dense_mask(mask: torch.Tensor, num_rows: int, length: int) -> torch.Tensor | None:
+@dataclass(frozen=True)
+class Sight:
+    """How a layer's attention weighs scores, and of how many tokens, itself among them, each sees the last."""
+
+    scale: float
+    window: int | None = None  # None: of all
+
+    def is_whole(self, length: int) -> bool:
+        """Whether the window shows all of a sample of this length."""
+        return self.window is None or length <= self.window
+
+
+def dense_mask(mask: torch.Tensor, num_rows: int, length: int, sight: Sight) -> torch.Tensor | None:
     """What transformers makes of packed rows, from `mask_of_borders`: (B, 1, T, T), whether a query sees a key."""
     if not mask.numel():
-        return None
+        return None if sight.is_whole(length) else _band(length, sight, mask.device)[None, None]
     place = torch.arange(num_rows * length, device=mask.device)
     sample = torch.searchsorted(mask[0, 0, 0], place, right=True, out_int32=True).view(num_rows, 1, length)
     is_same = sample[:, :, :, None] == sample[:, :, None, :]
-    return is_same & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return is_same & _band(length, sight, mask.device)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _band(length: int, sight: Sight, device: torch.device) -> torch.Tensor:
+    """Whether a query sees a key of its own sample: (T, T)."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if sight.is_whole(length) else seen.triu(1 - (sight.window or 0))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sight: Sight) -> torch.Tensor:
     """q (B, H, T, E), k and v with H or fewer heads -> (B, H, T, E). No mask means causal.
 
     PyTorch picks the kernel; without a mask that is cuDNN's on Hopper, FlashAttention on other GPUs since Ampere.
     """
-    if mask is not None and not mask.numel():
-        mask = None
+    rows, _, length, _ = q.shape
+    if mask is None or not mask.numel():
+        mask = None if sight.is_whole(length) else _borders_of_rows(rows, length, q.device)
     if mask is not None and mask.dtype == torch.int32:
         within = _attend_flash if _has_flash(q) else _attend_one_by_one
-        output = within(_as_rows(q), _as_rows(k), _as_rows(v), mask, scale)
-        return output.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+        output = within(_as_rows(q), _as_rows(k), _as_rows(v), mask, sight)
+        return output.unflatten(0, (rows, length)).transpose(1, 2)
+    return _attend_dense(q, k, v, mask, sight)
+
+
+def _attend_dense(q, k, v, mask: torch.Tensor | None, sight: Sight) -> torch.Tensor:
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not (mask is None and _kernels_share_keys(q)):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         groups = 1
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, scale=sight.scale, enable_gqa=groups > 1
+    )
 
 
-def _attend_flash(q, k, v, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def _borders_of_rows(rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """`mask_of_borders` of rows of one sample each."""
+    borders = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
+    return borders.expand(1, 1, length, -1)
+
+
+def _attend_flash(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
     """All samples in one kernel: q (M, H, E), k and v (M, fewer, E) -> (M, H, E)."""
     longest, borders = mask.shape[2], mask[0, 0, 0]
+    window = {} if sight.window is None else {"window_size_left": sight.window - 1, "window_size_right": 0}
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, borders, borders, longest, longest, 0.0, True, False, scale=scale
+        q, k, v, borders, borders, longest, longest, 0.0, True, False, scale=sight.scale, **window
     )[0]
 
 
-def _attend_one_by_one(q, k, v, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def _attend_one_by_one(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
     borders = mask[0, 0, 0].tolist()
     outputs = []
     for start, end in zip(borders, borders[1:], strict=False):
         one_q, one_k, one_v = (part[start:end].transpose(0, 1)[None] for part in (q, k, v))  # (1, H, length, E)
-        outputs.append(_as_rows(attend(one_q, one_k, one_v, None, scale)))
+        band = None if sight.is_whole(end - start) else _band(end - start, sight, q.device)
+        outputs.append(_as_rows(_attend_dense(one_q, one_k, one_v, band, sight)))
     return torch.cat(outputs)
 
 

@@ -29,9 +29,6 @@ SAMPLES = 16
 EXPERT_LINEAR = re.compile(r"(\.experts\.\d+\.\w+|block_sparse_moe\.gate|mlp\.gate)\.weight$")
 ADAPTED_EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
 
-# Model types whose decoder layers compute exactly what model/layer.py does, and the class of these layers.
-FUSED_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
-
 
 @dataclass(frozen=True)
 class BaseFacts:

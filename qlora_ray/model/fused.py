@@ -4,7 +4,6 @@ Stands on internals of transformers and PEFT: OWN_FORWARD and LORA_LAYERS.
 """
 
 import logging
-import sys
 from collections import Counter
 from typing import Any
 
@@ -13,9 +12,10 @@ import torch
 from qlora_ray.libraries import Patch
 from qlora_ray.model.attention import dense_mask
 from qlora_ray.model.dropout import drop_of, probability_of
-from qlora_ray.model.facts import FUSED_LAYERS
+from qlora_ray.model.families import FAMILIES, Family
 from qlora_ray.model.head import make_head_return_nats
-from qlora_ray.model.layer import FusedLayer, Passed
+from qlora_ray.model.layer import ACTIVATIONS, FusedLayer, Passed, activation_of, sight_of
+from qlora_ray.model.norm import norm_of
 from qlora_ray.model.projection import LoraProjection, Single, member, ops_for, why_not
 from qlora_ray.model.recompute import Choice
 from qlora_ray.model.stash import HostStash
@@ -43,15 +43,25 @@ def fuse(model: torch.nn.Module) -> str:
     stash = HostStash(device) if device.type == "cuda" else None
     reasons: Counter[str] = Counter()
     passed = Passed()
-    layers = [module for module in model.modules() if type(module).__name__ in FUSED_LAYERS.values()]
-    fused = [layer for layer in layers if _fuse_layer(layer, layers.index(layer), stash, passed, reasons)]
+    classes = {family.layer: family for family in FAMILIES.values()}
+    layers = [module for module in model.modules() if type(module).__name__ in classes]
+    fused = []
+    for index, layer in enumerate(layers):
+        projections = _projections(layer, classes[type(layer).__name__])
+        if any(map(why_not, projections)) or not any(map(_is_lora, projections)):
+            continue  # told projection by projection
+        why = _why_not_layer(layer)
+        reasons.update(f"layer: {reason}" for reason in why)
+        if not why:
+            _fuse_layer(layer, FusedLayer(layer, classes[type(layer).__name__], index, stash, passed))
+            fused.append(layer)
     inside = {id(part) for layer in fused for part in layer.modules()}
     num_projections = 0
     for module in model.modules():
         if _is_lora(module) and id(module) not in inside:
             num_projections += _fuse_projection(module, num_projections, reasons)
     if fused and len(fused) == len(layers):
-        _fuse_ends(model)
+        _fuse_ends(model, classes[type(fused[0]).__name__])
     line = f"fused: {len(fused)} decoder layers, {num_projections} other projections"
     if reasons:
         line += "; left to PEFT: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
@@ -90,34 +100,41 @@ def _is_lora(module: torch.nn.Module) -> bool:
     return isinstance(module, LoraLayer)
 
 
-def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, passed: Passed, reasons: Counter) -> bool:
-    attention, mlp = layer.self_attn, layer.mlp
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    projections += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    why = {reason for reason in map(why_not, projections) if reason}
-    if attention.attention_dropout:
-        why.add("attention has dropout")
-    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        why.add(f"the MLP uses {type(mlp.act_fn).__name__}")
-    if not any(_is_lora(projection) for projection in projections):
-        why.add("no projection is adapted")
-    if why:
-        return False  # counted projection by projection
-    fused = FusedLayer(layer, index, stash, passed)
+def _projections(layer: torch.nn.Module, family: Family) -> list[torch.nn.Module]:
+    of_attention = [getattr(layer.self_attn, name) for name in (*family.qkv, "o_proj")]
+    return of_attention + [getattr(layer.mlp, name) for name in (*family.gate_up, "down_proj")]
+
+
+def _why_not_layer(layer: torch.nn.Module) -> set[str]:
+    """Why a layer cannot take the fused path, though its projections can."""
+    attention, why = layer.self_attn, set()
+    if attention.attention_dropout or getattr(getattr(layer, "resid_attn_dropout", None), "p", 0):
+        why.add("its attention has dropout")
+    if activation_of(layer.mlp) not in ACTIVATIONS:
+        why.add(f"its MLP uses {activation_of(layer.mlp)}")
+    if sight_of(attention).window == 0:
+        why.add("its sliding window shows nothing")
+    if getattr(attention, "attn_logit_softcapping", None) is not None:
+        why.add("its attention caps scores")
+    if not getattr(attention, "is_causal", True):
+        why.add("its attention is not causal")
+    return why
+
+
+def _fuse_layer(layer: torch.nn.Module, fused: FusedLayer) -> None:
     plain = layer.forward
-    adapter = next(projection for projection in projections if _is_lora(projection))
+    adapter = next(lora for lora in fused.loras if lora is not None)
 
     def forward(hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **more: Any):
         mask_is_known = attention_mask is None or attention_mask.dim() == 4
         if past_key_values is not None or not mask_is_known or adapter.disable_adapters or adapter.merged:
             if attention_mask is not None and attention_mask.dtype == torch.int32:
-                attention_mask = dense_mask(attention_mask, *hidden_states.shape[:2])
+                attention_mask = dense_mask(attention_mask, *hidden_states.shape[:2], fused.sight)
             more |= {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
             return plain(hidden_states, attention_mask=attention_mask, **more)
         return fused(hidden_states, *position_embeddings, attention_mask)
 
     layer.fused, layer.forward = fused, forward
-    return True
 
 
 def _fuse_projection(module: torch.nn.Module, number: int, reasons: Counter[str]) -> int:
@@ -137,42 +154,29 @@ def _fuse_projection(module: torch.nn.Module, number: int, reasons: Counter[str]
     return 1
 
 
-def _fuse_ends(model: torch.nn.Module) -> None:
-    """The final norm, the head with its loss, and up to which length samples of a row are kept apart by borders."""
+def _fuse_ends(model: torch.nn.Module, family: Family) -> None:
+    """The final norm, and the head with its loss."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     norm, head = causal_lm.model.norm, causal_lm.get_output_embeddings()
-    causal_lm.longest_sample_by_borders = _longest_seen_whole(causal_lm.config)
-    norm.forward = lambda hidden: _Norm.apply(hidden, norm)
+    causal_lm.takes_borders = True
+    norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, family)
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
-        make_head_return_nats(head)
+        make_head_return_nats(head, float(getattr(causal_lm.config, "logits_scaling", 1.0)))
 
 
-def _longest_seen_whole(config: Any) -> int:
-    """Tokens of the longest sample of which each token sees all before it: the sliding window, where there is one.
-
-    As transformers reads it: None is no window, 0 one that shows nothing; only qwen2 has it layer by layer.
-    """
-    window = getattr(config, "sliding_window", None)
-    if window is None or (config.model_type == "qwen2" and "sliding_attention" not in config.layer_types):
-        return sys.maxsize
-    return window
-
-
-class _Norm(torch.autograd.Function):
+class _LastNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, norm):
+    def forward(ctx, hidden, module, family: Family):
         x = hidden.reshape(-1, hidden.shape[-1])
         out = torch.empty_like(x)
-        inverse = ops_for(x.device).rms_norm(x, None, norm.weight.data, norm.variance_epsilon, out)
-        ctx.norm = norm
-        ctx.save_for_backward(x, inverse)
+        ops_for(x.device).rms_norm(x, None, norm_of(module, family), out)
+        ctx.module, ctx.family = module, family
+        ctx.save_for_backward(x)
         return out.view(hidden.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        x, inverse = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        ops_for(x.device).rms_norm_backward(
-            grad.reshape(x.shape).contiguous(), x, ctx.norm.weight.data, inverse, None, dx
-        )
-        return dx.view(grad.shape), None
+        (x,) = ctx.saved_tensors
+        dx, flat = torch.empty_like(x), grad.reshape(x.shape).contiguous()
+        ops_for(x.device).rms_norm_backward(flat, x, norm_of(ctx.module, ctx.family), None, dx)
+        return dx.view(grad.shape), None, None

@@ -13,15 +13,19 @@ HALF_SCALE = 1024.0  # keeps probabilities of a large vocabulary among float16's
 LOGITS_BYTES = 256 * 2**20  # of one slice of rows: large enough for fast products, small beside a layer
 
 
-def make_head_return_nats(head: torch.nn.Linear) -> None:
-    """Replace the forward of a frozen head without bias: where labels are expected, it returns their nats."""
+def make_head_return_nats(head: torch.nn.Linear, divisor: float = 1.0) -> None:
+    """Replace the forward of a frozen head without bias: where labels are expected, it returns their nats.
+
+    `divisor` is what the model divides the head's logits by: it will divide the nats, too, which are as much larger.
+    """
     plain = head.forward
     head.expected_labels = None  # type: ignore[assignment]
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         if head.expected_labels is None:
             return plain(hidden)
-        return _Nats.apply(hidden, head, head.expected_labels, torch.is_grad_enabled())
+        nats = _Nats.apply(hidden, head, divisor, head.expected_labels, torch.is_grad_enabled())
+        return nats * divisor if divisor != 1 else nats
 
     head.forward = forward  # type: ignore[method-assign]
 
@@ -45,7 +49,7 @@ class _Nats(torch.autograd.Function):
     """Sum of nats, a float32 scalar. The gradient is made in forward, while each slice's logits are at hand."""
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, with_gradient: bool):
+    def forward(ctx, hidden, head, divisor: float, labels, with_gradient: bool):
         x, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)  # (M, D), (M,)
         weight = head.weight.data  # (V, D)
         dx = torch.empty_like(x) if with_gradient else None
@@ -55,14 +59,16 @@ class _Nats(torch.autograd.Function):
         for start in range(0, len(x), num_rows):
             rows = slice(start, start + num_rows)
             logits = torch.mm(x[rows], weight.t())  # (rows, V), in the end their gradient
+            if divisor != 1:
+                logits /= divisor
             nats[rows] = ops_for(x.device).cross_entropy(logits, labels[rows], IGNORE_INDEX, scale)
             if dx is not None:
                 torch.mm(logits, weight, out=dx[rows])
             del logits  # before the next slice's are made
-        ctx.dx, ctx.shape, ctx.scale = dx, hidden.shape, scale
+        ctx.dx, ctx.shape, ctx.scale = dx, hidden.shape, scale * divisor
         return nats.sum()
 
     @staticmethod
     def backward(ctx, grad):
         dx, ctx.dx = ctx.dx, None
-        return dx.mul_(grad / ctx.scale).view(ctx.shape), None, None, None
+        return dx.mul_(grad / ctx.scale).view(ctx.shape), None, None, None, None

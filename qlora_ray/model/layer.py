@@ -1,7 +1,8 @@
-"""A Llama-like decoder layer on a 4-bit base with LoRA as one autograd function: forward, backward, recomputation.
+"""A decoder layer on a 4-bit base with LoRA as one autograd function: forward, backward, recomputation.
 
-x1 = x + o_proj(attention(rotate(q), rotate(k), v)) with q, k, v of norm(x); y = x1 + down(silu(gate) x up) of norm(x1).
-Nothing but activations is kept between forward and backward, and of those only what `Keep` says.
+x1 = x + m post1(o_proj(attention(q, k, v))) with q, k, v of pre1(x); y = x1 + m post2(down(activation(gate) x up)) with
+gate and up of pre2(x1). Which norms there are, and what else differs between model types, says its `Family`. Nothing
+but activations is kept between forward and backward, and of those only what `Keep` says.
 """
 
 # B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP
@@ -10,8 +11,11 @@ from typing import Any
 
 import torch
 
-from qlora_ray.model.attention import attend
+from qlora_ray.model.attention import Sight, attend
 from qlora_ray.model.dropout import NOTHING, Drop, drop_of, probability_of
+from qlora_ray.model.families import Family
+from qlora_ray.model.norm import norm_of
+from qlora_ray.model.ops_plain import Angles
 from qlora_ray.model.projection import Group, Single, member, ops_for
 from qlora_ray.model.recompute import Keep
 from qlora_ray.model.stash import HostStash
@@ -22,15 +26,16 @@ class Kept:
     """Activations of one layer between forward and backward; None is computed again."""
 
     x: torch.Tensor | None  # (M, D)
-    n1: torch.Tensor | None = None  # (M, D + R) normalized input of q, k, v, with its LoRA
-    inverse1: torch.Tensor | None = None  # (M,)
+    n1: torch.Tensor | None = None  # (M, D + R) what q, k, v read, with its LoRA
+    heads: torch.Tensor | None = None  # (M, H of q and k, E) as projected, where a norm follows
     attention: tuple[torch.Tensor, ...] | None = None  # q, k, v and the output, each (B, H, T, E), with their graph
     z_o: torch.Tensor | None = None  # (M, R)
+    given1: torch.Tensor | None = None  # (M, D) of o_proj, where a norm follows
     x1: torch.Tensor | None = None  # (M, D)
-    n2: torch.Tensor | None = None  # (M, D + R) normalized input of gate and up, with its LoRA
-    inverse2: torch.Tensor | None = None  # (M,)
+    n2: torch.Tensor | None = None  # (M, D + R) what gate and up read, with its LoRA
     gate_up: torch.Tensor | None = None  # (M, 2 I)
     z_down: torch.Tensor | None = None  # (M, R)
+    given2: torch.Tensor | None = None  # (M, D) of down, where a norm follows
     drops: tuple[Drop, ...] = (NOTHING,) * 4  # of what the LoRAs of q k v, o, gate up, down read
 
 
@@ -43,18 +48,27 @@ class Passed:
 class FusedLayer:
     """The arithmetic of one decoder layer. Holds modules, never their weights."""
 
-    def __init__(self, layer: torch.nn.Module, index: int, stash: HostStash | None, passed: Passed):
+    def __init__(self, layer: torch.nn.Module, family: Family, index: int, stash: HostStash | None, passed: Passed):
         attention, mlp = layer.self_attn, layer.mlp
-        self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        self.qkv = Group([member(attention.q_proj), member(attention.k_proj), member(attention.v_proj)])
+        self.family = family
+        self.before, self.after = (
+            tuple(getattr(layer, name) if name else None for name in names) for names in (family.before, family.after)
+        )
+        self.head_norms = (attention.q_norm, attention.k_norm) if family.norm_of_heads else None
+        self.qkv = Group([member(getattr(attention, name)) for name in family.qkv])
         self.out = Single(member(attention.o_proj))
-        self.gate_up = Group([member(mlp.gate_proj), member(mlp.up_proj)], apart=True)
+        self.gate_up = Group([member(getattr(mlp, name)) for name in family.gate_up], apart=True)
         self.down = Group([member(mlp.down_proj)], spare_rows=member(mlp.down_proj).rank)
         self.down_back = Single(member(mlp.down_proj), held_by=self.down)
         groups = (self.qkv, self.out, self.gate_up, self.down)
         self.loras = [next((m.lora for m in group.members if m.lora), None) for group in groups]
-        self.head_dim, self.scaling = attention.head_dim, attention.scaling
-        self.num_heads = [rows // self.head_dim for rows in self.qkv.rows]  # of q, k, v
+        self.head_dim, self.sight = attention.head_dim, sight_of(attention)
+        many = self.out.shape[1] // self.head_dim
+        few = (sum(self.qkv.rows) // self.head_dim - many) // 2
+        self.num_heads = [many, few, few]  # of q, k, v
+        self.is_gelu = activation_of(mlp) in GELU_BY_TANH
+        self.multiplier = float(getattr(layer, "residual_multiplier", 1.0))
+        self.rotates = bool(getattr(attention, "use_rope", True))
         self.index, self.stash, self.passed, self.keep = index, stash, passed, Keep.ALL
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -75,55 +89,93 @@ class FusedLayer:
         seed = torch.initial_seed()
         return tuple(drop_of(probability_of(lora), seed, 4 * self.index + i) for i, lora in enumerate(self.loras))
 
-    def attention_part(self, kept: Kept, shape: torch.Size, angles, mask, with_graph: bool) -> None:
-        """Fill in n1 and attention."""
-        self.normalize_input(kept)
+    def angles(self, cos: torch.Tensor, sin: torch.Tensor) -> Angles | None:
+        """How queries and keys are rotated; None where this layer does not."""
+        flat = (part.reshape(-1, part.shape[-1]) for part in (cos, sin))  # (T or M, 2 F)
+        return Angles(*flat, self.family.interleaved) if self.rotates else None
+
+    def attention_part(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask, with_graph: bool) -> None:
+        """Fill in n1, heads and attention."""
+        if kept.n1 is None:
+            kept.n1 = self._read(0, kept.x, None, kept.drops[0])
         if kept.attention is not None:
             return
-        qkv = self.qkv.forward(kept.n1)  # (M, all heads x E)
+        qkv = self.qkv.forward(kept.n1).unflatten(1, (-1, self.head_dim))  # (M, all heads, E)
+        turning = qkv[:, : -self.num_heads[2]]
+        if self.head_norms:
+            kept.heads, turning = turning, torch.empty_like(turning, memory_format=torch.contiguous_format)
+            for norm, part, out in self._norms_of_heads(kept.heads, turning):
+                ops_for(part.device).norm_groups(part, norm, out)
+        if angles is not None:
+            ops_for(qkv.device).rotate(turning, angles)
+        rows = (part.view(*shape[:2], *part.shape[1:]).transpose(1, 2) for part in (turning, qkv))  # (B, H, T, E)
+        turned, every = rows
         many, few, _ = self.num_heads
-        ops_for(qkv.device).rotate(qkv[:, : (many + few) * self.head_dim].unflatten(1, (-1, self.head_dim)), *angles)
-        heads = qkv.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
-        q, k, v = (part.detach().requires_grad_(with_graph) for part in heads.split(self.num_heads, 1))
+        parts = turned[:, :many], turned[:, many:], every[:, many + few :]
+        q, k, v = (part.detach().requires_grad_(with_graph) for part in parts)
         with torch.set_grad_enabled(with_graph):
-            output = attend(q, k, v, mask, self.scaling)
+            output = attend(q, k, v, mask, self.sight)
         kept.attention = (q, k, v, output)
 
-    def normalize_input(self, kept: Kept) -> None:
-        """Fill in n1."""
-        if kept.n1 is None:
-            kept.n1 = self.qkv.buffer(kept.x)
-            kept.inverse1 = self._normalize(0, kept.x, None, kept.n1, kept.drops[0])
+    def _norms_of_heads(self, *heads: torch.Tensor):
+        """For queries and for keys their norm, and their part of each of `heads` as the groups that it takes."""
+        many, few, _ = self.num_heads
+        for module, start, count in zip(self.head_norms or (), (0, many), (many, few), strict=True):
+            parts = [rows[:, start : start + count] for rows in heads]
+            if self.family.norm_of_heads == "width":
+                parts = [part.flatten(1).unsqueeze(1) for part in parts]
+            yield norm_of(module, self.family), *parts
 
     def residual_part(self, kept: Kept) -> None:
-        """Fill in x1 and n2."""
+        """Fill in given1, x1 and n2."""
         added = None
         if kept.x1 is None:
-            output = kept.attention[3].detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H x E)
-            added, kept.z_o = self.out.forward(output, kept.drops[1])
+            if kept.given1 is None:
+                output = kept.attention[3].detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H x E)
+                kept.given1, kept.z_o = self.out.forward(output, kept.drops[1])
+            added = self._given(0, kept.given1)
+            if self.after[0] is None:
+                kept.given1 = None
         if kept.n2 is None:
-            kept.n2 = self.gate_up.buffer(kept.x)
-            x = kept.x if added is not None else kept.x1
-            kept.inverse2 = self._normalize(1, x, added, kept.n2, kept.drops[2])
+            kept.n2 = self._read(1, kept.x if added is not None else kept.x1, added, kept.drops[2])
         if added is not None:
-            kept.x1 = added  # the norm has added x to it in place
+            kept.x1 = added
 
     def mlp_part(self, kept: Kept) -> torch.Tensor:
-        """Fill in gate_up and z_down; return the layer's output (M, D)."""
+        """Fill in gate_up, z_down and given2; return the layer's output (M, D)."""
         kept.gate_up = self.gate_up.forward(kept.n2)
-        h = self.down.buffer(kept.gate_up)  # (M, I + R)
-        ops_for(h.device).swiglu(kept.gate_up, h[:, : self.down.inputs])
-        self.down.fill(h, kept.drops[3])
-        y = self.down.forward(h)
+        h = self._hidden(kept)
+        kept.given2 = self.down.forward(h)
         kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
+        y = self._given(1, kept.given2)
+        if self.after[1] is None:
+            kept.given2 = None
         return y.add_(kept.x1)
 
-    def complete(self, kept: Kept, shape: torch.Size, angles, mask) -> None:
+    def _hidden(self, kept: Kept) -> torch.Tensor:
+        """What down reads, with its LoRA: (M, I + R)."""
+        h = self.down.buffer(kept.gate_up)
+        ops_for(h.device).glu(kept.gate_up, self.is_gelu, h[:, : self.down.inputs])
+        self.down.fill(h, kept.drops[3])
+        return h
+
+    def _given(self, which: int, given: torch.Tensor) -> torch.Tensor:
+        """What is added to the residual stream of what attention or MLP gives: (M, D), in place without a norm."""
+        norm = self.after[which]
+        if norm is not None:
+            out = torch.empty_like(given)
+            ops_for(given.device).rms_norm(given, None, norm_of(norm, self.family), out)
+            given = out
+        return given if self.multiplier == 1 else given.mul_(self.multiplier)
+
+    def complete(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask) -> None:
         """Compute again what was not kept."""
         self.attention_part(kept, shape, angles, mask, with_graph=True)
         self.residual_part(kept)
         if kept.gate_up is None:
             kept.gate_up = self.gate_up.forward(kept.n2)
+        if kept.given2 is None and self.after[1] is not None:
+            kept.given2 = self.down.forward(self._hidden(kept))
 
     def thin_out(self, kept: Kept) -> None:
         """Drop what `keep` does not name."""
@@ -132,7 +184,7 @@ class FusedLayer:
         if self.keep >= Keep.ATTENTION:
             kept.gate_up = None
         if self.keep >= Keep.INPUT:
-            kept.attention = kept.x1 = kept.z_o = None
+            kept.attention = kept.heads = kept.x1 = kept.z_o = kept.given1 = kept.given2 = None
         if self.keep >= Keep.HOST and self.stash is not None:
             self.stash.put(self.index, kept.x)
             kept.x = None
@@ -144,26 +196,51 @@ class FusedLayer:
         self.complete(kept, shape, angles, mask)
         ops = ops_for(dy.device)
         width, buffer = dy.shape[1], self._with_room(dy)
-        h, dz = self.down_back.input_gradient(buffer, kept.drops[3])  # dh (M, I)
-        ops.swiglu_backward(h, kept.gate_up)  # dh becomes h, gate_up its gradient
-        of_down = self.down_back.parameter_gradients(dy, dz, h, kept.z_down, kept.drops[3])
-        del h, dz, buffer
+        d_given = self._back_to_given(1, kept.given2, buffer)
+        kept.given2 = None
+        h, dz = self.down_back.input_gradient(d_given, kept.drops[3])  # dh (M, I)
+        ops.glu_backward(h, kept.gate_up, self.is_gelu)  # dh becomes h, gate_up its gradient
+        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, kept.drops[3])
+        del h, dz, d_given, buffer
         of_gate_up, buffer1 = self._through_group(1, kept, kept.gate_up, dy)
-        dx1 = buffer1[:, :width]
         kept.gate_up = kept.n2 = kept.x1 = None
+        d_given = self._back_to_given(0, kept.given1, buffer1)
+        kept.given1 = None
         q, k, v, output = kept.attention
         flat = output.detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H x E)
-        d_output, dz = self.out.input_gradient(buffer1, kept.drops[1])
-        of_out = self.out.parameter_gradients(dx1, dz, flat, kept.z_o, kept.drops[1])
+        d_output, dz = self.out.input_gradient(d_given, kept.drops[1])
+        of_out = self.out.parameter_gradients(d_given[:, :width], dz, flat, kept.z_o, kept.drops[1])
+        del d_given, dz
         d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
         d_qkv = dy.new_empty(dy.shape[0], sum(self.qkv.rows))
-        ops.rotate_backward(dq, dk, dv, *angles, d_qkv)
+        ops.rotate_backward(dq, dk, dv, angles, d_qkv)
+        if self.head_norms:
+            d_heads = d_qkv.unflatten(1, (-1, self.head_dim))[:, : -self.num_heads[2]]
+            for norm, grad, part in self._norms_of_heads(d_heads, kept.heads):
+                ops.norm_groups_backward(grad, part, norm)
         del q, k, v, output, flat, d_output, dq, dk, dv
-        kept.attention = None
-        of_qkv, buffer = self._through_group(0, kept, d_qkv, dx1)
+        kept.attention = kept.heads = None
+        of_qkv, buffer = self._through_group(0, kept, d_qkv, buffer1[:, :width])
         self.passed.buffer = buffer if self.index else None
         return buffer[:, :width], *of_qkv, *of_out, *of_gate_up, *of_down
+
+    def _back_to_given(self, which: int, given: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
+        """Gradient of what attention or MLP gives, with room, of that of what it adds: the same without norm or factor.
+
+        The buffers (M, D + room) hold a gradient.
+        """
+        norm, width = self.after[which], self.qkv.inputs
+        if norm is None and self.multiplier == 1:
+            return buffer
+        made, dy = torch.empty_like(buffer), buffer[:, :width]
+        if norm is None:
+            torch.mul(dy, self.multiplier, out=made[:, :width])
+            return made
+        if self.multiplier != 1:
+            dy = dy * self.multiplier
+        ops_for(dy.device).rms_norm_backward(dy, given, norm_of(norm, self.family), None, made[:, :width])
+        return made
 
     def _with_room(self, dy: torch.Tensor) -> torch.Tensor:
         """The buffer that dy lies in if the layer above made it, else a copy with as much room."""
@@ -176,31 +253,55 @@ class FusedLayer:
         buffer[:, :width] = dy
         return buffer
 
-    def _normalize(self, which: int, x, added, buffer: torch.Tensor, drop: Drop) -> torch.Tensor:
-        norm, group = self.norms[which], (self.qkv, self.gate_up)[which]
+    def _read(self, which: int, x: torch.Tensor, added: torch.Tensor | None, drop: Drop) -> torch.Tensor:
+        """What attention or MLP reads of x + added, with its LoRA: (M, D + R). `added` becomes x + added."""
+        norm, group = self.before[which], (self.qkv, self.gate_up)[which]
+        buffer = group.buffer(x)
         out = buffer[:, : group.inputs]
-        inverse = ops_for(x.device).rms_norm(x, added, norm.weight.data, norm.variance_epsilon, out)
+        if norm is not None:
+            ops_for(x.device).rms_norm(x, added, norm_of(norm, self.family), out)
+        else:
+            out.copy_(x if added is None else added.add_(x))
         group.fill(buffer, drop)
-        return inverse
+        return buffer
 
     def _through_group(self, which: int, kept: Kept, d_out: torch.Tensor, residual: torch.Tensor):
         """Back through the projections behind a norm, and the norm: (LoRA gradients, gradient of x with room)."""
         group, room = ((self.qkv, self.down_back.room), (self.gate_up, self.out.room))[which]
-        x, inverse, buffer = ((kept.x, kept.inverse1, kept.n1), (kept.x1, kept.inverse2, kept.n2))[which]
-        drop, weight = kept.drops[2 * which], self.norms[which].weight.data
+        x, buffer = ((kept.x, kept.n1), (kept.x1, kept.n2))[which]
+        drop, norm = kept.drops[2 * which], self.before[which]
         both = group.backward(d_out, drop)
         gradients = group.parameter_gradients(d_out, both[:, group.inputs :], buffer, drop)
         dx = x.new_empty(x.shape[0], x.shape[1] + room)
-        ops_for(x.device).rms_norm_backward(
-            both[:, : group.inputs], x, weight, inverse, residual, dx[:, : group.inputs]
-        )
+        back, out = both[:, : group.inputs], dx[:, : group.inputs]
+        if norm is None:
+            torch.add(back, residual, out=out)
+        else:
+            ops_for(x.device).rms_norm_backward(back, x, norm_of(norm, self.family), residual, out)
         return gradients, dx
+
+
+GELU_BY_TANH = ("GELUTanh", "NewGELUActivation")
+ACTIVATIONS = ("SiLU", "SiLUActivation", *GELU_BY_TANH)
+
+
+def activation_of(mlp: torch.nn.Module) -> str:
+    """Class of the activation of an MLP with a gate."""
+    return type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn).__name__
+
+
+def sight_of(attention: torch.nn.Module) -> Sight:
+    """What each token of a layer sees: its window is its own, or that of all layers."""
+    config: Any = attention.config
+    of_all = getattr(config, "sliding_window", None)
+    window: Any = attention.sliding_window if hasattr(attention, "sliding_window") else of_all
+    return Sight(float(attention.scaling), window)  # type: ignore[arg-type]
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fused: FusedLayer, cos, sin, mask, with_graph: bool, *parameters):
-        angles = (cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]))  # (T or M, E)
+        angles = fused.angles(cos, sin)
         kept = Kept(x.reshape(-1, x.shape[-1]), drops=fused.draw())
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)

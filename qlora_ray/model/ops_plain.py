@@ -3,12 +3,20 @@
 Their gradients are written out; `ops_triton` does the same with one kernel each. Rounding follows transformers.
 """
 
-# M tokens (rows x length), D hidden width, I width of the MLP, H heads of E values, V vocabulary
+# M tokens (rows x length), D hidden width, I width of the MLP, H heads of E values, G groups of W, V vocabulary
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from qlora_ray.libraries import Patch
 from qlora_ray.model.dropout import Drop, kept
+from qlora_ray.model.norm import Norm
+
+# GELU by tanh (arXiv:1606.08415): x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, which is
+# x sigmoid(GELU x (1 + GELU_CUBE x^2)).
+GELU, GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 
 PACKED_FORMAT = Patch(
     "bitsandbytes", "0.50.2", "reads quant_state (absmax, code, offset, state2) and the order of packed values, here "
@@ -16,6 +24,15 @@ PACKED_FORMAT = Patch(
     gains="a weight is unpacked by one kernel, to where the product reads it, instead of by two and a copy",
     delete_when="dequantize_4bit writes into a slice of a buffer",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Of rotary embedding: cos and sin (M or a divisor of it, 2 F), each value twice; and what is rotated together."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool = False  # neighbours, else values half of 2 F apart
 
 
 def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -32,62 +49,95 @@ def place(b: torch.Tensor | None, scale: float, column: int, out: torch.Tensor) 
         torch.mul(b, scale, out=out[:, column : column + b.shape[1]])
 
 
-def rms_norm(
-    x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor
-) -> torch.Tensor:
-    """out (M, D) = weight x normalized(x + added). `added` becomes x + added. Returns 1 / RMS: (M,) float32."""
-    if added is not None:
-        x = added.add_(x)
-    wide = x.float()
-    inverse = torch.rsqrt(wide.square().mean(-1) + eps)  # (M,)
-    out.copy_(weight * (wide * inverse[:, None]).to(x.dtype))
-    return inverse
+def rms_norm(x: torch.Tensor, added: torch.Tensor | None, norm: Norm, out: torch.Tensor) -> None:
+    """out (M, D) = the norm of x + added. `added` becomes x + added."""
+    out.copy_(_normalized(x if added is None else added.add_(x), norm))
 
 
 def rms_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, residual: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:  # fmt: skip
+    grad: torch.Tensor, x: torch.Tensor, norm: Norm, residual: torch.Tensor | None, out: torch.Tensor
+) -> None:
     """out: gradient of x (M, D), plus the gradient that reaches x past the norm."""
-    wide = grad.float() * weight.float()
-    normalized = x.float() * inverse[:, None]
-    dx = inverse[:, None] * (wide - normalized * (wide * normalized).mean(-1, keepdim=True))
+    dx = _norm_gradient(grad, x, norm)
     out.copy_(dx if residual is None else dx + residual.float())
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary embedding in place: heads (M, H, E), cos and sin (M or a divisor of it, E)."""
-    repeats = heads.shape[0] // cos.shape[0]
-    cos, sin = cos.repeat(repeats, 1)[:, None], sin.repeat(repeats, 1)[:, None]  # (M, 1, E)
-    low, high = heads.chunk(2, -1)
-    heads.copy_(heads * cos + torch.cat((-high, low), -1) * sin)
+def norm_groups(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
+    """out = the norm of each of the groups of x, both (M, G, W)."""
+    out.copy_(_normalized(x, norm))
+
+
+def norm_groups_backward(grad: torch.Tensor, x: torch.Tensor, norm: Norm) -> None:
+    """Back from grad (M, G, W), in place."""
+    grad.copy_(_norm_gradient(grad, x, norm))
+
+
+def _normalized(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    return _gain(norm) * (wide.to(x.dtype).float() if norm.rounds_first else wide)
+
+
+def _norm_gradient(grad: torch.Tensor, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    wide, value = grad.float() * _gain(norm), x.float()
+    inverse = torch.rsqrt(value.square().mean(-1, keepdim=True) + norm.eps)
+    normalized = value * inverse
+    return inverse * (wide - normalized * (wide * normalized).mean(-1, keepdim=True))
+
+
+def _gain(norm: Norm) -> torch.Tensor:
+    return norm.weight.float() + norm.plus_one
+
+
+def rotate(heads: torch.Tensor, angles: Angles) -> None:
+    """Rotary embedding (arXiv:2104.09864) in place: heads (M, H, E), of which the first 2 F values are rotated."""
+    repeats = heads.shape[0] // angles.cos.shape[0]
+    cos, sin = (part.repeat(repeats, 1)[:, None, : part.shape[1] // 2] for part in (angles.cos, angles.sin))
+    size = 2 * cos.shape[-1]  # cos and sin (M, 1, F)
+    first, second = _pairs(heads[..., :size], angles.interleaved)
+    one, other = first * cos - second * sin, second * cos + first * sin
+    first.copy_(one)
+    second.copy_(other)
+
+
+def _pairs(heads: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values that are rotated together, as views."""
+    if interleaved:
+        return heads[..., 0::2], heads[..., 1::2]
+    half = heads.shape[-1] // 2
+    return heads[..., :half], heads[..., half:]
 
 
 def rotate_backward(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, angles: Angles | None, out: torch.Tensor
 ) -> None:
     """Write the gradients of q, k (before rotation) and v, each (B, H, T, E), side by side: (M, all heads x E)."""
     rows = [part.transpose(1, 2).reshape(out.shape[0], -1, part.shape[-1]) for part in (dq, dk, dv)]  # (M, H, E)
-    rotated = torch.cat(rows[:2], 1)
-    rotate(rotated, cos, -sin)
-    out.copy_(torch.cat((rotated, rows[2]), 1).flatten(1))
+    heads = torch.cat(rows, 1)
+    if angles is not None:
+        rotate(heads[:, : -rows[2].shape[1]], Angles(angles.cos, -angles.sin, angles.interleaved))
+    out.copy_(heads.flatten(1))
 
 
-def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """out (M, I) = silu(gate) x up, of gate_up (M, 2 I)."""
+def glu(gate_up: torch.Tensor, is_gelu: bool, out: torch.Tensor) -> None:
+    """out (M, I) = activation(gate) x up, of gate_up (M, 2 I): SiLU, or GELU's approximation by tanh."""
     gate, up = gate_up.chunk(2, -1)
-    out.copy_(F.silu(gate) * up)
+    out.copy_((F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)) * up)
 
 
-def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
-    """Back from grad (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
+def glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, is_gelu: bool) -> None:
+    """Back from grad (M, I), in place: gate_up becomes its gradient, and grad what `glu` returned."""
     gate, up = (part.float() for part in gate_up.chunk(2, -1))
-    sigmoid = gate.sigmoid()
-    silu = (gate * sigmoid).to(grad.dtype)
+    inner, slope = gate, torch.ones_like(gate)  # both activations are gate x sigmoid(inner)
+    if is_gelu:
+        inner = GELU * gate * (1 + GELU_CUBE * gate.square())
+        slope = GELU * (1 + 3 * GELU_CUBE * gate.square())
+    sigmoid = inner.sigmoid()
+    active = (gate * sigmoid).to(grad.dtype)
     wide = grad.float()
-    dgate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
-    dup = wide * silu.float()
-    grad.copy_(silu * up.to(grad.dtype))
+    dgate = wide * up * sigmoid * (1 + gate * slope * (1 - sigmoid))
+    dup = wide * active.float()
+    grad.copy_(active * up.to(grad.dtype))
     gate_up.copy_(torch.cat((dgate, dup), -1))
 
 

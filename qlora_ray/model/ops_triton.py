@@ -8,6 +8,8 @@ from triton.language.extra import libdevice
 
 from qlora_ray.model import ops_plain
 from qlora_ray.model.dropout import Drop
+from qlora_ray.model.norm import Norm
+from qlora_ray.model.ops_plain import Angles
 
 WEIGHTS_PER_SCALE = 64  # bitsandbytes' block size
 SCALES_PER_SCALE = 256  # and that of double quantization
@@ -77,173 +79,271 @@ def _place(b, out, scale, first, rank, rows, columns, stride, ROWS: tl.constexpr
     tl.store(target, value.to(out.dtype.element_ty), mask=(row < rows) & (column < columns))
 
 
-def rms_norm(
-    x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor
-) -> torch.Tensor:
-    """out (M, D) = weight x normalized(x + added). `added` becomes x + added. Returns 1 / RMS: (M,) float32."""
+def rms_norm(x: torch.Tensor, added: torch.Tensor | None, norm: Norm, out: torch.Tensor) -> None:
+    """out (M, D) = the norm of x + added. `added` becomes x + added."""
     rows, width = x.shape
-    inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     _rms_norm[(rows,)](
-        x, x if added is None else added, weight, out, inverse, width, out.stride(0), eps, added is not None,
-        triton.next_power_of_2(width), num_warps=8,
+        x, x if added is None else added, norm.weight, out, width, x.stride(0), out.stride(0), norm.eps,
+        added is not None, norm.plus_one, norm.rounds_first, triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
-    return inverse
 
 
 @triton.jit
-def _rms_norm(x, added, weight, out, inverse, width, stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _gained(wide, kind, weight, column, there, PLUS_ONE: tl.constexpr, ROUNDS_FIRST: tl.constexpr):
+    gain = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        gain += 1.0
+    if ROUNDS_FIRST:
+        wide = wide.to(kind).to(tl.float32)
+    return (gain * wide).to(kind)
+
+
+@triton.jit
+def _rms_norm(
+    x, added, weight, out, width, x_stride, stride, eps, ADD: tl.constexpr, PLUS_ONE: tl.constexpr,
+    ROUNDS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = column < width
-    value = tl.load(x + row * width + column, mask=there, other=0.0)
+    value = tl.load(x + row * x_stride + column, mask=there, other=0.0)
     if ADD:
         value = (value.to(tl.float32) + tl.load(added + row * width + column, mask=there, other=0.0)).to(value.dtype)
         tl.store(added + row * width + column, value, mask=there)
     wide = value.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    normalized = (wide * scale).to(value.dtype).to(tl.float32)
-    gain = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + row * stride + column, (gain * normalized).to(value.dtype), mask=there)
-    tl.store(inverse + row, scale)
+    wide *= tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    tl.store(out + row * stride + column, _gained(wide, value.dtype, weight, column, there, PLUS_ONE, ROUNDS_FIRST),
+             mask=there)  # fmt: skip
 
 
 def rms_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, residual: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:  # fmt: skip
+    grad: torch.Tensor, x: torch.Tensor, norm: Norm, residual: torch.Tensor | None, out: torch.Tensor
+) -> None:
     """out: gradient of x (M, D), plus the gradient that reaches x past the norm."""
     rows, width = x.shape
     past = x if residual is None else residual
     _rms_norm_backward[(rows,)](
-        grad, x, weight, inverse, past, out, width, grad.stride(0), past.stride(0), out.stride(0),
-        residual is not None, triton.next_power_of_2(width), num_warps=8,
+        grad, x, norm.weight, past, out, width, x.stride(0), grad.stride(0), past.stride(0), out.stride(0), norm.eps,
+        residual is not None, norm.plus_one, triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
 
 
 @triton.jit
 def _rms_norm_backward(
-    grad, x, weight, inverse, residual, dx, width, stride, past_stride, out_stride, RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad, x, weight, residual, dx, width, x_stride, stride, past_stride, out_stride, eps, RESIDUAL: tl.constexpr,
+    PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = column < width
-    scale = tl.load(inverse + row)
-    wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    wide *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
-    value = tl.load(x + row * width + column, mask=there, other=0.0)
-    normalized = value.to(tl.float32) * scale
+    value = tl.load(x + row * x_stride + column, mask=there, other=0.0)
+    normalized = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(normalized * normalized, 0) / width + eps)
+    normalized *= scale
+    gain = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        gain += 1.0
+    wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32) * gain
+    wide = tl.where(there, wide, 0.0)
     result = scale * (wide - normalized * (tl.sum(wide * normalized, 0) / width))
     if RESIDUAL:
         result += tl.load(residual + row * past_stride + column, mask=there, other=0.0).to(tl.float32)
     tl.store(dx + row * out_stride + column, result.to(value.dtype), mask=there)
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary embedding in place: heads (M, H, E), cos and sin (M or a divisor of it, E)."""
-    rows, count, size = heads.shape
-    _rotate[(rows,)](
-        heads, cos, sin, cos.shape[0], heads.stride(0), count, size // 2, triton.next_power_of_2(count),
-        triton.next_power_of_2(size // 2),
+def norm_groups(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
+    """out = the norm of each of the groups of x, both (M, G, W)."""
+    rows, groups, width = x.shape
+    _norm_groups[(rows,)](
+        x, norm.weight, out, groups, width, x.stride(0), out.stride(0), norm.eps, norm.plus_one, norm.rounds_first,
+        triton.next_power_of_2(groups), triton.next_power_of_2(width),
     )  # fmt: skip
 
 
 @triton.jit
-def _rotated(low, high, c, s):
-    # transformers rounds after each product.
+def _norm_groups(
+    x, weight, out, groups, width, x_stride, stride, eps, PLUS_ONE: tl.constexpr, ROUNDS_FIRST: tl.constexpr,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group, column = tl.arange(0, GROUPS)[:, None], tl.arange(0, WIDTH)[None, :]
+    there = (group < groups) & (column < width)
+    place = group * width + column
+    value = tl.load(x + row * x_stride + place, mask=there, other=0.0)
+    wide = value.to(tl.float32)
+    wide *= tl.rsqrt(tl.sum(wide * wide, 1) / width + eps)[:, None]
+    gained = _gained(wide, value.dtype, weight, column, column < width, PLUS_ONE, ROUNDS_FIRST)
+    tl.store(out + row * stride + place, gained, mask=there)
+
+
+def norm_groups_backward(grad: torch.Tensor, x: torch.Tensor, norm: Norm) -> None:
+    """Back from grad (M, G, W), in place."""
+    rows, groups, width = x.shape
+    _norm_groups_backward[(rows,)](
+        grad, x, norm.weight, groups, width, grad.stride(0), x.stride(0), norm.eps, norm.plus_one,
+        triton.next_power_of_2(groups), triton.next_power_of_2(width),
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm_groups_backward(
+    grad, x, weight, groups, width, stride, x_stride, eps, PLUS_ONE: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group, column = tl.arange(0, GROUPS)[:, None], tl.arange(0, WIDTH)[None, :]
+    there = (group < groups) & (column < width)
+    place = group * width + column
+    normalized = tl.load(x + row * x_stride + place, mask=there, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(normalized * normalized, 1) / width + eps)[:, None]
+    normalized *= scale
+    gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        gain += 1.0
+    stored = tl.load(grad + row * stride + place, mask=there, other=0.0)
+    wide = stored.to(tl.float32) * gain
+    result = scale * (wide - normalized * (tl.sum(wide * normalized, 1) / width)[:, None])
+    tl.store(grad + row * stride + place, result.to(stored.dtype), mask=there)
+
+
+def rotate(heads: torch.Tensor, angles: Angles) -> None:
+    """Rotary embedding in place: heads (M, H, E), of which the first 2 F values are rotated."""
+    rows, count, size = heads.shape
+    num_pairs = angles.cos.shape[1] // 2
+    _rotate[(rows,)](
+        heads, angles.cos, angles.sin, angles.cos.shape[0], heads.stride(0), count, size, num_pairs,
+        angles.interleaved, triton.next_power_of_2(count), triton.next_power_of_2(num_pairs),
+    )  # fmt: skip
+
+
+@triton.jit
+def _rotated(low, high, c, s, KIND: tl.constexpr):
+    # transformers rounds after each product, to the type of cos and sin.
     kind = low.dtype
-    first = (low.to(tl.float32) * c).to(kind).to(tl.float32) - (high.to(tl.float32) * s).to(kind).to(tl.float32)
-    second = (high.to(tl.float32) * c).to(kind).to(tl.float32) + (low.to(tl.float32) * s).to(kind).to(tl.float32)
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    first = (low * c).to(KIND).to(tl.float32) - (high * s).to(KIND).to(tl.float32)
+    second = (high * c).to(KIND).to(tl.float32) + (low * s).to(KIND).to(tl.float32)
     return first.to(kind), second.to(kind)
 
 
 @triton.jit
-def _rotate(heads, cos, sin, angles, stride, count, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _rotate(
+    heads, cos, sin, num_angles, stride, count, size, pairs, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, HALF)
-    c = tl.load(cos + (row % angles) * 2 * half + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + (row % angles) * 2 * half + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    pair = tl.arange(0, PAIRS)
+    c = tl.load(cos + (row % num_angles) * 2 * pairs + pair, mask=pair < pairs, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + (row % num_angles) * 2 * pairs + pair, mask=pair < pairs, other=0.0).to(tl.float32)[None, :]
+    pair = pair[None, :]
     head = tl.arange(0, HEADS)[:, None]
-    there = (head < count) & (column[None, :] < half)
-    place = heads + row * stride + head * 2 * half + column[None, :]
-    first, second = _rotated(tl.load(place, mask=there), tl.load(place + half, mask=there), c, s)
+    there = (head < count) & (pair < pairs)
+    place = heads + row * stride + head * size + (2 * pair if INTERLEAVED else pair)
+    apart = 1 if INTERLEAVED else pairs
+    first, second = _rotated(tl.load(place, mask=there), tl.load(place + apart, mask=there), c, s, cos.dtype.element_ty)
     tl.store(place, first, mask=there)
-    tl.store(place + half, second, mask=there)
+    tl.store(place + apart, second, mask=there)
 
 
 def rotate_backward(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, angles: Angles | None, out: torch.Tensor
 ) -> None:
     """Write the gradients of q, k (before rotation) and v, each (B, H, T, E), side by side: (M, all heads x E)."""
+    if angles is None:
+        return ops_plain.rotate_backward(dq, dk, dv, angles, out)
     _, count, length, size = dq.shape
-    few = dk.shape[1]
+    few, num_pairs = dk.shape[1], angles.cos.shape[1] // 2
     assert dq.stride(3) == dk.stride(3) == dv.stride(3) == 1
     _rotate_backward[(out.shape[0],)](
-        dq, dk, dv, cos, sin, out, cos.shape[0], length, count, few, size // 2, out.stride(0), *dq.stride()[:3],
-        *dk.stride()[:3], *dv.stride()[:3], triton.next_power_of_2(count), triton.next_power_of_2(few),
-        triton.next_power_of_2(size // 2),
+        dq, dk, dv, angles.cos, angles.sin, out, angles.cos.shape[0], length, count, few, size, num_pairs,
+        out.stride(0), *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], angles.interleaved,
+        triton.next_power_of_2(count), triton.next_power_of_2(few), triton.next_power_of_2(num_pairs),
+        triton.next_power_of_2(size), size > 2 * num_pairs,
     )  # fmt: skip
 
 
 @triton.jit
-def _rotate_backward(
-    dq, dk, dv, cos, sin, out, angles, length, count, few, half, stride, qb, qh, qt, kb, kh, kt, vb, vh, vt,
-    MANY: tl.constexpr, FEW: tl.constexpr, HALF: tl.constexpr,
+def _back_to(
+    source, target, count, size, pairs, c, s, KIND: tl.constexpr, INTERLEAVED: tl.constexpr, PARTIAL: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr, head_stride,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    b, t = row // length, row % length
-    column = tl.arange(0, HALF)
-    c = tl.load(cos + (row % angles) * 2 * half + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-    s = -tl.load(sin + (row % angles) * 2 * half + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-    column = column[None, :]
-    head = tl.arange(0, MANY)[:, None]
-    there = (head < count) & (column < half)
-    source = dq + b * qb + t * qt + head * qh + column
-    target = out + row * stride + head * 2 * half + column
-    first, second = _rotated(tl.load(source, mask=there), tl.load(source + half, mask=there), c, s)
-    tl.store(target, first, mask=there)
-    tl.store(target + half, second, mask=there)
-    head = tl.arange(0, FEW)[:, None]
-    there = (head < few) & (column < half)
-    source = dk + b * kb + t * kt + head * kh + column
-    target = out + row * stride + (count + head) * 2 * half + column
-    first, second = _rotated(tl.load(source, mask=there), tl.load(source + half, mask=there), c, s)
-    tl.store(target, first, mask=there)
-    tl.store(target + half, second, mask=there)
-    source = dv + b * vb + t * vt + head * vh + column
-    target = out + row * stride + (count + few + head) * 2 * half + column
-    tl.store(target, tl.load(source, mask=there), mask=there)
-    tl.store(target + half, tl.load(source + half, mask=there), mask=there)
-
-
-def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """out (M, I) = silu(gate) x up, of gate_up (M, 2 I)."""
-    rows, width = out.shape
-    block = 1024
-    _swiglu[(rows, triton.cdiv(width, block))](gate_up, out, width, out.stride(0), block)
+    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
+    there = (head < count) & (pair < pairs)
+    column = 2 * pair if INTERLEAVED else pair
+    apart = 1 if INTERLEAVED else pairs
+    place = source + head * head_stride + column
+    first, second = _rotated(tl.load(place, mask=there), tl.load(place + apart, mask=there), c, s, KIND)
+    tl.store(target + head * size + column, first, mask=there)
+    tl.store(target + head * size + column + apart, second, mask=there)
+    if PARTIAL:
+        rest = tl.arange(0, SIZE)[None, :]
+        there = (head < count) & (rest >= 2 * pairs) & (rest < size)
+        tl.store(target + head * size + rest, tl.load(source + head * head_stride + rest, mask=there), mask=there)
 
 
 @triton.jit
-def _swiglu(gate_up, out, width, stride, BLOCK: tl.constexpr):
+def _rotate_backward(
+    dq, dk, dv, cos, sin, out, num_angles, length, count, few, size, pairs, stride, qb, qh, qt, kb, kh, kt, vb, vh, vt,
+    INTERLEAVED: tl.constexpr, MANY: tl.constexpr, FEW: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, t = row // length, row % length
+    pair = tl.arange(0, PAIRS)
+    c = tl.load(cos + (row % num_angles) * 2 * pairs + pair, mask=pair < pairs, other=0.0).to(tl.float32)[None, :]
+    s = -tl.load(sin + (row % num_angles) * 2 * pairs + pair, mask=pair < pairs, other=0.0).to(tl.float32)[None, :]
+    kind: tl.constexpr = cos.dtype.element_ty
+    out += row * stride
+    _back_to(dq + b * qb + t * qt, out, count, size, pairs, c, s, kind, INTERLEAVED, PARTIAL, MANY, PAIRS, SIZE, qh)
+    _back_to(
+        dk + b * kb + t * kt, out + count * size, few, size, pairs, c, s, kind, INTERLEAVED, PARTIAL, FEW, PAIRS, SIZE,
+        kh,
+    )  # fmt: skip
+    head, column = tl.arange(0, FEW)[:, None], tl.arange(0, SIZE)[None, :]
+    there = (head < few) & (column < size)
+    values = tl.load(dv + b * vb + t * vt + head * vh + column, mask=there)
+    tl.store(out + (count + few + head) * size + column, values, mask=there)
+
+
+def glu(gate_up: torch.Tensor, is_gelu: bool, out: torch.Tensor) -> None:
+    """out (M, I) = activation(gate) x up, of gate_up (M, 2 I): SiLU, or GELU's approximation by tanh."""
+    rows, width = out.shape
+    block = 1024
+    _glu[(rows, triton.cdiv(width, block))](gate_up, out, width, out.stride(0), is_gelu, block)
+
+
+@triton.jit
+def _inner(gate, IS_GELU: tl.constexpr):
+    # Both activations are gate x sigmoid(inner): inner, and its slope.
+    if IS_GELU:
+        cube = 0.044715 * gate * gate
+        return 1.5957691216057308 * gate * (1.0 + cube), 1.5957691216057308 * (1.0 + 3.0 * cube)
+    else:
+        return gate, gate * 0.0 + 1.0
+
+
+@triton.jit
+def _glu(gate_up, out, width, stride, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=there)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=there)
     wide = gate.to(tl.float32)
-    silu = (wide * tl.sigmoid(wide)).to(gate.dtype)
-    tl.store(out + row * stride + column, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=there)
+    inner, _ = _inner(wide, IS_GELU)
+    active = (wide * tl.sigmoid(inner)).to(gate.dtype)
+    tl.store(out + row * stride + column, (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=there)
 
 
-def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
-    """Back from grad (M, I), in place: gate_up becomes its gradient, and grad what `swiglu` returned."""
+def glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, is_gelu: bool) -> None:
+    """Back from grad (M, I), in place: gate_up becomes its gradient, and grad what `glu` returned."""
     rows, width = grad.shape
     block = 1024
-    _swiglu_backward[(rows, triton.cdiv(width, block))](grad, gate_up, width, grad.stride(0), block)
+    _glu_backward[(rows, triton.cdiv(width, block))](grad, gate_up, width, grad.stride(0), is_gelu, block)
 
 
 @triton.jit
-def _swiglu_backward(grad, gate_up, width, stride, BLOCK: tl.constexpr):
+def _glu_backward(grad, gate_up, width, stride, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < width
@@ -251,11 +351,12 @@ def _swiglu_backward(grad, gate_up, width, stride, BLOCK: tl.constexpr):
     stored = tl.load(gate_place, mask=there, other=0.0)
     gate, up = stored.to(tl.float32), tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
     wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = (gate * sigmoid).to(stored.dtype).to(tl.float32)
-    tl.store(gate_place, (wide * up * sigmoid * (1 + gate * (1 - sigmoid))).to(stored.dtype), mask=there)
-    tl.store(gate_place + width, (wide * silu).to(stored.dtype), mask=there)
-    tl.store(grad + row * stride + column, (silu * up).to(stored.dtype), mask=there)
+    inner, slope = _inner(gate, IS_GELU)
+    sigmoid = tl.sigmoid(inner)
+    active = (gate * sigmoid).to(stored.dtype).to(tl.float32)
+    tl.store(gate_place, (wide * up * sigmoid * (1 + gate * slope * (1 - sigmoid))).to(stored.dtype), mask=there)
+    tl.store(gate_place + width, (wide * active).to(stored.dtype), mask=there)
+    tl.store(grad + row * stride + column, (active * up).to(stored.dtype), mask=there)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, scale: float) -> torch.Tensor:

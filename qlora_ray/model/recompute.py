@@ -26,6 +26,8 @@ class LayerShape:
     rank: int
     element_bytes: int
     adapted: tuple[int, int, int, int] = (3, 1, 2, 1)  # projections with a LoRA among q k v, o, gate up, down
+    has_head_norms: bool = False  # queries and keys are kept before their norm, too
+    norms_after: int = 0  # of what attention and MLP give: each keeps what it reads
 
     @property
     def num_weights(self) -> int:
@@ -38,11 +40,12 @@ class LayerShape:
         elements = of_down + (self.hidden if level < Keep.HOST else 0)
         if level < Keep.INPUT:  # q, k, v, the attention's output and its sums, what o_proj's LoRA read, x1
             elements += 2 * self.queries + 2 * self.keys + self.queries // 64 + of_out + self.hidden
+            elements += (self.queries + self.keys) * self.has_head_norms + self.hidden * self.norms_after
         if level < Keep.ATTENTION:
             elements += 2 * self.inner
         if level < Keep.PRODUCTS:
             elements += 2 * self.hidden + of_qkv + of_gate_up
-        return elements * self.element_bytes + 8
+        return elements * self.element_bytes
 
     def passing_bytes(self, num_tokens: int) -> int:
         """The most that one layer's backward holds beyond what was or is kept: gradients, one dequantized weight."""
@@ -54,6 +57,7 @@ class LayerShape:
         weights = 2.0 * self.hidden * 2 * self.inner if level >= Keep.ATTENTION else 0.0
         if level >= Keep.INPUT:
             weights += 2.0 * self.hidden * (2 * self.queries + 2 * self.keys) + 2.0 * length * self.queries
+            weights += 2.0 * self.hidden * self.inner * (self.norms_after == 2)
         return weights
 
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from qlora_ray.config import Config
-from qlora_ray.model.facts import FUSED_LAYERS, BaseFacts
+from qlora_ray.model.facts import BaseFacts
+from qlora_ray.model.families import FAMILIES
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, activation_bytes
 
 GIB = 2**30
@@ -41,16 +42,18 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
 def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerShape | None:
     """Widths of the base's decoder layers, or None where they will not be fused."""
     model = config.model
-    if base.model_type not in FUSED_LAYERS or model.lora_variant == "dora":
-        return None
-    if config.quantization.type == "none":
+    family = FAMILIES.get(base.model_type)
+    if family is None or model.lora_variant == "dora" or config.quantization.type == "none":
         return None
     first = {name.split(".")[-1]: (rows, columns) for name, rows, columns in base.linear_shapes if ".0." in name}
-    if not {"q_proj", "k_proj", "gate_proj"} <= first.keys():
+    if not {*family.qkv, "o_proj", *family.gate_up} <= first.keys():
         return None
+    queries = first["o_proj"][1]
     return LayerShape(
-        hidden=first["gate_proj"][1], inner=first["gate_proj"][0], queries=first["q_proj"][0],
-        keys=first["k_proj"][0], rank=model.lora_r, element_bytes=element_bytes,
+        hidden=first["o_proj"][0], inner=sum(first[name][0] for name in family.gate_up) // 2, queries=queries,
+        keys=(sum(first[name][0] for name in family.qkv) - queries) // 2, rank=model.lora_r,
+        element_bytes=element_bytes, adapted=(len(family.qkv), 1, len(family.gate_up), 1),
+        has_head_norms=bool(family.norm_of_heads), norms_after=family.num_norms_after,
     )  # fmt: skip
 
 

@@ -21,10 +21,10 @@ def sum_of_nats(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> to
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     module, borders, ids = getattr(model, "module", model), batch.get("sample_borders"), batch["input_ids"]
-    longest_apart = getattr(module, "longest_sample_by_borders", 0)
-    if borders is not None and int(borders.diff().max()) <= longest_apart:
+    takes_borders = getattr(module, "takes_borders", False)
+    if borders is not None and takes_borders:
         inputs["attention_mask"] = mask_of_borders(borders, ids.device)
-    elif "position_ids" not in batch and ids.shape[1] <= longest_apart:
+    elif "position_ids" not in batch and takes_borders:
         inputs["attention_mask"] = no_mask(ids.device)
     head = module.get_output_embeddings()
     if returns_nats(head):

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from qlora_ray.model.families import FAMILIES
 from qlora_ray.model.fused import keep
+from qlora_ray.model.norm import Norm
+from qlora_ray.model.ops_plain import Angles
 from qlora_ray.model.recompute import Choice, Keep
 from tests import fused_models
 from tests.integration import tiny_models
@@ -43,50 +46,72 @@ def test_dequantized_weights_are_bitsandbytes_bit_for_bit(dtype, quant_type, dou
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [4096, 3584, 96])
-def test_norm_and_its_gradient(dtype, width):
+@pytest.mark.parametrize("plus_one, rounds_first", [(False, True), (True, False), (False, False)])
+def test_norm_and_its_gradient(dtype, width, plus_one, rounds_first):
     from qlora_ray.model import ops_plain, ops_triton
 
     x, added, weight = random(70, width, dtype=dtype), random(70, width, dtype=dtype), random(width, dtype=dtype)
+    norm = Norm(weight, 1e-5, plus_one, rounds_first)
     outcomes = []
     for ops in (ops_triton, ops_plain):
         total, out = added.clone(), torch.zeros(70, width + 16, device="cuda", dtype=dtype)
-        inverse = ops.rms_norm(x, total, weight, 1e-5, out[:, :width])
+        ops.rms_norm(x, total, norm, out[:, :width])
         back = torch.zeros(70, width + 24, device="cuda", dtype=dtype)
-        ops.rms_norm_backward(out[:, :width], total, weight, inverse, x, back[:, :width])
+        ops.rms_norm_backward(out[:, :width], total, norm, x, back[:, :width])
         outcomes.append((out, total, back))
     for ours, plain in zip(*outcomes, strict=True):
         assert_close(ours, plain, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("heads, few, size", [(32, 8, 128), (28, 4, 128), (14, 2, 64)])
-def test_rotation_and_its_gradient(dtype, heads, few, size):
+@pytest.mark.parametrize("groups, width", [(32, 128), (8, 256), (1, 4096), (5, 80)])
+@pytest.mark.parametrize("plus_one, rounds_first", [(False, True), (True, False), (False, False)])
+def test_norm_of_heads_and_its_gradient(dtype, groups, width, plus_one, rounds_first):
     from qlora_ray.model import ops_plain, ops_triton
 
-    angles = torch.rand(24, size // 2, device="cuda").repeat(1, 2) * 6
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    rows, grads = random(70, groups + 3, width, dtype=dtype), random(70, groups + 2, width, dtype=dtype)
+    norm = Norm(random(width, dtype=dtype), 1e-6, plus_one, rounds_first)
+    outcomes = []
+    for ops in (ops_triton, ops_plain):
+        out, back = torch.zeros(70, groups + 1, width, device="cuda", dtype=dtype), grads.clone()
+        ops.norm_groups(rows[:, :groups], norm, out[:, :groups])
+        ops.norm_groups_backward(back[:, :groups], rows[:, :groups], norm)
+        outcomes.append((out, back))
+    for ours, plain in zip(*outcomes, strict=True):
+        assert_close(ours, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("heads, few, size", [(32, 8, 128), (28, 4, 128), (14, 2, 64)])
+@pytest.mark.parametrize("share, interleaved, wide", [(1, False, False), (2, False, False), (2, True, True)])
+def test_rotation_and_its_gradient(dtype, heads, few, size, share, interleaved, wide):
+    from qlora_ray.model import ops_plain, ops_triton
+
+    angles = torch.rand(24, size // share // 2, device="cuda").repeat(1, 2) * 6
+    angles = Angles(*(part if wide else part.to(dtype) for part in (angles.cos(), angles.sin())), interleaved)
     rows = random(48, heads + 2 * few, size, dtype=dtype)
     gradients = [random(2, 24, count, size, dtype=dtype).transpose(1, 2) for count in (heads, few, few)]
     outcomes = []
     for ops in (ops_triton, ops_plain):
         rotated, back = rows.clone(), torch.zeros(48, (heads + 2 * few) * size, device="cuda", dtype=dtype)
-        ops.rotate(rotated[:, : heads + few], cos, sin)
-        ops.rotate_backward(*gradients, cos, sin, back)
+        ops.rotate(rotated[:, : heads + few], angles)
+        ops.rotate_backward(*gradients, angles, back)
         outcomes.append((rotated, back))
     for ours, plain in zip(*outcomes, strict=True):
         assert_close(ours, plain, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_swiglu_and_its_gradient(dtype):
+@pytest.mark.parametrize("is_gelu", [False, True])
+def test_gated_activation_and_its_gradient(dtype, is_gelu):
     from qlora_ray.model import ops_plain, ops_triton
 
     gate_up, grad = random(70, 2 * 1000, dtype=dtype), random(70, 1000, dtype=dtype)
     outcomes = []
     for ops in (ops_triton, ops_plain):
         out, h, back = torch.zeros_like(grad), grad.clone(), gate_up.clone()
-        ops.swiglu(gate_up, out)
-        ops.swiglu_backward(h, back)
+        ops.glu(gate_up, is_gelu, out)
+        ops.glu_backward(h, back, is_gelu)
         outcomes.append((out, h, back))
     for ours, plain in zip(*outcomes, strict=True):
         assert_close(ours, plain, dtype)
@@ -129,11 +154,10 @@ def test_dropout_of_what_a_lora_reads_and_its_gradients(dtype, rows, width, rank
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    families = ("llama", "mistral", "qwen2", "gemma2")
-    return {family: tiny_models.save(family, tmp_path_factory.mktemp(family)) for family in families}
+    return {family: fused_models.save(family, tmp_path_factory.mktemp(family)) for family in (*FAMILIES, "gemma2")}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 def test_gradients_are_those_of_peft_in_float64(folders, family):
     nats, gradients = fused_models.nats_and_gradients(
         fused_models.build(folders[family], torch.float32, "cuda"), tiny_models.batch()
@@ -145,7 +169,7 @@ def test_gradients_are_those_of_peft_in_float64(folders, family):
     assert fused_models.error(gradients, exact) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
 def test_gradients_with_dropout_are_those_of_peft_with_the_same_masks(folders, family):
     torch.manual_seed(7)
     model = fused_models.build(folders[family], torch.float32, "cuda", lora_dropout=0.3)
@@ -160,21 +184,23 @@ def test_gradients_with_dropout_are_those_of_peft_with_the_same_masks(folders, f
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 def test_rounding_in_16_bit_is_no_worse_than_pefts(folders, family, dtype):
-    def error(fused: bool) -> float:
-        model = fused_models.build(folders[family], dtype, "cuda", fused=fused)
-        return fused_models.error(fused_models.nats_and_gradients(model, tiny_models.batch())[1], exact)
-
-    _, exact = fused_models.nats_and_gradients(
-        fused_models.build_reference(folders[family], "cuda"), tiny_models.batch()
-    )
-    assert error(fused=True) < 1.25 * error(fused=False)
+    fused, plain = (fused_models.build(folders[family], dtype, "cuda", fused=fused) for fused in (True, False))
+    reference = fused_models.build_reference(folders[family], "cuda")
+    ours = pefts = 0.0  # of one batch alone the roundings of a few small gradients would decide
+    for seed in range(4):
+        exact = fused_models.nats_and_gradients(reference, tiny_models.batch(seed))[1]
+        for_each = [fused_models.nats_and_gradients(model, tiny_models.batch(seed))[1] for model in (fused, plain)]
+        ours += fused_models.squares(for_each[0], exact)
+        pefts += fused_models.squares(for_each[1], exact)
+    assert ours**0.5 < 1.25 * pefts**0.5
 
 
 @pytest.mark.parametrize("level", Keep)
-def test_what_is_kept_for_backward_changes_no_bit(folders, level):
-    model = fused_models.build(folders["llama"], torch.bfloat16, "cuda")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
+def test_what_is_kept_for_backward_changes_no_bit(folders, family, level):
+    model = fused_models.build(folders[family], torch.bfloat16, "cuda")
     nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
     keep(model, Choice((level,) * 2))
     for _ in range(2):
@@ -185,8 +211,8 @@ def test_what_is_kept_for_backward_changes_no_bit(folders, level):
 
 @pytest.mark.bites("model.attention.FLASH")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("heads, few", [(8, 2), (6, 6)])
-def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(dtype, heads, few, caplog):
+@pytest.mark.parametrize("heads, few, window", [(8, 2, None), (6, 6, None), (8, 2, 100)])
+def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(dtype, heads, few, window, caplog):
     from qlora_ray.model import attention
 
     attention._say_once.cache_clear()
@@ -194,11 +220,12 @@ def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(dtype
     mask = attention.mask_of_borders(borders, torch.device("cuda"))
     parts = [random(2, 512, count, 64, dtype=dtype).transpose(1, 2).requires_grad_() for count in (heads, few, few)]
     grad = random(2, 512, heads, 64, dtype=dtype).transpose(1, 2)
+    sight = attention.Sight(0.125, window)
     with caplog.at_level("INFO"):
-        output = attention.attend(*parts, mask, 0.125)
+        output = attention.attend(*parts, mask, sight)
     assert ("no FlashAttention" in caplog.text) == (dtype == torch.float32)
     exact_parts = [part.detach().double().requires_grad_() for part in parts]
-    exact = attention.attend(*exact_parts, attention.dense_mask(mask, 2, 512), 0.125)
+    exact = attention.attend(*exact_parts, attention.dense_mask(mask, 2, 512, sight), sight)
     assert_close(output, exact, dtype)
     for ours, plain in zip(
         torch.autograd.grad(output, parts, grad), torch.autograd.grad(exact, exact_parts, grad.double()), strict=True
@@ -207,7 +234,7 @@ def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
 def test_packed_samples_are_those_in_rows_of_their_own(folders, family, dtype):
     model = fused_models.build(folders[family], dtype, "cuda")
     packed = fused_models.packed_batch()

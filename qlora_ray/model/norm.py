@@ -1,0 +1,24 @@
+"""RMS norms as families write them (arXiv:1910.07467)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from qlora_ray.model.families import Family
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: its gain (D,) or what 1 is added to for it, and where it rounds to the compute dtype."""
+
+    weight: torch.Tensor
+    eps: float
+    plus_one: bool
+    rounds_first: bool
+
+
+def norm_of(module: torch.nn.Module, family: Family) -> Norm:
+    """The norm that a module holds now: under ZeRO-3 its weight is there for a while only."""
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
+    return Norm(weight, float(eps), family.plus_one, family.rounds_first)  # type: ignore[arg-type]
