@@ -1,6 +1,7 @@
 """The ordinary path, `python -m qlora_ray.train`, timed on a random model of a real shape: Ray Train, ZeRO stage 3.
 
     python -m benchmarks.product --shape llama-8b -- training.memory_budget_gib=8.05
+    python -m benchmarks.product --shape llama-8b --chats -- training.packing=true data.train_on=everything
 
 Writes a 16-bit checkpoint of random weights once (35 s for 8B), then trains on rows of full length; prints JSON.
 """
@@ -13,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.throughput import SHAPES, floor_tokens_per_second, save_checkpoint, save_rows
+from benchmarks.throughput import SHAPES, floor_tokens_per_second, save_chats, save_checkpoint, save_rows
 
 STEPS, EVERY = 25, 5
 
@@ -25,10 +26,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--folder", default="/tmp/throughput_checkpoints")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--chats", action="store_true", help="packed chats of log-normal lengths, a third labelled")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     base = save_checkpoint(arguments.shape, arguments.folder, arguments.device)
-    data = save_rows(arguments.folder, arguments.length)
+    data = save_chats(arguments.folder) if arguments.chats else save_rows(arguments.folder, arguments.length)
     runs, name = Path(arguments.folder) / "runs", f"{arguments.shape}_{time.time_ns()}"
     began = time.perf_counter()
     command = [

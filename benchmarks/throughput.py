@@ -350,6 +350,21 @@ def save_rows(folder: str, length: int) -> Path:
     return path
 
 
+def save_chats(folder: str) -> Path:
+    """2,000 chats of log-normal lengths, whose answers are a third of their text."""
+    words, path = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)], Path(folder, "chats.jsonl")
+    with path.open("w") as file:
+        for row in range(2000):
+            pick = random.Random(row)
+            turns = []
+            for _ in range(pick.randint(1, 3)):
+                length = max(3, int(pick.lognormvariate(3.0, 0.8)))
+                for role, factor in (("user", 2), ("assistant", 1)):
+                    turns.append({"role": role, "content": " ".join(pick.choices(words, k=factor * length))})
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
 def table(results: list[dict]) -> str:
     """Markdown."""
     lines = ["| shape | variant | keeps | tokens/s | of the floor | peak GiB | loss first -> last |", "|" + "---|" * 7]

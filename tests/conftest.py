@@ -12,7 +12,13 @@ os.environ.update(
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SLOW_SECONDS = 900  # instead of pyproject's timeout: a slow test is one of many runs
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

@@ -72,15 +72,21 @@ def build_reference(folder: Path | str, device: str = "cpu", **model) -> PeftMod
     return adapted.double()
 
 
-def with_masks_of_fused(model: PeftModel, probability: float, seed: int) -> PeftModel:
-    """Give each LoRA outside fused layers the mask that its group would have in a fused Llama layer."""
+def with_masks_of_fused(
+    model: PeftModel, probability: float, seed: int, places: torch.Tensor | None = None
+) -> PeftModel:
+    """Give each LoRA outside fused layers the mask that its group would have in a fused layer.
+
+    `places` are the rows that the last layer is asked for.
+    """
     groups = ("q_proj k_proj v_proj qkv_proj", "o_proj", "gate_proj up_proj gate_up_proj", "down_proj")
     for name, module in model.named_modules():
         parts = name.split(".")
         if parts[-1] == "lora_dropout":
             group = next(i for i, names in enumerate(groups) if parts[-2] in names.split())
             layer = int(parts[parts.index("layers") + 1])
-            module[ADAPTER_NAME] = GivenMask(drop_of(probability, seed, 4 * layer + group))
+            is_last = layer == model.config.num_hidden_layers - 1 and group > 0
+            module[ADAPTER_NAME] = GivenMask(drop_of(probability, seed, 4 * layer + group), places if is_last else None)
     return model
 
 
@@ -95,14 +101,16 @@ def with_a_mask_each(model: PeftModel, probability: float, seed: int) -> PeftMod
 class GivenMask(torch.nn.Module):
     """Dropout with a mask of model/dropout.py."""
 
-    def __init__(self, drop: Drop):
+    def __init__(self, drop: Drop, places: torch.Tensor | None = None):
         super().__init__()
-        self._drop = drop
+        self._drop, self._places = drop, places
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        keep = kept(flat.shape[0], flat.shape[1], self._drop, x.device).view(x.shape)
-        return torch.where(keep, x * self._drop.scale, 0)
+        keep = torch.ones(flat.shape, dtype=torch.bool, device=x.device)
+        places = slice(None) if self._places is None else self._places.to(x.device)  # only they have a mask
+        keep[places] = kept(len(keep[places]), flat.shape[1], self._drop, x.device)
+        return torch.where(keep.view(x.shape), x * self._drop.scale, 0)
 
 
 def nats_and_gradients(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -134,6 +142,12 @@ def packed_batch() -> dict[str, torch.Tensor]:
     batch["labels"][batch["position_ids"] == 0] = -100
     batch["labels"][1, 20:] = -100
     return batch
+
+
+def with_places(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch that says which places predict a token that is trained on."""
+    predicts = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+    return {**batch, "label_places": predicts.flatten().nonzero()[:, 0]}
 
 
 def alone(model: PeftModel, packed: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:

@@ -61,7 +61,7 @@ def fuse(model: torch.nn.Module) -> str:
         if _is_lora(module) and id(module) not in inside:
             num_projections += _fuse_projection(module, num_projections, reasons)
     if fused and len(fused) == len(layers):
-        _fuse_ends(model, classes[type(fused[0]).__name__])
+        _fuse_ends(model, fused[-1].fused)
     line = f"fused: {len(fused)} decoder layers, {num_projections} other projections"
     if reasons:
         line += "; left to PEFT: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
@@ -154,14 +154,14 @@ def _fuse_projection(module: torch.nn.Module, number: int, reasons: Counter[str]
     return 1
 
 
-def _fuse_ends(model: torch.nn.Module, family: Family) -> None:
+def _fuse_ends(model: torch.nn.Module, last: FusedLayer) -> None:
     """The final norm, and the head with its loss."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     norm, head = causal_lm.model.norm, causal_lm.get_output_embeddings()
     causal_lm.takes_borders = True
-    norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, family)
+    norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, last.family)
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
-        make_head_return_nats(head, float(getattr(causal_lm.config, "logits_scaling", 1.0)))
+        make_head_return_nats(head, last, float(getattr(causal_lm.config, "logits_scaling", 1.0)))
 
 
 class _LastNorm(torch.autograd.Function):

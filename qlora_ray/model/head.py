@@ -3,9 +3,11 @@
 # M tokens, D hidden width, V vocabulary
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.projection import ops_for
 
 IGNORE_INDEX = -100  # as in transformers and torch
@@ -13,18 +15,24 @@ HALF_SCALE = 1024.0  # keeps probabilities of a large vocabulary among float16's
 LOGITS_BYTES = 256 * 2**20  # of one slice of rows: large enough for fast products, small beside a layer
 
 
-def make_head_return_nats(head: torch.nn.Linear, divisor: float = 1.0) -> None:
+def make_head_return_nats(head: torch.nn.Linear, last: FusedLayer, divisor: float = 1.0) -> None:
     """Replace the forward of a frozen head without bias: where labels are expected, it returns their nats.
 
-    `divisor` is what the model divides the head's logits by: it will divide the nats, too, which are as much larger.
+    `last` is the layer before. `divisor` is what the model divides the head's logits by: it will divide the nats, too,
+    which are as much larger.
     """
     plain = head.forward
-    head.expected_labels = None  # type: ignore[assignment]
+    head.expected, head.last_layer = None, last  # type: ignore[assignment]
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        if head.expected_labels is None:
+        if head.expected is None:
             return plain(hidden)
-        nats = _Nats.apply(hidden, head, divisor, head.expected_labels, torch.is_grad_enabled())
+        labels, places = head.expected
+        x = hidden.reshape(-1, hidden.shape[-1])  # (M, D); only the labels' rows of it, if the last layer knew them
+        if places is not None:
+            x = x if len(x) == len(places) else x[places]
+            labels = labels[places]
+        nats = _Nats.apply(x, head, divisor, labels, torch.is_grad_enabled())
         return nats * divisor if divisor != 1 else nats
 
     head.forward = forward  # type: ignore[method-assign]
@@ -32,25 +40,29 @@ def make_head_return_nats(head: torch.nn.Linear, divisor: float = 1.0) -> None:
 
 def returns_nats(head: torch.nn.Module | None) -> bool:
     """Whether a head has the loss in it (`make_head_return_nats`)."""
-    return hasattr(head, "expected_labels")
+    return hasattr(head, "expected")
 
 
 @contextmanager
-def expecting(head: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
-    """Within, the head returns the sum of nats of these labels, one for each row of its input."""
-    head.expected_labels = labels  # type: ignore[assignment]
+def expecting(head: Any, labels: torch.Tensor, places: torch.Tensor | None = None) -> Iterator[None]:
+    """Within, the head returns the sum of nats of these labels, one for each row of its input.
+
+    `places` are the rows that have a label that counts: where they are known, what only others need is left out.
+    """
+    places = places if places is not None and 0 < len(places) < labels.numel() else None
+    head.expected, head.last_layer.places = (labels.reshape(-1), places), places
     try:
         yield
     finally:
-        head.expected_labels = None  # type: ignore[assignment]
+        head.expected = head.last_layer.places = None
 
 
 class _Nats(torch.autograd.Function):
     """Sum of nats, a float32 scalar. The gradient is made in forward, while each slice's logits are at hand."""
 
     @staticmethod
-    def forward(ctx, hidden, head, divisor: float, labels, with_gradient: bool):
-        x, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)  # (M, D), (M,)
+    def forward(ctx, x, head, divisor: float, labels, with_gradient: bool):
+        """x (M, D), labels (M,)."""
         weight = head.weight.data  # (V, D)
         dx = torch.empty_like(x) if with_gradient else None
         nats = torch.empty(len(x), dtype=torch.float32, device=x.device)
@@ -58,17 +70,23 @@ class _Nats(torch.autograd.Function):
         num_rows = max(128, LOGITS_BYTES // (weight.shape[0] * weight.element_size()) // 128 * 128)
         for start in range(0, len(x), num_rows):
             rows = slice(start, start + num_rows)
-            logits = torch.mm(x[rows], weight.t())  # (rows, V), in the end their gradient
+            logits = _aligned(x[rows], len(weight))  # (rows, V), in the end their gradient
+            torch.mm(x[rows], weight.t(), out=logits)
             if divisor != 1:
                 logits /= divisor
             nats[rows] = ops_for(x.device).cross_entropy(logits, labels[rows], IGNORE_INDEX, scale)
             if dx is not None:
                 torch.mm(logits, weight, out=dx[rows])
             del logits  # before the next slice's are made
-        ctx.dx, ctx.shape, ctx.scale = dx, hidden.shape, scale * divisor
+        ctx.dx, ctx.scale = dx, scale * divisor
         return nats.sum()
 
     @staticmethod
     def backward(ctx, grad):
         dx, ctx.dx = ctx.dx, None
-        return dx.mul_(grad / ctx.scale).view(ctx.shape), None, None, None, None
+        return dx.mul_(grad / ctx.scale), None, None, None, None
+
+
+def _aligned(like: torch.Tensor, columns: int) -> torch.Tensor:
+    """Room for (rows, columns) whose rows begin at multiples of 16 bytes, which products need to be fast."""
+    return like.new_empty(len(like), -(-columns // 8) * 8)[:, :columns]

@@ -37,6 +37,17 @@ class Kept:
     z_down: torch.Tensor | None = None  # (M, R)
     given2: torch.Tensor | None = None  # (M, D) of down, where a norm follows
     drops: tuple[Drop, ...] = (NOTHING,) * 4  # of what the LoRAs of q k v, o, gate up, down read
+    places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
+
+    def rows(self, whole: torch.Tensor) -> torch.Tensor:
+        """Those that are asked for."""
+        return whole if self.places is None else whole[self.places]
+
+    def all_rows(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """They among zeros."""
+        if self.places is None:
+            return rows
+        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, self.places, rows)
 
 
 class Passed:
@@ -70,6 +81,7 @@ class FusedLayer:
         self.multiplier = float(getattr(layer, "residual_multiplier", 1.0))
         self.rotates = bool(getattr(attention, "use_rope", True))
         self.index, self.stash, self.passed, self.keep = index, stash, passed, Keep.ALL
+        self.places: torch.Tensor | None = None  # the only rows that the next forward is to return; None: all
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The LoRA matrices, in the order of `backward`'s gradients."""
@@ -81,7 +93,7 @@ class FusedLayer:
             part.hold_weights = True
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None):
-        """x (B, T, D), cos and sin (B or 1, T, E) -> (B, T, D)."""
+        """x (B, T, D), cos and sin (B or 1, T, E) -> (B, T, D), or (1, L, D) of `places`."""
         return _Layer.apply(x, self, cos, sin, mask, torch.is_grad_enabled(), *self.parameters())
 
     def draw(self) -> tuple[Drop, ...]:
@@ -131,13 +143,13 @@ class FusedLayer:
         added = None
         if kept.x1 is None:
             if kept.given1 is None:
-                output = kept.attention[3].detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H x E)
+                output = kept.rows(kept.attention[3].detach().transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
                 kept.given1, kept.z_o = self.out.forward(output, kept.drops[1])
             added = self._given(0, kept.given1)
             if self.after[0] is None:
                 kept.given1 = None
         if kept.n2 is None:
-            kept.n2 = self._read(1, kept.x if added is not None else kept.x1, added, kept.drops[2])
+            kept.n2 = self._read(1, kept.rows(kept.x) if added is not None else kept.x1, added, kept.drops[2])
         if added is not None:
             kept.x1 = added
 
@@ -207,13 +219,14 @@ class FusedLayer:
         d_given = self._back_to_given(0, kept.given1, buffer1)
         kept.given1 = None
         q, k, v, output = kept.attention
-        flat = output.detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H x E)
+        flat = kept.rows(output.detach().transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
         d_output, dz = self.out.input_gradient(d_given, kept.drops[1])
         of_out = self.out.parameter_gradients(d_given[:, :width], dz, flat, kept.z_o, kept.drops[1])
         del d_given, dz
+        d_output = kept.all_rows(d_output, shape[0] * shape[1])
         d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
-        d_qkv = dy.new_empty(dy.shape[0], sum(self.qkv.rows))
+        d_qkv = dy.new_empty(shape[0] * shape[1], sum(self.qkv.rows))
         ops.rotate_backward(dq, dk, dv, angles, d_qkv)
         if self.head_norms:
             d_heads = d_qkv.unflatten(1, (-1, self.head_dim))[:, : -self.num_heads[2]]
@@ -221,7 +234,8 @@ class FusedLayer:
                 ops.norm_groups_backward(grad, part, norm)
         del q, k, v, output, flat, d_output, dq, dk, dv
         kept.attention = kept.heads = None
-        of_qkv, buffer = self._through_group(0, kept, d_qkv, buffer1[:, :width])
+        past = kept.all_rows(buffer1[:, :width], shape[0] * shape[1])
+        of_qkv, buffer = self._through_group(0, kept, d_qkv, past)
         self.passed.buffer = buffer if self.index else None
         return buffer[:, :width], *of_qkv, *of_out, *of_gate_up, *of_down
 
@@ -302,14 +316,14 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fused: FusedLayer, cos, sin, mask, with_graph: bool, *parameters):
         angles = fused.angles(cos, sin)
-        kept = Kept(x.reshape(-1, x.shape[-1]), drops=fused.draw())
+        kept = Kept(x.reshape(-1, x.shape[-1]), drops=fused.draw(), places=fused.places)
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
         y = fused.mlp_part(kept)
         if with_graph:
             fused.thin_out(kept)
             ctx.kept, ctx.fused, ctx.shape, ctx.angles, ctx.mask = kept, fused, x.shape, angles, mask
-        return y.view(x.shape)
+        return y.view(x.shape) if kept.places is None else y[None]
 
     @staticmethod
     def backward(ctx, dy):

@@ -249,15 +249,14 @@ def rotate_backward(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, angles: Angles | None, out: torch.Tensor
 ) -> None:
     """Write the gradients of q, k (before rotation) and v, each (B, H, T, E), side by side: (M, all heads x E)."""
-    if angles is None:
-        return ops_plain.rotate_backward(dq, dk, dv, angles, out)
     _, count, length, size = dq.shape
-    few, num_pairs = dk.shape[1], angles.cos.shape[1] // 2
+    few, num_pairs = dk.shape[1], angles.cos.shape[1] // 2 if angles else 0
+    angles = angles or Angles(dq, dq)  # of no pair: nobody reads it
     assert dq.stride(3) == dk.stride(3) == dv.stride(3) == 1
     _rotate_backward[(out.shape[0],)](
         dq, dk, dv, angles.cos, angles.sin, out, angles.cos.shape[0], length, count, few, size, num_pairs,
         out.stride(0), *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], angles.interleaved,
-        triton.next_power_of_2(count), triton.next_power_of_2(few), triton.next_power_of_2(num_pairs),
+        triton.next_power_of_2(count), triton.next_power_of_2(few), triton.next_power_of_2(max(1, num_pairs)),
         triton.next_power_of_2(size), size > 2 * num_pairs,
     )  # fmt: skip
 

@@ -13,9 +13,10 @@ PAD_TO_MULTIPLE_OF = 8  # keeps matrix units busy, and the number of different s
 
 
 def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The model's inputs and the labels of a micro-batch, padded on the right: each (B, T) int64.
+    """The model's inputs and the labels of a micro-batch, padded on the right: each (B, T) int64, where not said else.
 
-    input_ids and labels; for packed rows position_ids, which start at 0 with each sample and with the padding: without
+    input_ids and labels; label_places, the places whose next token is trained on, counted through all rows, (L,) int64;
+    for packed rows position_ids, which start at 0 with each sample and with the padding: without
     a mask, transformers keeps attention within each such run (transformers/masking_utils.py,
     find_packed_sequence_indices). Also sample_borders: where these runs begin, counted through all rows, and the end,
     (S + 1,) int32 on the CPU. For others, and where each packed row holds one sample, attention_mask.
@@ -37,6 +38,9 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
         if name in batch:
             values = rows[name].combine_chunks()
             batch[name][is_token] = values.values.to_numpy()[values.offsets[0].as_py() : values.offsets[-1].as_py()]
+    predicts = np.zeros(is_token.shape, bool)
+    predicts[:, :-1] = batch["labels"][:, 1:] != IGNORE_INDEX
+    batch["label_places"] = np.flatnonzero(predicts)
     tensors = {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
     if is_packed:
         borders = np.append(np.flatnonzero(batch["position_ids"] == 0), is_token.size)

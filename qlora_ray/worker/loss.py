@@ -17,7 +17,8 @@ def sum_of_nats(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> to
 
     Rows are padded on the right: under causal attention no real token sees padding, so the model needs no mask, and
     attention takes its fastest kernels. Samples of a packed row are kept apart by their borders where the model can do
-    that, else by the mask that transformers makes of position_ids.
+    that, else by the mask that transformers makes of position_ids. Where the batch says which places predict a token
+    that is trained on, a fused model leaves out what only other places need.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     module, borders, ids = getattr(model, "module", model), batch.get("sample_borders"), batch["input_ids"]
@@ -29,7 +30,7 @@ def sum_of_nats(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> to
     head = module.get_output_embeddings()
     if returns_nats(head):
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T), the last without a successor
-        with expecting(head, labels):
+        with expecting(head, labels, batch.get("label_places")):
             return model(**inputs, use_cache=False).logits
     logits = model(**inputs, use_cache=False).logits  # (B, T, V)
     labels = batch["labels"][:, 1:]  # (B, T-1) int64, IGNORE_INDEX on the prompt and on a sample's first token

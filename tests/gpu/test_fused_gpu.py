@@ -83,18 +83,23 @@ def test_norm_of_heads_and_its_gradient(dtype, groups, width, plus_one, rounds_f
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("heads, few, size", [(32, 8, 128), (28, 4, 128), (14, 2, 64)])
-@pytest.mark.parametrize("share, interleaved, wide", [(1, False, False), (2, False, False), (2, True, True)])
+@pytest.mark.parametrize(
+    "share, interleaved, wide", [(1, False, False), (2, False, False), (2, True, True), (0, False, False)]
+)
 def test_rotation_and_its_gradient(dtype, heads, few, size, share, interleaved, wide):
     from qlora_ray.model import ops_plain, ops_triton
 
-    angles = torch.rand(24, size // share // 2, device="cuda").repeat(1, 2) * 6
-    angles = Angles(*(part if wide else part.to(dtype) for part in (angles.cos(), angles.sin())), interleaved)
+    angles = None
+    if share:  # of a head, that is rotated
+        turns = torch.rand(24, size // share // 2, device="cuda").repeat(1, 2) * 6
+        angles = Angles(*(part if wide else part.to(dtype) for part in (turns.cos(), turns.sin())), interleaved)
     rows = random(48, heads + 2 * few, size, dtype=dtype)
     gradients = [random(2, 24, count, size, dtype=dtype).transpose(1, 2) for count in (heads, few, few)]
     outcomes = []
     for ops in (ops_triton, ops_plain):
         rotated, back = rows.clone(), torch.zeros(48, (heads + 2 * few) * size, device="cuda", dtype=dtype)
-        ops.rotate(rotated[:, : heads + few], angles)
+        if angles:
+            ops.rotate(rotated[:, : heads + few], angles)
         ops.rotate_backward(*gradients, angles, back)
         outcomes.append((rotated, back))
     for ours, plain in zip(*outcomes, strict=True):
@@ -165,6 +170,16 @@ def test_gradients_are_those_of_peft_in_float64(folders, family):
     exact_nats, exact = fused_models.nats_and_gradients(
         fused_models.build_reference(folders[family], "cuda"), tiny_models.batch()
     )
+    assert nats == pytest.approx(exact_nats, rel=1e-5)
+    assert fused_models.error(gradients, exact) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2", "granite"])
+def test_places_without_a_label_are_left_out_where_they_cannot_matter(folders, family):
+    model = fused_models.build(folders[family], torch.float32, "cuda")
+    nats, gradients = fused_models.nats_and_gradients(model, fused_models.with_places(tiny_models.batch()))
+    reference = fused_models.build_reference(folders[family], "cuda")
+    exact_nats, exact = fused_models.nats_and_gradients(reference, tiny_models.batch())
     assert nats == pytest.approx(exact_nats, rel=1e-5)
     assert fused_models.error(gradients, exact) < 1e-4
 

@@ -56,6 +56,25 @@ def test_gradients_with_dropout_are_those_of_peft_with_the_same_masks(folders, f
     assert fused_models.nats_and_gradients(model.eval(), tiny_models.batch())[0] == pytest.approx(without, rel=1e-6)
 
 
+@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("level, dropout", [(Keep.ALL, 0.0), (Keep.ALL, 0.3), (Keep.PRODUCTS, 0.0), (Keep.HOST, 0.3)])
+def test_places_without_a_label_are_left_out_where_they_cannot_matter(folders, family, level, dropout, monkeypatch):
+    rows = []
+    plain = FusedLayer.mlp_part
+    monkeypatch.setattr(FusedLayer, "mlp_part", lambda *some: rows.append(len(some[1].x1)) or plain(*some))
+    model = fused_models.build(folders[family], torch.float32, lora_dropout=dropout)
+    keep(model, Choice((level,) * 2))
+    batch = fused_models.with_places(tiny_models.batch())
+    torch.manual_seed(7)
+    nats, gradients = fused_models.nats_and_gradients(model, batch)
+    assert rows == [48, 32] and len(batch["label_places"]) == 32  # two rows of 24, of which 16 are trained on
+    reference = fused_models.build_reference(folders[family])
+    fused_models.with_masks_of_fused(reference, dropout, 7, batch["label_places"])
+    exact_nats, exact = fused_models.nats_and_gradients(reference, tiny_models.batch())
+    assert nats == pytest.approx(exact_nats, rel=1e-6)
+    assert fused_models.error(gradients, exact) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gpt_neox"])
 def test_projections_outside_fused_layers_have_a_mask_each(folders, family):
     model = fused_models.build(folders[family], torch.float32, lora_dropout=0.3)
