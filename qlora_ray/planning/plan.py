@@ -19,8 +19,8 @@ GPUS_WITHOUT_BFLOAT16 = {"K80", "P4", "P100", "P40", "V100", "T4", "RTX-2080"}
 # Model types whose attention stays within each sample of a packed row when position_ids restart there: logits and
 # gradients are those of the samples alone (tests/integration/test_packing.py). Others get padded rows.
 PACKED_MODEL_TYPES = {
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2",
-    "gpt_neox", "olmo2", "granite", "glm4", "smollm3",
+    "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3",
+    "gpt2", "gpt_neox", "olmo2", "granite", "glm4", "smollm3",
 }  # fmt: skip
 FEW_STEPS = 10  # an epoch of fewer is worth a word
 

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 LENGTHS = (19, 2, 11, 14, 1, 7)
 ROWS = [[0, 1, 2], [3, 4, 5]]  # of 32 and 22 tokens: the second ends in padding
 WINDOW = {"sliding_window": 6}  # shorter than the samples
-MODELS = {name: (name, {}) for name in [*tiny_models.FAMILIES, "gemma"]} | {
+MODELS = {name: (name, {}) for name in tiny_models.FAMILIES} | {
     "mistral, sliding window": ("mistral", WINDOW),
     "phi3, sliding window": ("phi3", WINDOW),
     "gemma2, sliding window": ("gemma2", WINDOW),
@@ -27,7 +27,7 @@ MODELS = {name: (name, {}) for name in [*tiny_models.FAMILIES, "gemma"]} | {
 
 def build(name: str, attention: str) -> torch.nn.Module:
     family, more = MODELS[name]
-    own = {"head_dim": 16} if family == "gemma" else tiny_models.FAMILIES[family]
+    own = tiny_models.FAMILIES[family]
     sizes = own if family == "gpt2" else {**tiny_models.SIZES, **own, **more}
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **sizes)
