@@ -14,8 +14,9 @@ SIZES = dict(
 )  # fmt: skip
 GPT = dict(n_embd=64, n_layer=2, n_head=4, n_positions=128, vocab_size=2048, bos_token_id=1, eos_token_id=2)
 FAMILIES: dict[str, dict] = {
-    "llama": {}, "mistral": {}, "ministral": {"head_dim": 16}, "gemma": {"head_dim": 16}, "qwen2": {}, "qwen3": {"head_dim": 16},
-    "gemma2": {"head_dim": 16}, "gemma3_text": {"head_dim": 16}, "phi3": {}, "gpt2": GPT, "gpt_neox": {},
+    "llama": {}, "mistral": {}, "ministral": {"head_dim": 16}, "gemma": {"head_dim": 16}, "qwen2": {},
+    "qwen3": {"head_dim": 16}, "gemma2": {"head_dim": 16}, "gemma3_text": {"head_dim": 16}, "phi3": {}, "gpt2": GPT,
+    "gpt_neox": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "olmo2": {}, "granite": {}, "glm4": {"head_dim": 16}, "smollm3": {}, "falcon": {"new_decoder_architecture": False},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
