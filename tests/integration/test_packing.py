@@ -124,7 +124,7 @@ def test_packed_rows_of_one_sample_each_are_rows_like_any_other(samples, tmp_pat
 
     rows = make_rows(tmp_path, samples, [[0], [2], [3, 4]])
     batch = to_tensors(rows.gather(np.array([0, 1])), pad_token_id=0, device=CPU)
-    assert batch.keys() == {"input_ids", "labels", "attention_mask"}
+    assert batch.keys() == {"input_ids", "labels", "attention_mask", "label_places"}
     assert batch["attention_mask"].sum(1).tolist() == [19, 11]
     assert "sample_borders" in to_tensors(rows.gather(np.array([0, 2])), pad_token_id=0, device=CPU)
 

@@ -286,7 +286,8 @@ def test_torchs_flash_kernel_takes_the_borders_of_samples():
                           "return_debug_mask"] and "scale" in names  # fmt: skip
     q = torch.empty(48, 4, 16, dtype=torch.bfloat16, device="meta")
     mask = torch.empty(1, 1, 20, 6, dtype=torch.int32, device="meta")
-    assert attention._attend_flash(q, q, q, mask, 0.25).shape == q.shape
+    assert attention._attend_flash(q, q, q, mask, attention.Sight(0.25)).shape == q.shape
+    assert attention._attend_flash(q, q, q, mask, attention.Sight(0.25, window=7)).shape == q.shape
 
 
 # transformers, PEFT, bitsandbytes
@@ -364,8 +365,8 @@ def test_transformers_calls_what_stands_in_the_place_of_layers_norm_and_head(lla
     from tests import fused_models
 
     model, called = fused_models.build(llama, torch.float32), []
-    for kind in (layer._Layer, fused._Norm, head._Nats):
+    for kind in (layer._Layer, fused._LastNorm, head._Nats):
         plain = kind.forward
         monkeypatch.setattr(kind, "forward", staticmethod(lambda *a, p=plain, k=kind: called.append(k) or p(*a)))
     sum_of_nats(model, tiny_models.batch())
-    assert called == [layer._Layer, layer._Layer, fused._Norm, head._Nats]
+    assert called == [layer._Layer, layer._Layer, fused._LastNorm, head._Nats]
