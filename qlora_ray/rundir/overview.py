@@ -1,5 +1,6 @@
 """What lies under a storage path: each run and sweep, how far it is, how long it still takes. Reads, never writes."""
 
+import contextlib
 import time
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -72,9 +73,8 @@ def stamp(folder: Path) -> Stamp:
     """What changes whenever a file of the folder that is shown does."""
     found = []
     for name in READ_FILES:
-        path = folder / name
-        if path.is_file():
-            known = path.stat()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # not there yet, or no longer
+            known = (folder / name).stat()
             found.append((name, known.st_mtime_ns, known.st_size))
     return tuple(found)
 

@@ -78,11 +78,14 @@ def test_file_is_read_and_planned_as_it_says(written, family, shape, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "shape"), [("llama", "alpaca"), ("gpt2", "sharegpt"), ("mixtral", "messages")])
-def test_file_trains(bases, data, family, shape, tmp_path):
-    path = tmp_path / "my.yaml"
-    ended = door.run("--model", bases[family], "--data", str(data[shape]), "-o", str(path), of="init")
+def test_file_trains(bases, data, family, shape, tmp_path, monkeypatch):
+    """Named as one types them: from the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("base").symlink_to(bases[family])
+    Path("mine.jsonl").symlink_to(data[shape])
+    ended = door.run("--model", "base", "--data", "mine.jsonl", of="init")
     assert ended.returncode == 0 and ended.stderr == "", ended.stdout + ended.stderr
-    train(path, tmp_path, "training.max_steps=2")
+    train(Path("my.yaml"), tmp_path, "training.max_steps=2")
 
 
 @pytest.mark.slow
