@@ -23,6 +23,8 @@ TOKENS_PER_PASS = {True: 8192, False: 1024}  # on a GPU or not; more is no faste
 ROWS_PER_STEP = 16  # QLoRA, arXiv:2305.14314, table 9
 STEPS_PER_EPOCH = 25  # at least, where there are rows enough
 LARGE = 3e10  # parameters from which on half the learning rate is right: the same table
+CPU_FLOPS = 5e10  # of two busy cores, measured with a Llama of 0.35 B
+CPU_SECONDS = 900  # that more than one epoch may take on a CPU
 EPOCHS = {2_000: 4, 20_000: 3, 100_000: 2}  # for so many records at most; one for more
 FEWEST_TO_HOLD_OUT, MOST_TO_HOLD_OUT = 20, 1000  # records
 LINES_PER_RUN = 50  # of metrics.jsonl, where the run is short
@@ -117,7 +119,7 @@ def _values(
     per_step = _power_of_two(min(ROWS_PER_STEP, num_rows / STEPS_PER_EPOCH))
     batch_size = max(1, min(most_rows, per_step // machine.num_workers))
     accumulation = max(1, per_step // (batch_size * machine.num_workers))
-    epochs = next((number for most, number in EPOCHS.items() if lengths.num_records <= most), 1)
+    epochs = _num_epochs(base, lengths, machine)
     steps = max(1, round(epochs * num_rows / (batch_size * accumulation * machine.num_workers)))
     bad = lengths.bad_share if lengths.is_raw_text else _bad_share(lengths, length)
     return {
@@ -135,6 +137,15 @@ def _values(
         **({"logging": {"every_steps": max(1, steps // LINES_PER_RUN)}} if steps < 10 * LINES_PER_RUN else {}),
         "evaluation": _evaluation(lengths, base, held),
     }  # fmt: skip
+
+
+def _num_epochs(base: BaseFacts, lengths: Lengths, machine: Machine) -> int:
+    """The more, the fewer records; on a CPU as many as take a quarter of an hour, or one."""
+    epochs = next((number for most, number in EPOCHS.items() if lengths.num_records <= most), 1)
+    if machine.use_gpu:
+        return epochs
+    flops = 4.0 * base.num_parameters * lengths.num_records * float(lengths.num_tokens.mean())  # frozen weights: not 6
+    return max(1, min(epochs, int(CPU_FLOPS * CPU_SECONDS / flops)))
 
 
 def _bad_share(lengths: Lengths, length: int) -> float:

@@ -98,6 +98,13 @@ def test_cpu_computes_layers_again_only_where_keeping_all_does_not_fit():
     assert (wide.recompute, narrow.recompute) == ("auto", "all")
 
 
+def test_cpu_is_given_fewer_epochs_of_a_large_base_and_at_least_one():
+    small = dataclasses.replace(LLAMA_8B, num_parameters=10**7)
+    epochs = [suggest(ASKED, base, lengths(500), Machine(1, 60, use_gpu=False)).config.training.num_epochs
+              for base in (small, LLAMA_8B)]  # fmt: skip
+    assert epochs == [4, 1]
+
+
 def test_base_that_does_not_fit_is_refused_with_what_it_takes():
     with pytest.raises(ConfigError, match=r"does not fit on 1 x 4 GiB even with one row of \d+ tokens .*--gpus N"):
         suggest(ASKED, LLAMA_8B, lengths(), Machine(1, 4, use_gpu=True))
