@@ -43,7 +43,10 @@ def _init(arguments: argparse.Namespace) -> int:
     quiet(arguments.debug)
     with contextlib.nullcontext() if arguments.debug else chatter_goes_to(os.devnull):
         made, base = _suggest(arguments, machine)
-    arguments.output.write_text(yaml_file.as_yaml(made, base, machine), encoding="utf-8")
+    try:
+        arguments.output.write_text(yaml_file.as_yaml(made, base, machine), encoding="utf-8")
+    except PermissionError as error:
+        raise ConfigError(f"-o {arguments.output}: {error.strerror}. Choose another folder.") from None
     told, commands = yaml_file.told(made, base, machine), _commands(arguments.output)
     if arguments.json:
         said = {"file": str(arguments.output), "settings": made.values, "why": told, "next": commands}
@@ -57,8 +60,10 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _suggest(arguments: argparse.Namespace, machine: "Machine") -> "tuple[Suggestion, BaseFacts]":
+    from qlora_ray.console import say_note
     from qlora_ray.data.check import check_records
     from qlora_ray.data.lengths import measure
+    from qlora_ray.model.hub import folder_at_hand
     from qlora_ray.planning.early import check_files, exact_facts
     from qlora_ray.planning.suggest import suggest
 
@@ -66,6 +71,8 @@ def _suggest(arguments: argparse.Namespace, machine: "Machine") -> "tuple[Sugges
     config = make_config(asked)
     check_files(config)
     check_records(config)
+    if folder_at_hand(arguments.model, None) is None and not arguments.json:
+        say_note(f"{arguments.model} is not on this machine: it is downloaded from the model hub.")
     base = exact_facts(config)
     template, lengths = measure(config)
     if template:

@@ -62,7 +62,8 @@ def told(made: Suggestion, base: BaseFacts, machine: Machine) -> dict[str, str]:
         "memory": f"{_memory(made.peak_gib)} on {machine}: {_of(training.batch_size, 'row')} a pass x "
         f"{plan.gradient_accumulation_steps} accumulated x {_of(plan.num_workers, 'worker')}; "
         f"{why['training.recompute']}",
-        "run": f"{training.num_epochs:g} epochs, {why['training.num_epochs']}; {why['data.validation_split']}",
+        "run": f"{_of(int(training.num_epochs), 'epoch')}, {why['training.num_epochs']}; "
+        f"{why['data.validation_split']}",
     }
 
 

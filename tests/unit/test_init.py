@@ -178,6 +178,7 @@ def test_names_that_yaml_would_read_otherwise_come_back_as_they_are(tmp_path, ca
         (["--data", "BAD"], "no `output` (1x"),
         (["-o", "THERE"], "is there already. Choose another name, or write over it with --force"),
         (["-o", "/no/folder/my.yaml"], "there is no folder /no/folder"),
+        (["-o", "/sys/my.yaml"], "-o /sys/my.yaml: Permission denied. Choose another folder"),
         (["--gpus", "0"], "--gpus 0: must be more than 0"),
         (["--gib", "-1"], "--gib -1: must be more than 0"),
         (["--gpus", "64"], "--gpus 64: this machine has"),
