@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+ROW = re.compile(r" *(\d+) +\d+\.\d\d ")  # of the plan's table: rows a forward pass, peak GiB
 COMMAND = re.compile(r"^# python -m qlora_ray\.plan (.*)$", re.M)
 BEGIN, END = "# Forecast:\n", "# End of the forecast.\n"
 
@@ -39,8 +40,9 @@ def forecast(recipe: Path) -> str:
         write_base(ROOT / "tests" / "recipes" / f"{recipe.stem}.json", Path(folder))
         assert plan.main([*arguments, f"model.base_model={folder}"]) == 0
     first, *others = said.getvalue().splitlines()
+    sizes = [ROW.match(line) for line in others]
     rows = [
-        line for line in others if not line.strip()[0].isdigit() or int(line.split()[0]) == config.training.batch_size
+        line for line, row in zip(others, sizes, strict=True) if not row or int(row[1]) == config.training.batch_size
     ]
     return "".join(f"#   {line}\n" for line in [first.partition(": ")[2], *rows])
 
