@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: install quickstart test test-slow lint clean
+
+install: .venv/installed
 
 quickstart: .venv/installed
 	@$(BIN)/python -m qlora_ray.train

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 DOORS = {
+    "init": "write a YAML file that trains your model on your data",
     "train": "fine-tune a 4-bit LoRA",
     "tune": "search hyperparameters: many train runs, scheduled by Ray Tune",
     "plan": "what fits on N GPUs of M GiB, and how fast",

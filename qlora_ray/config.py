@@ -52,6 +52,13 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only with a pinned `revision`."""
 
+    @field_validator("base_model")
+    @classmethod
+    def _folder_is_found_from_elsewhere(cls, base_model):
+        # Ray's workers start in a folder of their own, and an adapter's record is read from anywhere.
+        folder = Path(base_model).expanduser()
+        return str(folder.absolute()) if base_model != EMBEDDED_BASE and folder.is_dir() else base_model
+
     @field_validator("lora_variant", mode="before")
     @classmethod
     def _is_not_pissa(cls, variant):

@@ -100,10 +100,13 @@ def peak_gib(forecast: dict[str, float]) -> float:
 
 
 def tokens_per_second(sizes: Sizes, length: int, choice: Choice | None, gpu: str) -> float | None:
-    """Of one worker: what its products take, at the share of their rate reached. None where the rate is unknown."""
-    if gpu not in PRODUCT_FLOPS:
-        return None
+    """Of one worker: what its products take, at the share of their rate reached. None where that is unknown.
+
+    It is for mixtures of experts: nothing was measured of how fast these products are.
+    """
     base, layer = sizes.base, sizes.layer
+    if gpu not in PRODUCT_FLOPS or base.num_expert_parameters:
+        return None
     head = base.hidden_size * base.vocab_size
     flops = 4.0 * (base.num_linear_parameters + head) + 6.0 * sizes.num_trainable
     flops += 7.0 * length * base.num_layers * (layer.queries if layer else base.hidden_size)

@@ -23,11 +23,12 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     known = memory.sizes(config, base, trainable, zero_stage(config), "bfloat16")
     length, workers = config.training.max_length, config.ray.max_workers
     resident = sum(memory.resident_gib(known).values())
+    loading = memory.memory_gib(known, length, None)["while_loading"]
     lines = [
         f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters, LoRA r={config.model.lora_r}, "
         f"rows of {length} tokens, ZeRO stage {known.stage}, {workers} x {gib:g} GiB ({gpu})",
         f"weights and optimizer {resident:.2f} GiB a worker, "
-        f"{memory.memory_gib(known, length, None)['while_loading']:.2f} while loading",
+        f"{loading:.2f} while loading{'' if loading <= SHARE_OF_MEMORY * gib else ': does not fit'}",
         f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",
     ]
     for rows in BATCH_SIZES:

@@ -142,6 +142,7 @@ def overlay_chart(runs: list[RunRecord], metric: str, number_format: str, title:
     if not figure.data:
         return None
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+    figure.update_yaxes(tickformat="~g")  # else a curve that does not move has ticks of twenty digits
     figure.update_layout(showlegend=True, hovermode="x unified", legend=legend)
     return figure
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qlora_ray.report.charts import overlay_chart
-from qlora_ray.report.page import MISSING, key_figures, render, write_page
+from qlora_ray.report.page import MISSING, Page, key_figures, render, write_page
 from qlora_ray.rundir.record import RunRecord, dotted, is_right, read_run
 
 CHARTS = {
@@ -25,11 +25,14 @@ def write_comparison(run_dirs: list[Path], output: Path) -> Path:
 
 def render_comparison(runs: list[RunRecord]) -> str:
     """The page: self-contained, like a run's own."""
+    return render(comparison_page(runs))
+
+
+def comparison_page(runs: list[RunRecord]) -> Page:
+    """What the page of several runs shows."""
     charts = {name: overlay_chart(runs, name, number_format) for name, (_, number_format) in CHARTS.items()}
     charts = {name: chart for name, chart in charts.items() if chart is not None}
-    return render(
-        "compare.html.j2",
-        charts,
+    values = dict(
         title=f"{len(runs)} runs compared",
         runs=[(run.name, run.summary.get("status", "unfinished")) for run in runs],
         titles={name: CHARTS[name][0] for name in charts},
@@ -38,6 +41,7 @@ def render_comparison(runs: list[RunRecord]) -> str:
         plan_differences=_differences([run.plan for run in runs]),
         answers=common_answers(runs)[:NUM_PROMPTS],
     )
+    return Page("compare.html.j2", charts, values)
 
 
 def figures_side_by_side(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:

@@ -1,9 +1,11 @@
 """One run as one HTML page for people. Imports no torch, no ray."""
 
+import json
 import math
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -22,6 +24,9 @@ from qlora_ray.rundir.record import (
 )
 from qlora_ray.storage import open_folder
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
 NUM_SAMPLES_OPEN = 8  # the rest is folded away
 MISSING = "–"
 
@@ -37,12 +42,24 @@ def write_page(path: Path, page: str) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Page:
+    """A template of assets/, the charts in it, and what else it shows."""
+
+    template: str
+    charts: "dict[str, Figure]"
+    values: dict[str, Any]
+
+
 def render_report(run: RunRecord) -> str:
     """The page: self-contained, and forbidden by its own content security policy to load anything."""
+    return render(report_page(run))
+
+
+def report_page(run: RunRecord) -> Page:
+    """What the page of a run shows."""
     charts = build_charts(run)
-    return render(
-        "report.html.j2",
-        charts,
+    values = dict(
         title=f"{run.name} · training report",
         run=run,
         status=run.summary.get("status", "unfinished"),
@@ -57,25 +74,45 @@ def render_report(run: RunRecord) -> str:
         plan=plan_groups(run.plan),
         config_yaml=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
     )
+    return Page("report.html.j2", charts, values)
 
 
-def render(template: str, charts: dict[str, Any], **values: Any) -> str:
-    """A template of assets/ with its charts and plotly itself inside."""
-    from jinja2 import Environment, PackageLoader
+def render(page: Page) -> str:
+    """A page with its charts and plotly itself inside: it loads nothing."""
     from markupsafe import Markup
-    from plotly.io import to_json
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=PackageLoader("qlora_ray", "assets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(template).render(
-        charts=charts.keys(),
-        # plotly writes <, > and / as \u escapes, so no text in a chart can close the script element.
-        charts_json={name: Markup(to_json(figure)) for name, figure in charts.items()},
-        plotly_js=Markup(get_plotlyjs()),  # the only bundle in the Python package
-        **values,
-    )
+    plotly_js = Markup(get_plotlyjs()) if page.charts else ""  # the only bundle in the Python package
+    return _template(page).render(charts_json=charts_json(page), plotly_js=plotly_js, **page.values)
+
+
+def render_live(page: Page, stamp: str) -> str:
+    """A page that asks its server for what is new since `stamp`, and for plotly."""
+    return _template(page).render(charts_json=charts_json(page), stamp=stamp, is_live=True, **page.values)
+
+
+def render_part(page: Page, stamp: str) -> str:
+    """What such a page asks for: JSON with the new stamp, its content as HTML, and its charts."""
+    html = _template(page).render(charts_json=charts_json(page), is_part=True, **page.values)
+    charts = ", ".join(f"{json.dumps(name)}: {figure}" for name, figure in charts_json(page).items())
+    return f'{{"stamp": {json.dumps(stamp)}, "html": {json.dumps(html)}, "charts": {{{charts}}}}}'
+
+
+def charts_json(page: Page) -> dict[str, Any]:
+    """Each chart as plotly has it: <, > and / are \\u escapes, so that no text can close the script element."""
+    from markupsafe import Markup
+    from plotly.io import to_json
+
+    return {name: Markup(to_json(figure)) for name, figure in page.charts.items()}
+
+
+def _template(page: Page) -> Any:
+    from jinja2 import Environment, PackageLoader
+
+    loader = PackageLoader("qlora_ray", "assets")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(charts=page.charts.keys(), duration=show_duration)
+    return environment.get_template(page.template)
 
 
 def key_figures(run: RunRecord) -> list[tuple[str, str, str]]:

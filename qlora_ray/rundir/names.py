@@ -13,3 +13,6 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"  # of the last step
 ADAPTER_BEST = "adapter_best"  # of the best validation
 LOGS = "logs"
+TRIAL_EVENTS = "trials.jsonl"  # of a sweep: all that it knows
+TRIALS = "trials"  # of a sweep: a run directory for each trial
+SWEEP_REPORT = "sweep.html"

@@ -163,7 +163,7 @@ class Session:
         (self._run / STOP_FLAG).unlink(missing_ok=True)
 
     def _tail(self, name: str) -> "_Tail":
-        tail = self._rows.setdefault(name, _Tail(self._run / "trials" / name))
+        tail = self._rows.setdefault(name, _Tail(self._run / names.TRIALS / name))
         tail.read()
         return tail
 

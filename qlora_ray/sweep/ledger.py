@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_ray.errors import ConfigError
+from qlora_ray.rundir import names
 from qlora_ray.storage import sync_folder
 
-FILE = "trials.jsonl"
+FILE = names.TRIAL_EVENTS
 
 
 @dataclass

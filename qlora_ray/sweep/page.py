@@ -7,7 +7,8 @@ import yaml
 
 from qlora_ray.config import Config
 from qlora_ray.report.charts import show_duration
-from qlora_ray.report.page import render, write_page
+from qlora_ray.report.page import Page, render, write_page
+from qlora_ray.rundir import names
 from qlora_ray.rundir.record import read_run
 from qlora_ray.sweep import charts, results, space
 from qlora_ray.sweep.importance import MIN_TRIALS, common_step, importance
@@ -18,14 +19,14 @@ CURVES = {"loss": "Training loss, nats per token", "eval_loss": "Validation loss
 
 def write(run: Path, config: Config, ledger: Ledger, summary: dict[str, Any]) -> Path:
     """Write sweep.html in one rename."""
-    return write_page(run / "sweep.html", render_sweep(run, config, ledger, summary))
+    return write_page(run / names.SWEEP_REPORT, render_sweep(run, config, ledger, summary))
 
 
 def render_sweep(run: Path, config: Config, ledger: Ledger, summary: dict[str, Any]) -> str:
     """The page."""
     sweep = space.sweep_of(config)
     records = list(ledger.trials.values())
-    folders = {record.name: run / "trials" / record.name for record in records}
+    folders = {record.name: run / names.TRIALS / record.name for record in records}
     lines = {name: read_run(folder).metrics for name, folder in folders.items() if folder.exists()}
     exploits = {record.name: record.exploits for record in records}
     figures = {name: charts.curves_chart(lines, name, exploits) for name in CURVES}
@@ -37,9 +38,7 @@ def render_sweep(run: Path, config: Config, ledger: Ledger, summary: dict[str, A
         figures["parallel"] = charts.parallel_chart(points, sweep.metric, space.mode_of(sweep))
     if found:
         figures["importance"] = charts.importance_chart(found)
-    return render(
-        "sweep.html.j2",
-        figures,
+    values = dict(
         title=f"{run.name} · sweep",
         status=summary["status"],
         reason=summary["reason"],
@@ -56,6 +55,7 @@ def render_sweep(run: Path, config: Config, ledger: Ledger, summary: dict[str, A
         exploits=[event for record in records for event in record.exploits],
         config_yaml=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
     )
+    return render(Page("sweep.html.j2", figures, values))
 
 
 def comparable(records: list[TrialRecord], metric: str) -> tuple[int | None, list[tuple[str, dict[str, Any], float]]]:

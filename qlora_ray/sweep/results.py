@@ -54,7 +54,7 @@ def find_best(ledger: Ledger, sweep: SweepConfig) -> Best | None:
 def adapter_of(run: Path, sweep: SweepConfig, trial: str) -> Path | None:
     """Where the best adapter of a trial lies; None where it was not written yet."""
     by_validation = sweep.metric in ("eval_loss", "eval_perplexity")
-    folder = run / "trials" / trial / (names.ADAPTER_BEST if by_validation else names.ADAPTER)
+    folder = run / names.TRIALS / trial / (names.ADAPTER_BEST if by_validation else names.ADAPTER)
     return folder if (folder / "adapter_model.safetensors").exists() else None
 
 
@@ -77,12 +77,12 @@ def promote(run: Path, config: Config, best: Best) -> str | None:
 
 def tokens_of(run: Path, trial: str) -> int:
     """Tokens that a trial has trained on, as logged."""
-    return sum(line.get("num_tokens", 0) for line in read_lines(open_folder(str(run / "trials" / trial))))
+    return sum(line.get("num_tokens", 0) for line in read_lines(open_folder(str(run / names.TRIALS / trial))))
 
 
 def steps_of(run: Path, record: TrialRecord) -> int:
     """Optimizer steps that a trial has taken."""
-    steps = read_json(open_folder(str(run / "trials" / record.name)) / names.SUMMARY).get("steps")
+    steps = read_json(open_folder(str(run / names.TRIALS / record.name)) / names.SUMMARY).get("steps")
     return steps if steps is not None else record.reported
 
 

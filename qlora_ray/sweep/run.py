@@ -160,11 +160,11 @@ def open_ledger(config: Config, run: Path, trials: list[Trial]) -> Ledger:
     for trial in trials:
         if trial.name not in ledger.trials:
             ledger.append("trial", trial=trial.name, parameters=trial.parameters)
-    (run / "trials").mkdir(exist_ok=True)
+    (run / names.TRIALS).mkdir(exist_ok=True)
     with contextlib.suppress(FileExistsError):  # rows are shared by all trials, and by other runs
-        (run / "trials" / "cache").symlink_to("../../cache")
+        (run / names.TRIALS / "cache").symlink_to("../../cache")
     for record in ledger.live():  # decided on by a trial, and not told any more
-        done = exploit.read(run / "trials" / record.name)
+        done = exploit.read(run / names.TRIALS / record.name)
         if done and done["number"] > len(record.exploits):
             ledger.append("exploit", trial=record.name, **exploit.event(done))
     ledger.append("session")

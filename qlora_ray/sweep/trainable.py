@@ -11,7 +11,7 @@ from ray import tune
 
 from qlora_ray.config import Config
 from qlora_ray.errors import BrokenCheckpoint
-from qlora_ray.rundir import checkpoints
+from qlora_ray.rundir import checkpoints, names
 from qlora_ray.storage import DISK_IS_FULL
 from qlora_ray.sweep import exploit, space
 from qlora_ray.sweep.process import STOP_FLAG, TrialProcess
@@ -33,10 +33,10 @@ class TrialActor(tune.Trainable):
         base = Config.model_validate(job["config"])
         values = space.config_of(base, self._parameters).model_dump(mode="json", exclude={"sweep"})
         values["ray"] |= {
-            "address": job["address"], "storage_path": str(self._run / "trials"), "run_name": self._name,
+            "address": job["address"], "storage_path": str(self._run / names.TRIALS), "run_name": self._name,
             "allow_unauthenticated": True,  # the cluster that runs this actor: the sweep has asked it
         }  # fmt: skip
-        self._process = TrialProcess(self._run / "trials", self._name, values, job["cwd"], job["submitted"])
+        self._process = TrialProcess(self._run / names.TRIALS, self._name, values, job["cwd"], job["submitted"])
         self._reported = job["reported"].get(self._name, 0)
         self._last: dict[str, Any] = {}
         self._no_space: str | None = None  # why it waits for the end of the sweep

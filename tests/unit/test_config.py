@@ -7,7 +7,7 @@ import pydantic
 import pytest
 
 from qlora_ray import cli
-from qlora_ray.config import Config, bundled_root, find_file, load_config
+from qlora_ray.config import Config, bundled_root, find_file, load_config, make_config
 from qlora_ray.errors import ConfigError
 
 CONFIGS = sorted((bundled_root() / "configs").glob("*.yaml"))
@@ -177,6 +177,13 @@ def test_fields_that_contradict_are_refused_by_name(written, overrides, key):
 def test_pissa_is_not_offered_and_who_asks_for_it_is_told_what_to_use(written):
     assert "loftq" in message(written(""), "model.lora_variant=pissa")
     assert "pissa" not in json.dumps(Config.model_json_schema()["$defs"]["ModelConfig"]["properties"]["lora_variant"])
+
+
+def test_folder_of_a_base_is_found_from_every_folder_and_a_hub_id_stays(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    named = [make_config({"model": {"base_model": name}}).model.base_model for name in ("base", "./base", "a/b")]
+    assert named == [str(tmp_path / "base"), str(tmp_path / "base"), "a/b"]
 
 
 def test_config_is_frozen():

@@ -109,7 +109,14 @@ def test_plan_door_says_what_does_not_fit(tmp_path):
     base = tiny_models.save("llama", tmp_path)
     config = Config.model_validate({"model": {"base_model": base}})
     assert "does not fit" in table.answer(config, 0.001, "H100")
+    assert "while loading: does not fit" in table.answer(config, 0.0001, "H100")
     assert "does not fit" not in table.answer(config, 80, "H100")
+
+
+def test_no_speed_is_told_of_mixtures_of_experts_whose_products_nobody_has_measured(tmp_path):
+    config = Config.model_validate({"model": {"base_model": tiny_models.save("mixtral", tmp_path)}})
+    speeds = re.findall(r"(?m)^ *\d+ +\d+\.\d\d +(\S+)", table.answer(config, 80, "H100"))
+    assert speeds and set(speeds) == {"-"}
 
 
 def test_plan_door_refuses_a_base_that_is_not_there(capsys):

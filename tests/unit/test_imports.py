@@ -36,6 +36,7 @@ MAY_IMPORT = {
               "cluster", "report"},
 }  # fmt: skip
 DOORS = {
+    "init": {"config", "console", "door", "data", "model", "planning", "cluster"},
     "train": {"config", "door", "driver"},
     "tune": {"door", "sweep"},
     "generate": {"config", "console", "door", "model", "inference"},
@@ -141,6 +142,7 @@ def test_only_the_engine_and_its_patches_import_deepspeed():
         "show_data",
         "schema",
         "cli",
+        "init",
         "train",
         "tune",
         "data.stats",

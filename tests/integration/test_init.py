@@ -1,0 +1,102 @@
+"""python -m qlora_ray.init: what it writes trains without a change, for every base with every shape of data."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from qlora_ray import init, plan
+from qlora_ray.config import load_config
+from qlora_ray.data.prepare import prepare
+from qlora_ray.model.facts import read_facts
+from qlora_ray.planning.early import refuse_before_ray
+from qlora_ray.planning.plan import Hardware, make_plan, packs
+from qlora_ray.storage import open_folder
+from tests.integration import door, tiny_models
+
+FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "mixtral")
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "stars", "while", "rain", "fell")
+NUM_RECORDS = 60
+
+
+def questions() -> list[tuple[str, str]]:
+    chance = random.Random(0)
+    say = [[" ".join(chance.choices(WORDS, k=chance.randint(2, 12))) for _ in range(NUM_RECORDS)] for _ in "qa"]
+    return list(zip(*say, strict=True))
+
+
+RECORDS = {
+    "alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
+    "messages": lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
+    "sharegpt": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+}
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: tiny_models.save(family, folder / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    files = {name: folder / f"{name}.jsonl" for name in RECORDS}
+    for name, path in files.items():
+        path.write_text("\n".join(json.dumps(RECORDS[name](*one)) for one in questions()))
+    return files
+
+
+@pytest.fixture
+def written(tmp_path, bases, data, capsys):
+    """Runs init for a base and a shape of data; returns the file."""
+
+    def write(family: str, shape: str, *more: str) -> Path:
+        path = tmp_path / "my.yaml"
+        arguments = ["--model", bases[family], "--data", str(data[shape]), "-o", str(path), *more]
+        assert init.main(arguments) == 0, capsys.readouterr().err
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("shape", RECORDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_file_is_read_and_planned_as_it_says(written, family, shape, tmp_path):
+    path = written(family, shape)
+    config = load_config(path)
+    refuse_before_ray(config)
+    assert plan.main(["-c", str(path)]) == 0
+    facts = read_facts(config.model.base_model)
+    made = prepare(config, open_folder(str(tmp_path / "runs")), packs(config, facts))
+    planned = make_plan(config, made.stats, facts, Hardware(1, 0), None)
+    assert made.stats.formats == {shape: NUM_RECORDS} and made.stats.num_rejected == made.stats.num_truncated == 0
+    assert made.stats.num_validation_samples == 6
+    told = int(path.read_text().split("num_epochs:")[1].split("#")[1].split(" steps")[0])
+    assert planned.num_steps == pytest.approx(told, rel=0.2)
+
+
+@pytest.mark.parametrize(("family", "shape"), [("llama", "alpaca"), ("gpt2", "sharegpt"), ("mixtral", "messages")])
+def test_file_trains(bases, data, family, shape, tmp_path, monkeypatch):
+    """Named as one types them: from the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("base").symlink_to(bases[family])
+    Path("mine.jsonl").symlink_to(data[shape])
+    ended = door.run("--model", "base", "--data", "mine.jsonl", of="init")
+    assert ended.returncode == 0 and ended.stderr == "", ended.stdout + ended.stderr
+    train(Path("my.yaml"), tmp_path, "training.max_steps=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", RECORDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_file_trains_to_its_end(written, family, shape, tmp_path):
+    train(written(family, shape), tmp_path)
+
+
+def train(path: Path, storage: Path, *more: str) -> None:
+    ended = door.run("-c", str(path), f"ray.storage_path={storage}", "ray.run_name=mine", *more)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert door.summary(storage / "mine")["status"] == "done"
+    assert (storage / "mine" / "adapter" / "adapter_model.safetensors").is_file()
