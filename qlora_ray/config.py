@@ -36,7 +36,7 @@ class ModelConfig(Section):
     """The base and the LoRA on it."""
 
     base_model: str = EMBEDDED_BASE
-    """A local folder (safetensors), a hub id, or "embedded": the small model inside this package."""
+    """A local folder, a hub id, or "embedded": the small model inside this package. See docs/bases.md."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; a 40-digit commit is required with trust_remote_code."""
     lora_r: int = Field(16, ge=1, le=1024)

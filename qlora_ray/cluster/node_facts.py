@@ -142,7 +142,7 @@ def _nearest(folder: Folder) -> str:
 
 def _base(question: Question) -> dict[str, Any]:
     """Whether this node can load the base model, and why not."""
-    from qlora_ray.model.facts import check_folder
+    from qlora_ray.model.facts import check_folder, is_pickled
     from qlora_ray.model.hub import folder_at_hand
 
     base = base_model_path(question.base_model)
@@ -154,9 +154,9 @@ def _base(question: Question) -> dict[str, Any]:
         check_folder(folder)
     except ConfigError as error:
         return {"here": False, "why": str(error)}
-    if folder != base:
-        return {"here": True, "why": "in the hub's cache"}
-    return {"here": True, "why": base if question.base_model != "embedded" else "embedded"}
+    where = "in the hub's cache" if folder != base else base if question.base_model != "embedded" else "embedded"
+    more = "; its pickled weights are converted once, when they are first read" if is_pickled(folder) else ""
+    return {"here": True, "why": f"{where}{more}"}
 
 
 def _on_the_hub(question: Question) -> dict[str, Any]:

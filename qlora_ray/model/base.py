@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.libraries import Patch
+from qlora_ray.model.facts import loadable_folder
+from qlora_ray.model.hub import local_folder
 from qlora_ray.model.whole import build_from_headers, refuse_unfilled
 
 PLAIN_LINEAR = Patch(
@@ -50,16 +52,15 @@ class BytesByKind:
 def load_base(
     model: ModelConfig, quantization: QuantizationConfig, compute_dtype: str, device: torch.device, **attributes
 ) -> PreTrainedModel:
-    """Load a causal language model from safetensors, quantized while loading, frozen, without a key-value cache.
+    """Load a causal language model, quantized while loading, frozen, without a key-value cache.
 
     Packed weights are stored as uint8: ZeRO-3 casts floating storage to its own dtype, which silently breaks 4-bit
     weights stored in another one. Raises ConfigError where the files do not fill the model.
     """
     _build_linear_layers_that_can_be_quantized()
-    dtype = getattr(torch, compute_dtype)
+    key, dtype = f"model.base_model={model.base_model}", getattr(torch, compute_dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        base_model_path(model.base_model),
-        revision=model.revision,
+        loadable_folder(local_folder(model.base_model, model.revision), key),
         trust_remote_code=model.trust_remote_code,
         quantization_config=four_bit_config(quantization, dtype),
         dtype=dtype,
@@ -70,7 +71,8 @@ def load_base(
         **attributes,
     )
     base, found = loaded
-    refuse_unfilled(f"model.base_model={model.base_model}", base, found)
+    refuse_unfilled(key, base, found)
+    base.name_or_path = base_model_path(model.base_model)  # which PEFT writes down: not where it lies here
     _keep_weights_trainable_on_cpu(base)
     base.requires_grad_(False)
     base.config.use_cache = False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_ray.errors import ConfigError
+from qlora_ray.model.pickled import converted_folder, pickled_files
 from qlora_ray.model.tensors import SAMPLE_BYTES, Entry, read_header
 
 # Names of 2-D weights that transformers does not build as nn.Linear or Conv1D, or that bitsandbytes leaves alone.
@@ -84,16 +85,15 @@ def check_folder(folder: str) -> None:
     """Raise ConfigError if a local folder lacks what a base model needs. Reads names only: milliseconds."""
     path, key = Path(folder), f"model.base_model={folder}"
     _refuse_other_quantization(_read_model_config(path, key), key)
-    if not weight_files(path, key):
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
-        if pickled:
+    if not has_weights(path, key):
+        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
+        if others:
             raise ConfigError(
-                f"{key}: only pickled weights ({pickled[0]}), which can run code when loaded. Convert them once: "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)."
+                f"{key}: no weights that transformers would load, only {others[0]}. Convert it once with "
+                "the script that came with the model, or name a copy saved with save_pretrained."
             )
         raise ConfigError(
-            f"{key}: no weights (*.safetensors) in the folder. Weights that the hub has as .bin alone are not "
-            "downloaded: they can run code when loaded. Convert them once with save_pretrained, and name that folder."
+            f"{key}: no weights (*.safetensors, or pytorch_model.bin) in the folder. Download or copy it again."
         )
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"{key}: no tokenizer (tokenizer.json) in the folder. Save it there with save_pretrained.")
@@ -117,16 +117,44 @@ def _fingerprint(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def weight_files(path: Path, key: str) -> list[Path]:
-    """The files that transformers would load: others may lie beside them. Raises ConfigError for a damaged index."""
+    """The safetensors files of a base, of pickled weights a converted copy's; none where there are no weights.
+
+    Raises ConfigError for a damaged index, and for what cannot be converted.
+    """
+    return safetensors_files(Path(loadable_folder(str(path), key)), key) or _other_safetensors(path)
+
+
+def has_weights(path: Path, key: str) -> bool:
+    """Whether a folder holds weights of a kind that can be loaded, converted or not. Raises ConfigError."""
+    return bool(safetensors_files(path, key) or pickled_files(path, key) or _other_safetensors(path))
+
+
+def loadable_folder(folder: str, key: str) -> str:
+    """The folder that transformers loads without a pickle: itself, or its converted copy. Raises ConfigError."""
+    return str(converted_folder(Path(folder), key)) if is_pickled(folder) else folder
+
+
+def is_pickled(folder: str) -> bool:
+    """Whether transformers would load a folder's weights from pickled files. Raises ConfigError."""
+    path, key = Path(folder), f"model.base_model={folder}"
+    return not safetensors_files(path, key) and bool(pickled_files(path, key))
+
+
+def safetensors_files(path: Path, key: str) -> list[Path]:
+    """Those that transformers would load: others may lie beside them. Raises ConfigError for a damaged index."""
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     if not index.is_file():
-        return sorted(path.glob("*.safetensors"))
+        return []
     try:
         return sorted({path / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{key}: {index.name} is damaged ({error}). Download or copy it again.") from None
+
+
+def _other_safetensors(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
 
 
 def read_shapes(folder: str, is_tied: bool) -> dict[str, tuple[int, ...]]:
