@@ -140,7 +140,7 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
 
 def _layers(adapter: Adapter, base: TensorFiles, updated: set[str], into: Into) -> dict[str, Layer]:
     """What merging changes, by the weight's name in the base's files. Raises ConfigError for a layer without one."""
-    packable, prefix = four_bit_modules(adapter.base, adapter.record["base"]["trust_remote_code"])
+    packable, prefix = four_bit_modules(adapter.base, adapter.model.trust_remote_code, adapter.model.factory)
     four_bit = set(adapter.record.get("four_bit_layers", packable))  # adapters of earlier versions do not say
     layers = {}
     for name in sorted(updated if into == "original" else updated | four_bit):

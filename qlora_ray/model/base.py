@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.libraries import Patch
+from qlora_ray.model.architecture import load_filled
 from qlora_ray.model.facts import loadable_folder
 from qlora_ray.model.hub import local_folder
+from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.whole import build_from_headers, refuse_unfilled
 
 PLAIN_LINEAR = Patch(
@@ -55,22 +57,21 @@ def load_base(
     """Load a causal language model, quantized while loading, frozen, without a key-value cache.
 
     Packed weights are stored as uint8: ZeRO-3 casts floating storage to its own dtype, which silently breaks 4-bit
-    weights stored in another one. Raises ConfigError where the files do not fill the model.
+    weights stored in another one. Raises ConfigError where the files do not fill the model, or bring unread code.
     """
     _build_linear_layers_that_can_be_quantized()
     key, dtype = f"model.base_model={model.base_model}", getattr(torch, compute_dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        loadable_folder(local_folder(model.base_model, model.revision), key),
-        trust_remote_code=model.trust_remote_code,
+    folder = local_folder(model.base_model, model.revision)
+    refuse_unread_code(folder, model, key)
+    base, found = load_filled(
+        loadable_folder(folder, key),
+        model.trust_remote_code,
+        model.factory,
         quantization_config=four_bit_config(quantization, dtype),
         dtype=dtype,
         device_map={"": device},
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # else it raises without their names
         **attributes,
     )
-    base, found = loaded
     refuse_unfilled(key, base, found)
     base.name_or_path = base_model_path(model.base_model)  # which PEFT writes down: not where it lies here
     _keep_weights_trainable_on_cpu(base)
@@ -133,34 +134,36 @@ def packed_layers(model: torch.nn.Module) -> list[str]:
     return sorted(name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names)
 
 
-def four_bit_modules(folder: str, trust_remote_code: bool = False) -> tuple[dict[str, bool], str]:
+def four_bit_modules(
+    folder: str, trust_remote_code: bool = False, factory: str | None = None
+) -> tuple[dict[str, bool], str]:
     """Names of the layers that load_base packs, and whether each keeps its weight transposed (Conv1D).
 
     Also the prefix that a weight's name in a file may lack. Raises ConfigError where the files do not fill the model.
     """
     from transformers.pytorch_utils import Conv1D
 
-    model = _pack_without_weights(folder, trust_remote_code)
+    model = _pack_without_weights(folder, trust_remote_code, factory)
     return {name: layer.source_cls is Conv1D for name, layer in _replaced(model).items()}, model.base_model_prefix
 
 
-def count_parameters(folder: str, trust_remote_code: bool = False) -> tuple[int, int]:
+def count_parameters(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> tuple[int, int]:
     """Parameters of a local base that load_base packs, and all; without reading weights.
 
     Raises ConfigError where the files do not fill the model.
     """
-    model = _pack_without_weights(folder, trust_remote_code)
+    model = _pack_without_weights(folder, trust_remote_code, factory)
     packed = sum(layer.weight.numel() for layer in _replaced(model).values())
     return packed, sum(parameter.numel() for parameter in model.parameters())
 
 
-def _pack_without_weights(folder: str, trust_remote_code: bool) -> PreTrainedModel:
+def _pack_without_weights(folder: str, trust_remote_code: bool, factory: str | None) -> PreTrainedModel:
     four_bit = four_bit_config(QuantizationConfig(), torch.float32)  # first of all, it silences bitsandbytes' import
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
     _build_linear_layers_that_can_be_quantized()
-    model = build_from_headers(folder, trust_remote_code)
+    model = build_from_headers(folder, trust_remote_code, factory)
     left_alone = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
     return replace_with_bnb_linear(model, modules_to_not_convert=left_alone, quantization_config=four_bit)
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_ray import evaluate, export, generate, plan, train
 from qlora_ray.cluster import node_facts
+from qlora_ray.config import ModelConfig
 from qlora_ray.model import hub as hub_folders
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.facts import read_facts, weight_files
@@ -215,7 +216,8 @@ def test_pickled_files_are_fetched_from_the_hub_only_where_it_has_no_others(tmp_
 def test_doctor_tells_that_pickled_weights_will_be_converted_and_converts_nothing(assets, tmp_path):
     folder = Path(tiny_models.save("llama", tmp_path / "base"))
     pickle_weights(folder)
-    found = node_facts._base(node_facts.Question(str(folder), None, None, ".probe", "", ask_hub=False))
+    model = ModelConfig(base_model=str(folder))
+    found = node_facts._base(node_facts.Question(model, None, ".probe", "", ask_hub=False))
     assert found == {"here": True, "why": f"{folder}; its pickled weights are converted once, when they are first read"}
     assert not assets.exists()
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_ray import evaluate, export, generate, plan, train
-from qlora_ray.config import base_model_path
+from qlora_ray.config import ModelConfig, base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.inference import merge, verify
 from qlora_ray.model.adapter import add_adapter, trainable
@@ -285,7 +285,7 @@ def test_doctor_finds_what_is_wrong_with_a_cached_hub_base(hub):
     from qlora_ray.cluster import node_facts
 
     def ask(name: str) -> dict:
-        return node_facts._base(node_facts.Question(name, None, None, ".probe", "", ask_hub=False))
+        return node_facts._base(node_facts.Question(ModelConfig(base_model=name), None, ".probe", "", ask_hub=False))
 
     snapshot = hub("someone/tiny", EMBEDDED)
     assert ask("someone/tiny") == {"here": True, "why": "in the hub's cache"}
