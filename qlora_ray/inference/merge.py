@@ -122,7 +122,10 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
         raise ConfigError(f"{key}: its base is stored as {', '.join(sorted(unknown))}; there are no weights to add to.")
     updates = TensorFiles([adapter.folder / "adapter_model.safetensors"], key)
     if "quantization_config" in json.loads((Path(adapter.base) / "config.json").read_text("utf-8")):
-        raise ConfigError(f"{key}: its base is stored quantized; there are no dense weights to merge into.")
+        raise ConfigError(
+            f"{key}: its base is stored quantized; there are no dense weights to merge into. Serve the adapter "
+            "unmerged, or train on the model that its base was quantized from."
+        )
     updated = set()
     for name in updates.entries:
         module, _, kind = name.removeprefix(PREFIX).partition(".lora_")

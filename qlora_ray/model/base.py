@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.libraries import Patch
 from qlora_ray.model.architecture import load_filled
-from qlora_ray.model.facts import loadable_folder
+from qlora_ray.model.facts import loadable_folder, stored_quantization
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.whole import build_from_headers, refuse_unfilled
@@ -75,6 +75,7 @@ def load_base(
     refuse_unfilled(key, base, found)
     base.name_or_path = base_model_path(model.base_model)  # which PEFT writes down: not where it lies here
     _keep_weights_trainable_on_cpu(base)
+    _compute_in(base, dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
@@ -126,6 +127,15 @@ def _keep_weights_trainable_on_cpu(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def _compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Have 4-bit layers compute in this dtype: a folder of 4-bit weights brings the one that it was saved with."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+
+
 def packed_layers(model: torch.nn.Module) -> list[str]:
     """Names of the layers of a loaded base that are in 4 bits, also where PEFT has wrapped them."""
     from bitsandbytes.nn import Linear4bit
@@ -164,7 +174,8 @@ def _pack_without_weights(folder: str, trust_remote_code: bool, factory: str | N
 
     _build_linear_layers_that_can_be_quantized()
     model = build_from_headers(folder, trust_remote_code, factory)
-    left_alone = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
+    skipped = (stored_quantization(folder) or {}).get("llm_int8_skip_modules")  # of weights that are packed already
+    left_alone = HfQuantizer.get_modules_to_not_convert(model, skipped, list(model._keep_in_fp32_modules or ()))
     return replace_with_bnb_linear(model, modules_to_not_convert=left_alone, quantization_config=four_bit)
 
 

@@ -194,9 +194,15 @@ def _refuse_other_quantization(config: dict, key: str) -> None:
     name = "8-bit bitsandbytes" if stored.get("load_in_8bit") else method
     raise ConfigError(
         f"{key}: its weights are stored quantized ({name}, quantization_config in config.json); only 16- and 32-bit "
-        "weights and bitsandbytes' 4-bit ones can be trained on. Name the model that it was quantized from, or convert "
-        "it once: load it with dequantization, save_pretrained."
+        "weights and bitsandbytes' 4-bit ones can be trained on. Name the model that it was quantized from"
+        f"{_from(config)}, or convert it once: load it with dequantization, save_pretrained."
     )
+
+
+def _from(config: dict) -> str:
+    """The model that a quantized one was made from, as far as its config says."""
+    name = config.get("_name_or_path")
+    return f" (its config.json says {name})" if isinstance(name, str) and name else ""
 
 
 def _is_same(one: Entry, other: Entry) -> bool:

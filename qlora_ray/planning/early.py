@@ -103,6 +103,12 @@ def _check_base(config: Config, folder: str) -> None:
                 f"quantization.{name}={str(asked).lower()}: {key} is stored in 4 bits with {str(value).lower()}. Set "
                 f"quantization.{name}={str(value).lower()}, or name the model that it was quantized from."
             )
+    storage = stored.get("bnb_4bit_quant_storage", "uint8")
+    if storage != "uint8":
+        raise ConfigError(
+            f"{key}: its 4-bit weights are stored as {storage} (bnb_4bit_quant_storage), which ZeRO would cast like "
+            "numbers. Name the model that it was quantized from, or save it with bnb_4bit_quant_storage uint8."
+        )
 
 
 def read_deepspeed_json(config: Config) -> dict | None:
