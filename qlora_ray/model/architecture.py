@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -15,6 +16,8 @@ NOT_CAUSAL = (
     "it is no causal language model: its tokens see those that come after them, or are read by an encoder. Name a "
     "decoder, e.g. a model whose card says ForCausalLM."
 )
+TOWERS = ("vision_config", "audio_config", "image_config", "speech_config")
+TOWER = re.compile(r"(^|[._])(vision|visual|image|audio|speech)(_|\.|$)")
 
 
 def config_of(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> Any:
@@ -39,12 +42,17 @@ def build_empty(folder: str, trust_remote_code: bool = False, factory: str | Non
     config.__dict__.pop("quantization_config", None)
     if factory:
         return _make(factory, config)
+    has_towers = any(getattr(config, name, None) for name in TOWERS)
     try:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         is_other = "Unrecognized configuration class" in str(error)
-        why = NOT_CAUSAL if is_other else f"cannot be built from its config.json: {_first_line(error)}"
+        why = f"cannot be built from its config.json: {_first_line(error)}"
+        why = _no_text_model(config) if has_towers else NOT_CAUSAL if is_other else why
         raise ConfigError(f"model.base_model={folder}: {why}") from error
+    if has_towers and any(TOWER.search(name) for name, _ in model.named_modules()):
+        raise ConfigError(f"model.base_model={folder}: {_no_text_model(config)}")
+    return model
 
 
 def load_filled(folder: str, trust_remote_code: bool, factory: str | None, **how: Any) -> tuple[Any, dict[str, Any]]:
@@ -92,6 +100,13 @@ def _refuse_what_sees_the_future(folder: str, config: Any) -> None:
     is_masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder
     if getattr(config, "is_encoder_decoder", False) or is_masked or getattr(config, "attn_type", None) == "bi":
         raise ConfigError(f"model.base_model={folder}: {config.model_type}: {NOT_CAUSAL}")
+
+
+def _no_text_model(config: Any) -> str:
+    return (
+        f"{config.model_type} has vision or audio parts beside its text model, and only text is trained on here. Save "
+        "the text model as a folder of its own (docs/bases.md), or name the family's text-only model."
+    )
 
 
 def _first_line(error: Exception) -> str:

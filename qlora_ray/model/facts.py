@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ NOT_QUANTIZED = re.compile(
 BUFFERS = re.compile(r"(\.(attn|attention)\.(masked_)?bias|inv_freq|position_ids)$")
 HEAD = re.compile(r"(lm_head|embed_out)\.weight$")
 EMBEDDING = re.compile(r"(embed_tokens|embed_in|wte|word_embeddings)\.weight$")
+LEARNED_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)\.weight$")
 EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 # What bitsandbytes lays beside a weight that it has packed; the first holds the weight's own shape.
 PACKED_STATE = ".quant_state.bitsandbytes__"
@@ -30,8 +31,19 @@ SAMPLES = 16
 EXPERT_LINEAR = re.compile(r"(\.experts\.\d+\.\w+|block_sparse_moe\.gate|mlp\.gate)\.weight$")
 ADAPTED_EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
 
+# What PEFT refuses in which model types (peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba).
+PEFT_LEAVES_OUT = ("out_proj", "conv1d")
+MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 # Model types whose decoder layers compute exactly what model/layer.py does, and the class of these layers.
 FUSED_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
+
+
+@dataclass(frozen=True)
+class RopeLimit:
+    """Longest row of which the angles of each position are its own; in longer ones they depend on the row's length."""
+
+    kind: str  # longrope or dynamic
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,9 @@ class BaseFacts:
     linear_shapes: tuple[tuple[str, int, int], ...]  # (module name, rows, columns) of each layer that becomes 4-bit
     context_length: int | None
     fingerprint: str  # of names, shapes and sizes; contents are not read
+    num_embeddings: int | None = field(default=None, kw_only=True)  # rows of the input embedding
+    num_positions: int | None = field(default=None, kw_only=True)  # where each has learned weights; no row is longer
+    rope_limit: RopeLimit | None = field(default=None, kw_only=True)
     expert_shapes: tuple[tuple[str, int, int], ...] = ()  # the same of experts and routers that PEFT can adapt
 
 
@@ -75,10 +90,35 @@ def read_facts(folder: str) -> BaseFacts:
         linear_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in linear.items()),
         context_length=text.get("max_position_embeddings") or text.get("n_positions"),
         fingerprint=_fingerprint(path, {name: entry.shape for name, entry in _read_entries(path, key).items()}),
+        num_embeddings=_rows_of(shapes, EMBEDDING),
+        num_positions=_rows_of(shapes, LEARNED_POSITIONS),
+        rope_limit=_rope_limit(text),
         expert_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in experts.items())
         if model_type in ADAPTED_EXPERTS
         else (),
     )
+
+
+def left_out_of_all_linear(model_type: str) -> tuple[str, ...]:
+    """Ends of the names of layers that "all-linear" cannot mean, since PEFT refuses to adapt them."""
+    return PEFT_LEAVES_OUT if model_type in MAMBA_TYPES else ()
+
+
+def _rows_of(shapes: dict[str, tuple[int, ...]], names: re.Pattern) -> int | None:
+    rows = [shape[0] for name, shape in shapes.items() if len(shape) == 2 and names.search(name)]
+    return min(rows) if rows else None
+
+
+def _rope_limit(text: dict[str, Any]) -> RopeLimit | None:
+    """As transformers' dynamic_rope_update switches (transformers/modeling_rope_utils.py)."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    named = rope.get("rope_type") or rope.get("type")
+    kind = "longrope" if named == "su" else named  # its older name
+    longest = text.get("max_position_embeddings")
+    if kind == "longrope":
+        key = "original_max_position_embeddings"
+        longest = rope.get(key) or text.get(key) or longest
+    return RopeLimit(kind, int(longest)) if kind in ("longrope", "dynamic") and longest else None
 
 
 def check_folder(folder: str) -> None:
