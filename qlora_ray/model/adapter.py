@@ -36,8 +36,12 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
     try:
         adapted = get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        name = "lora_dropout" if "lora_dropout" in str(error) else "target_modules"
-        raise ConfigError(f"model.{name}={getattr(model, name)}: {error}") from error
+        if "lora_dropout" in str(error):
+            raise ConfigError(
+                f"model.lora_dropout={model.lora_dropout}: PEFT has no dropout for the experts of {base.config.model_type} "
+                "models. Set model.lora_dropout=0, or name target_modules without the experts."
+            ) from error
+        raise ConfigError(f"model.target_modules={model.target_modules}: {error}") from error
     if model.lora_variant == "loftq":
         _start_from_quantization_error(adapted, local_folder(model.base_model, model.revision))
     for parameter in trainable(adapted).values():
