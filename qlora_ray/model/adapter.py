@@ -38,7 +38,7 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
     except ValueError as error:
         if "lora_dropout" in str(error):
             raise ConfigError(
-                f"model.lora_dropout={model.lora_dropout}: PEFT has no dropout for the experts of {base.config.model_type} "
+                f"model.lora_dropout={model.lora_dropout}: PEFT has no dropout for experts of {base.config.model_type} "
                 "models. Set model.lora_dropout=0, or name target_modules without the experts."
             ) from error
         raise ConfigError(f"model.target_modules={model.target_modules}: {error}") from error
