@@ -36,9 +36,10 @@ class ModelConfig(Section):
     """The base and the LoRA on it."""
 
     base_model: str = EMBEDDED_BASE
-    """A local folder (safetensors), a hub id, or "embedded": the small model inside this package."""
+    """A local folder, a hub id, or "embedded": the small model inside this package. See docs/bases.md."""
     revision: str | None = None
-    """Commit, tag or branch of a hub id; a 40-digit commit is required with trust_remote_code."""
+    """Commit, tag or branch of a hub id; with trust_remote_code the commit (40 digits), or of a folder the digest of
+    its Python files, which the refusal without it prints."""
     lora_r: int = Field(16, ge=1, le=1024)
     """Rank of the LoRA matrices (PEFT `r`). Raise it for harder skills; memory grows with it."""
     lora_alpha: float = Field(32, gt=0)
@@ -51,6 +52,8 @@ class ModelConfig(Section):
     """rslora scales by 1/sqrt(r); dora also learns magnitudes; loftq starts from the quantization error."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only with a pinned `revision`."""
+    factory: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """package.module:function that makes the model of its config, for one that transformers does not have."""
 
     @field_validator("base_model")
     @classmethod
@@ -71,7 +74,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self):
-        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+        is_folder = self.base_model != EMBEDDED_BASE and Path(self.base_model).expanduser().is_dir()
+        if self.trust_remote_code and not is_folder and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError(
                 f"model.trust_remote_code=true: needs a 40-digit model.revision, got {self.revision!r}. "
                 "Pin the commit whose code you have read."

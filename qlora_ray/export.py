@@ -82,7 +82,9 @@ def _to_merged(arguments: argparse.Namespace) -> int:
         merge(adapter, unfinished, arguments.into, arguments.dtype, device)
         if examples is not None:
             loaded = load(adapter, device)
-            merged = load_merged(unfinished, adapter.compute_dtype, device, adapter.model.trust_remote_code)
+            merged = load_merged(
+                unfinished, adapter.compute_dtype, device, adapter.model.trust_remote_code, adapter.model.factory
+            )
             max_new_tokens = judge.run_options(adapter)["max_new_tokens"]
             drift = measure(loaded, merged, examples, arguments.num_rows, max_new_tokens).as_dict()
             _show(drift)

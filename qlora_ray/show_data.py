@@ -81,7 +81,7 @@ def _check(config: Config, debug: bool) -> dict[str, Any]:
     connect.set_environment(config, debug)
     folder = local_base(config)
     encoder = encoder_of(make_recipe(config))
-    stops = frozenset(stop_token_ids(generation_config_of(folder), encoder.tokenizer))
+    stops = frozenset(stop_token_ids(generation_config_of(folder, config.model), encoder.tokenizer))
     quality = Quality(config, Base(encoder, stops, untrained_tokens(folder, encoder.tokenizer)), _tell)
     quality.look({key: find_sources(config, key) for key in ("train_file", "validation_file")})
     return {**quality.report(), "seconds": round(time.perf_counter() - began, 1)}

@@ -1,13 +1,16 @@
 """Fixtures shared by all tests: nothing reaches a network, and GPU tests skip where there is none."""
 
 import os
+import shutil
 import signal
+import tempfile
 
 import pytest
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", TOKENIZERS_PARALLELISM="false"
-)
+    HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", TOKENIZERS_PARALLELISM="false",
+    HF_ASSETS_CACHE=tempfile.mkdtemp(prefix="assets"),
+)  # fmt: skip
 # A suite started in the background ignores Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,6 +30,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 
 
 def pytest_configure(config):

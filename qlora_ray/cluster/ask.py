@@ -31,7 +31,7 @@ def ask(config: Config, storage: Folder, hardware: Hardware, needs: Needs, secon
     is_private = connect.address(config) is None
     asks_storage = not quick or (storage.is_local and len(nodes) > 1)
     question = Question(
-        config.model.base_model, config.model.revision, storage if asks_storage else None, f".probe-{uuid.uuid4().hex}",
+        config.model, storage if asks_storage else None, f".probe-{uuid.uuid4().hex}",
         next(iter(nodes.values()))["NodeManagerAddress"], ask_hub=not quick,
     )  # fmt: skip
     if asks_storage:

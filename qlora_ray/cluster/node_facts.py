@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import qlora_ray
-from qlora_ray.config import base_model_path
+from qlora_ray.config import ModelConfig, base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import TESTED
 from qlora_ray.storage import Folder
@@ -32,8 +32,7 @@ SEEN_WITHIN_SECONDS = 3.0  # NFS shows a new file late
 class Question:
     """What a node is asked."""
 
-    base_model: str
-    revision: str | None
+    model: ModelConfig
     storage: Folder | None  # where to look for the probe and to leave one; None: not asked
     probe: str  # name and content of the file that the driver wrote there
     address: str  # of the node, as Ray knows it
@@ -142,21 +141,24 @@ def _nearest(folder: Folder) -> str:
 
 def _base(question: Question) -> dict[str, Any]:
     """Whether this node can load the base model, and why not."""
-    from qlora_ray.model.facts import check_folder
+    from qlora_ray.model.facts import check_folder, is_pickled
     from qlora_ray.model.hub import folder_at_hand
+    from qlora_ray.model.own_code import refuse_unread_code
 
-    base = base_model_path(question.base_model)
-    folder = folder_at_hand(question.base_model, question.revision)
+    model = question.model
+    base = base_model_path(model.base_model)
+    folder = folder_at_hand(model.base_model, model.revision)
     if folder is None:
         is_path = os.path.isabs(base) or base.startswith(".")
         return {"here": False, "why": f"no folder {base}"} if is_path else _on_the_hub(question)
     try:
         check_folder(folder)
+        refuse_unread_code(folder, model, f"model.base_model={model.base_model}")
     except ConfigError as error:
         return {"here": False, "why": str(error)}
-    if folder != base:
-        return {"here": True, "why": "in the hub's cache"}
-    return {"here": True, "why": base if question.base_model != "embedded" else "embedded"}
+    where = "in the hub's cache" if folder != base else base if model.base_model != "embedded" else "embedded"
+    more = "; its pickled weights are converted once, when they are first read" if is_pickled(folder) else ""
+    return {"here": True, "why": f"{where}{more}"}
 
 
 def _on_the_hub(question: Question) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _on_the_hub(question: Question) -> dict[str, Any]:
             return {"here": False, "why": "not in the hub's cache, and HF_HUB_OFFLINE is set"}
         if not question.ask_hub:
             return {"here": None, "why": "not in the hub's cache; the hub was not asked"}
-        HfApi().model_info(question.base_model, revision=question.revision, timeout=5)
+        HfApi().model_info(question.model.base_model, revision=question.model.revision, timeout=5)
     except (OSError, HTTPError, HFValidationError) as error:
         return {"here": False, "why": f"the hub does not give it: {(str(error).splitlines() or [''])[0]}"}
     return {"here": True, "why": "on the hub"}

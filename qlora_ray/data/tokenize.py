@@ -51,9 +51,15 @@ def load_tokenizer(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base_model, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:
+        # tokenizers raises a plain Exception for a tokenizer.json that it cannot read.
+        expected = OSError | ValueError | ImportError | KeyError | TypeError
+        if type(error) is not Exception and not isinstance(error, expected):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
-            f"model.base_model={base_model}: no usable tokenizer: {str(error).splitlines()[0]}"
+            f"model.base_model={base_model}: no usable tokenizer: {reason}. Download or copy it again, or install the "
+            "version of transformers that wrote it."
         ) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"model.base_model={base_model}: only a slow tokenizer; tokenizer.json is needed.")

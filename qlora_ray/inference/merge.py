@@ -122,7 +122,10 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
         raise ConfigError(f"{key}: its base is stored as {', '.join(sorted(unknown))}; there are no weights to add to.")
     updates = TensorFiles([adapter.folder / "adapter_model.safetensors"], key)
     if "quantization_config" in json.loads((Path(adapter.base) / "config.json").read_text("utf-8")):
-        raise ConfigError(f"{key}: its base is stored quantized; there are no dense weights to merge into.")
+        raise ConfigError(
+            f"{key}: its base is stored quantized; there are no dense weights to merge into. Serve the adapter "
+            "unmerged, or train on the model that its base was quantized from."
+        )
     updated = set()
     for name in updates.entries:
         module, _, kind = name.removeprefix(PREFIX).partition(".lora_")
@@ -140,7 +143,7 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
 
 def _layers(adapter: Adapter, base: TensorFiles, updated: set[str], into: Into) -> dict[str, Layer]:
     """What merging changes, by the weight's name in the base's files. Raises ConfigError for a layer without one."""
-    packable, prefix = four_bit_modules(adapter.base, adapter.record["base"]["trust_remote_code"])
+    packable, prefix = four_bit_modules(adapter.base, adapter.model.trust_remote_code, adapter.model.factory)
     four_bit = set(adapter.record.get("four_bit_layers", packable))  # adapters of earlier versions do not say
     layers = {}
     for name in sorted(updated if into == "original" else updated | four_bit):

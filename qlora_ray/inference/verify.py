@@ -11,6 +11,7 @@ from qlora_ray.data.tokenize import IGNORE_INDEX
 from qlora_ray.inference.judge import Examples
 from qlora_ray.inference.load import Loaded
 from qlora_ray.model.answer import generation_options, left_padded
+from qlora_ray.model.architecture import load_filled
 from qlora_ray.model.whole import refuse_unfilled
 from qlora_ray.worker.batches import slices, to_tensors
 
@@ -37,15 +38,12 @@ class Drift:
         return asdict(self)
 
 
-def load_merged(folder: Path, dtype: str, device: torch.device, trust_remote_code: bool = False) -> Any:
+def load_merged(
+    folder: Path, dtype: str, device: torch.device, trust_remote_code: bool = False, factory: str | None = None
+) -> Any:
     """The merged model as anyone loads it: plain transformers. Raises ConfigError where its files do not fill it."""
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), device_map={"": device}, trust_remote_code=trust_remote_code,
-        output_loading_info=True, ignore_mismatched_sizes=True,
-    )  # fmt: skip
-    model, found = loaded
+    how = {"dtype": getattr(torch, dtype), "device_map": {"": device}}
+    model, found = load_filled(str(folder), trust_remote_code, factory, **how)
     refuse_unfilled(f"merged model {folder}", model, found)
     return model.eval()
 

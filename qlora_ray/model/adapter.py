@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from qlora_ray.config import ModelConfig
 from qlora_ray.errors import ConfigError
+from qlora_ray.model.facts import left_out_of_all_linear
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.record import base_tensors
 from qlora_ray.model.tensors import TensorFiles
@@ -25,6 +26,9 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
         lora_alpha=model.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it; a fraction is as good
         lora_dropout=model.lora_dropout,
         target_modules=model.target_modules,
+        exclude_modules=list(left_out_of_all_linear(base.config.model_type))
+        if model.target_modules == "all-linear"
+        else None,
         use_rslora=model.lora_variant == "rslora",
         use_dora=model.lora_variant == "dora",
         revision=model.revision,
@@ -32,6 +36,11 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
     try:
         adapted = get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
+        if "lora_dropout" in str(error):
+            raise ConfigError(
+                f"model.lora_dropout={model.lora_dropout}: PEFT has no dropout for experts of {base.config.model_type} "
+                "models. Set model.lora_dropout=0, or name target_modules without the experts."
+            ) from error
         raise ConfigError(f"model.target_modules={model.target_modules}: {error}") from error
     if model.lora_variant == "loftq":
         _start_from_quantization_error(adapted, local_folder(model.base_model, model.revision))

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.libraries import Patch
+from qlora_ray.model.architecture import load_filled
+from qlora_ray.model.facts import loadable_folder, stored_quantization
+from qlora_ray.model.hub import local_folder
+from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.whole import build_from_headers, refuse_unfilled
 
 PLAIN_LINEAR = Patch(
@@ -50,28 +54,28 @@ class BytesByKind:
 def load_base(
     model: ModelConfig, quantization: QuantizationConfig, compute_dtype: str, device: torch.device, **attributes
 ) -> PreTrainedModel:
-    """Load a causal language model from safetensors, quantized while loading, frozen, without a key-value cache.
+    """Load a causal language model, quantized while loading, frozen, without a key-value cache.
 
     Packed weights are stored as uint8: ZeRO-3 casts floating storage to its own dtype, which silently breaks 4-bit
-    weights stored in another one. Raises ConfigError where the files do not fill the model.
+    weights stored in another one. Raises ConfigError where the files do not fill the model, or bring unread code.
     """
     _build_linear_layers_that_can_be_quantized()
-    dtype = getattr(torch, compute_dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        base_model_path(model.base_model),
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
+    key, dtype = f"model.base_model={model.base_model}", getattr(torch, compute_dtype)
+    folder = local_folder(model.base_model, model.revision)
+    refuse_unread_code(folder, model, key)
+    base, found = load_filled(
+        loadable_folder(folder, key),
+        model.trust_remote_code,
+        model.factory,
         quantization_config=four_bit_config(quantization, dtype),
         dtype=dtype,
         device_map={"": device},
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # else it raises without their names
         **attributes,
     )
-    base, found = loaded
-    refuse_unfilled(f"model.base_model={model.base_model}", base, found)
+    refuse_unfilled(key, base, found)
+    base.name_or_path = base_model_path(model.base_model)  # which PEFT writes down: not where it lies here
     _keep_weights_trainable_on_cpu(base)
+    _compute_in(base, dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
@@ -123,6 +127,15 @@ def _keep_weights_trainable_on_cpu(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def _compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Have 4-bit layers compute in this dtype: a folder of 4-bit weights brings the one that it was saved with."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+
+
 def packed_layers(model: torch.nn.Module) -> list[str]:
     """Names of the layers of a loaded base that are in 4 bits, also where PEFT has wrapped them."""
     from bitsandbytes.nn import Linear4bit
@@ -131,35 +144,38 @@ def packed_layers(model: torch.nn.Module) -> list[str]:
     return sorted(name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names)
 
 
-def four_bit_modules(folder: str, trust_remote_code: bool = False) -> tuple[dict[str, bool], str]:
+def four_bit_modules(
+    folder: str, trust_remote_code: bool = False, factory: str | None = None
+) -> tuple[dict[str, bool], str]:
     """Names of the layers that load_base packs, and whether each keeps its weight transposed (Conv1D).
 
     Also the prefix that a weight's name in a file may lack. Raises ConfigError where the files do not fill the model.
     """
     from transformers.pytorch_utils import Conv1D
 
-    model = _pack_without_weights(folder, trust_remote_code)
+    model = _pack_without_weights(folder, trust_remote_code, factory)
     return {name: layer.source_cls is Conv1D for name, layer in _replaced(model).items()}, model.base_model_prefix
 
 
-def count_parameters(folder: str, trust_remote_code: bool = False) -> tuple[int, int]:
+def count_parameters(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> tuple[int, int]:
     """Parameters of a local base that load_base packs, and all; without reading weights.
 
     Raises ConfigError where the files do not fill the model.
     """
-    model = _pack_without_weights(folder, trust_remote_code)
+    model = _pack_without_weights(folder, trust_remote_code, factory)
     packed = sum(layer.weight.numel() for layer in _replaced(model).values())
     return packed, sum(parameter.numel() for parameter in model.parameters())
 
 
-def _pack_without_weights(folder: str, trust_remote_code: bool) -> PreTrainedModel:
+def _pack_without_weights(folder: str, trust_remote_code: bool, factory: str | None) -> PreTrainedModel:
     four_bit = four_bit_config(QuantizationConfig(), torch.float32)  # first of all, it silences bitsandbytes' import
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
     _build_linear_layers_that_can_be_quantized()
-    model = build_from_headers(folder, trust_remote_code)
-    left_alone = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
+    model = build_from_headers(folder, trust_remote_code, factory)
+    skipped = (stored_quantization(folder) or {}).get("llm_int8_skip_modules")  # of weights that are packed already
+    left_alone = HfQuantizer.get_modules_to_not_convert(model, skipped, list(model._keep_in_fp32_modules or ()))
     return replace_with_bnb_linear(model, modules_to_not_convert=left_alone, quantization_config=four_bit)
 
 

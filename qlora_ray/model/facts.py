@@ -4,11 +4,12 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_ray.errors import ConfigError
+from qlora_ray.model.pickled import converted_folder, pickled_files
 from qlora_ray.model.tensors import SAMPLE_BYTES, Entry, read_header
 
 # Names of 2-D weights that transformers does not build as nn.Linear or Conv1D, or that bitsandbytes leaves alone.
@@ -19,6 +20,7 @@ NOT_QUANTIZED = re.compile(
 BUFFERS = re.compile(r"(\.(attn|attention)\.(masked_)?bias|inv_freq|position_ids)$")
 HEAD = re.compile(r"(lm_head|embed_out)\.weight$")
 EMBEDDING = re.compile(r"(embed_tokens|embed_in|wte|word_embeddings)\.weight$")
+LEARNED_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)\.weight$")
 EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 # What bitsandbytes lays beside a weight that it has packed; the first holds the weight's own shape.
 PACKED_STATE = ".quant_state.bitsandbytes__"
@@ -28,6 +30,18 @@ SAMPLES = 16
 # (peft/utils/transformers_weight_conversion.py).
 EXPERT_LINEAR = re.compile(r"(\.experts\.\d+\.\w+|block_sparse_moe\.gate|mlp\.gate)\.weight$")
 ADAPTED_EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
+
+# What PEFT refuses in which model types (peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba).
+PEFT_LEAVES_OUT = ("out_proj", "conv1d")
+MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+@dataclass(frozen=True)
+class RopeLimit:
+    """Longest row of which the angles of each position are its own; in longer ones they depend on the row's length."""
+
+    kind: str  # longrope or dynamic
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,9 @@ class BaseFacts:
     linear_shapes: tuple[tuple[str, int, int], ...]  # (module name, rows, columns) of each layer that becomes 4-bit
     context_length: int | None
     fingerprint: str  # of names, shapes and sizes; contents are not read
+    num_embeddings: int | None = field(default=None, kw_only=True)  # rows of the input embedding
+    num_positions: int | None = field(default=None, kw_only=True)  # where each has learned weights; no row is longer
+    rope_limit: RopeLimit | None = field(default=None, kw_only=True)
     expert_shapes: tuple[tuple[str, int, int], ...] = ()  # the same of experts and routers that PEFT can adapt
 
 
@@ -71,26 +88,50 @@ def read_facts(folder: str) -> BaseFacts:
         linear_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in linear.items()),
         context_length=text.get("max_position_embeddings") or text.get("n_positions"),
         fingerprint=_fingerprint(path, {name: entry.shape for name, entry in _read_entries(path, key).items()}),
+        num_embeddings=_rows_of(shapes, EMBEDDING),
+        num_positions=_rows_of(shapes, LEARNED_POSITIONS),
+        rope_limit=_rope_limit(text),
         expert_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in experts.items())
         if model_type in ADAPTED_EXPERTS
         else (),
     )
 
 
+def left_out_of_all_linear(model_type: str) -> tuple[str, ...]:
+    """Ends of the names of layers that "all-linear" cannot mean, since PEFT refuses to adapt them."""
+    return PEFT_LEAVES_OUT if model_type in MAMBA_TYPES else ()
+
+
+def _rows_of(shapes: dict[str, tuple[int, ...]], names: re.Pattern) -> int | None:
+    rows = [shape[0] for name, shape in shapes.items() if len(shape) == 2 and names.search(name)]
+    return min(rows) if rows else None
+
+
+def _rope_limit(text: dict[str, Any]) -> RopeLimit | None:
+    """As transformers' dynamic_rope_update switches (transformers/modeling_rope_utils.py)."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    named = rope.get("rope_type") or rope.get("type")
+    kind = "longrope" if named == "su" else named  # its older name
+    longest = text.get("max_position_embeddings")
+    if kind == "longrope":
+        key = "original_max_position_embeddings"
+        longest = rope.get(key) or text.get(key) or longest
+    return RopeLimit(kind, int(longest)) if kind in ("longrope", "dynamic") and longest else None
+
+
 def check_folder(folder: str) -> None:
     """Raise ConfigError if a local folder lacks what a base model needs. Reads names only: milliseconds."""
     path, key = Path(folder), f"model.base_model={folder}"
     _refuse_other_quantization(_read_model_config(path, key), key)
-    if not weight_files(path, key):
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
-        if pickled:
+    if not has_weights(path, key):
+        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
+        if others:
             raise ConfigError(
-                f"{key}: only pickled weights ({pickled[0]}), which can run code when loaded. Convert them once: "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)."
+                f"{key}: no weights that transformers would load, only {others[0]}. Convert it once with "
+                "the script that came with the model, or name a copy saved with save_pretrained."
             )
         raise ConfigError(
-            f"{key}: no weights (*.safetensors) in the folder. Weights that the hub has as .bin alone are not "
-            "downloaded: they can run code when loaded. Convert them once with save_pretrained, and name that folder."
+            f"{key}: no weights (*.safetensors, or pytorch_model.bin) in the folder. Download or copy it again."
         )
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"{key}: no tokenizer (tokenizer.json) in the folder. Save it there with save_pretrained.")
@@ -114,16 +155,44 @@ def _fingerprint(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def weight_files(path: Path, key: str) -> list[Path]:
-    """The files that transformers would load: others may lie beside them. Raises ConfigError for a damaged index."""
+    """The safetensors files of a base, of pickled weights a converted copy's; none where there are no weights.
+
+    Raises ConfigError for a damaged index, and for what cannot be converted.
+    """
+    return safetensors_files(Path(loadable_folder(str(path), key)), key) or _other_safetensors(path)
+
+
+def has_weights(path: Path, key: str) -> bool:
+    """Whether a folder holds weights of a kind that can be loaded, converted or not. Raises ConfigError."""
+    return bool(safetensors_files(path, key) or pickled_files(path, key) or _other_safetensors(path))
+
+
+def loadable_folder(folder: str, key: str) -> str:
+    """The folder that transformers loads without a pickle: itself, or its converted copy. Raises ConfigError."""
+    return str(converted_folder(Path(folder), key)) if is_pickled(folder) else folder
+
+
+def is_pickled(folder: str) -> bool:
+    """Whether transformers would load a folder's weights from pickled files. Raises ConfigError."""
+    path, key = Path(folder), f"model.base_model={folder}"
+    return not safetensors_files(path, key) and bool(pickled_files(path, key))
+
+
+def safetensors_files(path: Path, key: str) -> list[Path]:
+    """Those that transformers would load: others may lie beside them. Raises ConfigError for a damaged index."""
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     if not index.is_file():
-        return sorted(path.glob("*.safetensors"))
+        return []
     try:
         return sorted({path / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{key}: {index.name} is damaged ({error}). Download or copy it again.") from None
+
+
+def _other_safetensors(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
 
 
 def read_shapes(folder: str, is_tied: bool) -> dict[str, tuple[int, ...]]:
@@ -163,9 +232,15 @@ def _refuse_other_quantization(config: dict, key: str) -> None:
     name = "8-bit bitsandbytes" if stored.get("load_in_8bit") else method
     raise ConfigError(
         f"{key}: its weights are stored quantized ({name}, quantization_config in config.json); only 16- and 32-bit "
-        "weights and bitsandbytes' 4-bit ones can be trained on. Name the model that it was quantized from, or convert "
-        "it once: load it with dequantization, save_pretrained."
+        "weights and bitsandbytes' 4-bit ones can be trained on. Name the model that it was quantized from"
+        f"{_from(config)}, or convert it once: load it with dequantization, save_pretrained."
     )
+
+
+def _from(config: dict) -> str:
+    """The model that a quantized one was made from, as far as its config says."""
+    name = config.get("_name_or_path")
+    return f" (its config.json says {name})" if isinstance(name, str) and name else ""
 
 
 def _is_same(one: Entry, other: Entry) -> bool:

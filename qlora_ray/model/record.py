@@ -13,6 +13,7 @@ from qlora_ray.config import EMBEDDED_BASE, ModelConfig, QuantizationConfig, bas
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import check_folder, read_facts, read_shapes, weight_files
 from qlora_ray.model.hub import local_folder
+from qlora_ray.model.own_code import code_digest, refuse_unread_code
 from qlora_ray.model.tensors import TensorFiles
 
 FILE = "qlora_ray.json"
@@ -42,8 +43,9 @@ class Adapter:
     def model(self) -> ModelConfig:
         """The base as `load_base` takes it."""
         base = self.record["base"]
-        remote = {"trust_remote_code": base["trust_remote_code"], "revision": base["revision"]}
-        return ModelConfig(base_model=self.base, **(remote if base["trust_remote_code"] else {}))
+        pin = base.get("code") or base["revision"]  # adapters of earlier versions know the commit alone
+        remote = {"trust_remote_code": True, "revision": pin} if base["trust_remote_code"] else {}
+        return ModelConfig(base_model=self.base, factory=base.get("factory"), **remote)
 
     @property
     def context_length(self) -> int | None:
@@ -68,8 +70,9 @@ def base_tensors(folder: str, key: str) -> TensorFiles:
     return TensorFiles(weight_files(Path(folder), key), key)
 
 
-def describe_base(base_model: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+def describe_base(model: ModelConfig) -> dict[str, Any]:
     """The record's `base`: what it is called, and what it is."""
+    base_model, revision = model.base_model, model.revision
     folder = local_folder(base_model, revision)
     facts = read_facts(folder)
     is_local = base_model != EMBEDDED_BASE and Path(base_model_path(base_model)).is_dir()
@@ -77,7 +80,9 @@ def describe_base(base_model: str, revision: str | None, trust_remote_code: bool
         "base_model": str(Path(folder).resolve()) if is_local else base_model,
         "revision": revision,
         "commit": Path(folder).name if Path(folder).parent.name == "snapshots" else None,  # the hub cache's layout
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": model.trust_remote_code,
+        "code": code_digest(folder) if model.trust_remote_code else None,
+        "factory": model.factory,
         "model_type": facts.model_type,
         "num_parameters": facts.num_parameters,
         "sha256": facts.fingerprint,
@@ -130,7 +135,9 @@ def open_adapter(name: str, base: str | None = None) -> Adapter:
             f"of {facts.num_parameters:,} parameters, weights {sample}. Name the right one with --base."
         )
     _check_fit(folder, read_shapes(found, is_tied=False), key)
-    return Adapter(folder, found, peft, record)
+    adapter = Adapter(folder, found, peft, record)
+    refuse_unread_code(found, adapter.model, asked)
+    return adapter
 
 
 def _read_record(folder: Path, key: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from qlora_ray.config import ModelConfig
 from qlora_ray.model.facts import weight_files
 from qlora_ray.model.tensors import TensorFiles
 
@@ -19,13 +20,15 @@ SAME_DIRECTION = 0.95  # cosine
 ROWS_AT_ONCE = 8192
 
 
-def generation_config_of(folder: str) -> Any:
-    """What stands for a model where only its generation_config is asked for."""
-    from transformers import AutoConfig, GenerationConfig
+def generation_config_of(folder: str, model: ModelConfig) -> Any:
+    """What stands for a model where only its generation_config is asked for. Raises ConfigError."""
+    from transformers import GenerationConfig
+
+    from qlora_ray.model.architecture import config_of
 
     if (Path(folder) / "generation_config.json").is_file():
         return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(folder))
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder, model.trust_remote_code, model.factory)
     return SimpleNamespace(generation_config=GenerationConfig.from_model_config(config))
 
 

@@ -7,10 +7,11 @@ from logging import getLogger
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from qlora_ray.errors import ConfigError
+from qlora_ray.model.architecture import build_empty
 from qlora_ray.model.facts import BUFFERS, read_shapes
 
 logger = getLogger(__name__)
@@ -21,16 +22,14 @@ WAY_OUT = "Download or copy it again, with the config.json that belongs to it."
 HEAD = re.compile(r"(lm_head|embed_out)\.weight$")
 
 
-def build_from_headers(folder: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_from_headers(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> PreTrainedModel:
     """The model of a local folder without memory for weights, loaded as transformers would load it.
 
     Raises ConfigError where the files' names and shapes are not the model's.
     """
     key = f"model.base_model={folder}"
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    config.__dict__.pop("quantization_config", None)  # of packed weights the shapes are known, as if unpacked
     with torch.device("meta"):
-        empty: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        empty: Any = build_empty(folder, trust_remote_code, factory)
         is_tied = bool(getattr(empty.config.get_text_config(), "tie_word_embeddings", False))
         weights = {name: torch.empty(shape) for name, shape in read_shapes(folder, is_tied).items()}
     try:

@@ -11,6 +11,7 @@ from qlora_ray import environment
 from qlora_ray.config import Config, find_file
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, check_folder, read_facts, stored_quantization
+from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.planning import deepspeed
 from qlora_ray.planning.plan import Hardware, accumulation_of, check_workers_fit, zero_stage
 
@@ -79,17 +80,18 @@ def exact_facts(config: Config) -> BaseFacts:
 
     folder = local_base(config)
     facts = read_facts(folder)
-    packed, all_of_them = count_parameters(folder, config.model.trust_remote_code)
+    packed, all_of_them = count_parameters(folder, config.model.trust_remote_code, config.model.factory)
     return dataclasses.replace(facts, num_linear_parameters=packed, num_parameters=all_of_them)
 
 
 def _check_base(config: Config, folder: str) -> None:
     """Raise ConfigError for a folder that lacks what a base needs, or is stored otherwise than the config asks."""
     check_folder(folder)
+    key = f"model.base_model={config.model.base_model}"
+    refuse_unread_code(folder, config.model, key)
     stored = stored_quantization(folder)
     if stored is None:
         return
-    key = f"model.base_model={config.model.base_model}"
     if config.model.lora_variant == "loftq":
         raise ConfigError(f"model.lora_variant=loftq: needs the unquantized weights, and {key} is stored in 4 bits.")
     is_double = bool(stored.get("bnb_4bit_use_double_quant"))
@@ -101,6 +103,12 @@ def _check_base(config: Config, folder: str) -> None:
                 f"quantization.{name}={str(asked).lower()}: {key} is stored in 4 bits with {str(value).lower()}. Set "
                 f"quantization.{name}={str(value).lower()}, or name the model that it was quantized from."
             )
+    storage = stored.get("bnb_4bit_quant_storage", "uint8")
+    if storage != "uint8":
+        raise ConfigError(
+            f"{key}: its 4-bit weights are stored as {storage} (bnb_4bit_quant_storage), which ZeRO would cast like "
+            "numbers. Name the model that it was quantized from, or save it with bnb_4bit_quant_storage uint8."
+        )
 
 
 def read_deepspeed_json(config: Config) -> dict | None:

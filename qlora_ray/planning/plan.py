@@ -8,7 +8,7 @@ from typing import Any
 from qlora_ray.config import Config
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import BaseFacts
+from qlora_ray.model.facts import BaseFacts, left_out_of_all_linear
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, choose
 from qlora_ray.planning import deepspeed, memory
 from qlora_ray.planning.memory import GIB, Sizes
@@ -22,6 +22,7 @@ PACKED_MODEL_TYPES = {
     "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3",
     "gpt2", "gpt_neox", "olmo2", "granite", "glm4", "smollm3",
 }  # fmt: skip
+PAD_TO_MULTIPLE_OF = 8  # keeps matrix units busy, and the number of different widths of rows small
 FEW_STEPS = 10  # an epoch of fewer is worth a word
 
 
@@ -83,6 +84,7 @@ def make_plan(
         raise ConfigError(
             "quantization.compute_dtype=float16: loss scaling needs a GPU and the run is on CPUs. Use auto or float32."
         )
+    _refuse_positions(config, base, data)
     resources = resources_of_a_worker(config, use_gpu)
     check_workers_fit(config, resources, hardware)
     accumulation = accumulation_of(config)
@@ -137,9 +139,44 @@ def storage_bytes(config: Config, num_trainable: int) -> int:
     return (config.checkpoint.keep + 1) * checkpoint + 2 * num_trainable * 4 + STORAGE_FOR_THE_REST
 
 
+def _rope_depends_on_rows(config: Config, base: BaseFacts) -> bool:
+    return base.rope_limit is not None and config.training.max_length > base.rope_limit.num_tokens
+
+
+def _refuse_positions(config: Config, base: BaseFacts, data: DataStats) -> None:
+    """Refuse rows that the base has no positions for, or of which a batch is not the sum of its samples.
+
+    Raises ConfigError.
+    """
+    training, limit = config.training, base.rope_limit
+    width = -(-data.longest_row // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+    if base.num_positions and width > base.num_positions:
+        fits = base.num_positions // PAD_TO_MULTIPLE_OF * PAD_TO_MULTIPLE_OF
+        raise ConfigError(
+            f"training.max_length={training.max_length}: the longest row has {data.longest_row:,} tokens, and the base "
+            f"has learned {base.num_positions:,} positions. Use training.max_length={fits}."
+        )
+    if limit is None or data.longest_row <= limit.num_tokens:
+        return
+    why = (
+        f"rows of up to {data.longest_row:,} tokens, and the base's RoPE ({limit.kind}) changes with the longest row "
+        f"beyond {limit.num_tokens:,}"
+    )
+    if limit.kind == "dynamic":
+        raise ConfigError(
+            f"training.max_length={training.max_length}: {why}, of those before it too: a resumed run would not "
+            f"have its bits. Use training.max_length={limit.num_tokens}."
+        )
+    if training.batch_size > 1:
+        raise ConfigError(
+            f"training.batch_size={training.batch_size}: {why}: a long row would change the others of its batch. Use "
+            f"training.batch_size=1 with more gradient_accumulation_steps, or training.max_length={limit.num_tokens}."
+        )
+
+
 def packs(config: Config, base: BaseFacts) -> bool:
     """Whether rows hold several samples: where asked for, and the base's attention can keep them apart."""
-    return config.training.packing and base.model_type in PACKED_MODEL_TYPES
+    return config.training.packing and base.model_type in PACKED_MODEL_TYPES and not _rope_depends_on_rows(config, base)
 
 
 def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, budget_bytes: float) -> Choice:
@@ -184,19 +221,20 @@ def num_lora_parameters(config: Config, base: BaseFacts) -> int:
 
     An expert's gate and up are one matrix to PEFT, of twice the rows, and get one LoRA of twice the rank.
     """
-    adapted = [(rows, columns) for name, rows, columns in base.linear_shapes if _is_adapted(name, config)]
+    kind = base.model_type
+    adapted = [(rows, columns) for name, rows, columns in base.linear_shapes if _is_adapted(name, kind, config)]
     for name, rows, columns in base.expert_shapes:
-        if _is_adapted(name, config):
+        if _is_adapted(name, kind, config):
             is_one_of_two = name.endswith((".w1", ".w3", ".gate_proj", ".up_proj"))
             adapted.append((2 * rows if is_one_of_two else rows, columns))
     return sum(config.model.lora_r * (rows + columns) for rows, columns in adapted)
 
 
-def _is_adapted(name: str, config: Config) -> bool:
+def _is_adapted(name: str, model_type: str, config: Config) -> bool:
     # As PEFT matches them: a list holds suffixes, a text is a regular expression of the whole name.
     wanted = config.model.target_modules
     if wanted == "all-linear":
-        return True
+        return not name.endswith(left_out_of_all_linear(model_type))
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in wanted)
@@ -321,9 +359,20 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
         notes.append(
             f"training.max_length={config.training.max_length} exceeds the base's context of {base.context_length}."
         )
-    if config.training.packing and not packs(config, base):
+    if config.training.packing and _rope_depends_on_rows(config, base):
+        assert base.rope_limit is not None
+        notes.append(
+            f"Rows hold one sample each: beyond {base.rope_limit.num_tokens:,} tokens the base's RoPE "
+            f"({base.rope_limit.kind}) depends on what else a row holds."
+        )
+    elif config.training.packing and not packs(config, base):
         notes.append(
             f"Rows are padded, not packed: that {base.model_type} models keep the samples of a row apart is not shown."
+        )
+    left_out = left_out_of_all_linear(base.model_type)
+    if left_out and config.model.target_modules == "all-linear":
+        notes.append(
+            f"all-linear leaves out {' and '.join(left_out)}, which PEFT does not adapt in {base.model_type} models."
         )
     if data.packed and steps_per_epoch < FEW_STEPS <= data.num_samples:
         each, steps = data.num_samples / data.num_rows, "1 step" if steps_per_epoch == 1 else f"{steps_per_epoch} steps"

@@ -54,11 +54,18 @@ def refuse_taken_name(run: Folder, resume: bool) -> None:
 
 def run_identity(config: Config, data: DataStats, facts: BaseFacts, plan: Plan) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
+    model = config.model
+    code = {"factory": model.factory, "code": model.revision if model.trust_remote_code else None}
     return {
         "order": config.data.order,
         "data": data.fingerprint,
-        "base": {"model_type": facts.model_type, "num_parameters": facts.num_parameters, "sha256": facts.fingerprint},
-        "lora": config.model.model_dump(include={"lora_r", "lora_alpha", "target_modules", "lora_variant"}),
+        "base": {
+            "model_type": facts.model_type,
+            "num_parameters": facts.num_parameters,
+            "sha256": facts.fingerprint,
+            **{name: value for name, value in code.items() if value},
+        },
+        "lora": model.model_dump(include={"lora_r", "lora_alpha", "target_modules", "lora_variant"}),
         "quantization": config.quantization.model_dump(),
         "seed": config.training.seed,
         "batch": {"rows": plan.micro_batch_size, "micro_batches": plan.micro_batches_per_step},

@@ -8,8 +8,7 @@ import pyarrow as pa
 import torch
 
 from qlora_ray.data.tokenize import IGNORE_INDEX
-
-PAD_TO_MULTIPLE_OF = 8  # keeps matrix units busy, and the number of different shapes small
+from qlora_ray.planning.plan import PAD_TO_MULTIPLE_OF
 
 
 def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ from qlora_ray.data.rows import open_rows
 from qlora_ray.model.answer import PROMPTS_PER_BATCH, answer_texts, exact_match
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+from qlora_ray.worker.messages import Warned
 from qlora_ray.worker.worker import Worker
 
 
@@ -47,7 +49,9 @@ def compare_answers(worker: Worker) -> dict[str, Any]:
 
     Every worker must call this; each answers its share, in lockstep.
     """
-    prompts = _prompts(worker, worker.run.config.evaluation.num_prompts)
+    prompts, note = _prompts(worker, worker.run.config.evaluation.num_prompts)
+    if note:
+        worker.team.tell(Warned(note))
     if not prompts:
         return {}
     answers = {who: _answers(worker, prompts, adapter_on=who == "adapter") for who in ("base", "adapter")}
@@ -63,7 +67,7 @@ def compare_answers(worker: Worker) -> dict[str, Any]:
 def sample_answers(worker: Worker) -> list[dict[str, Any]]:
     """Greedy answers to the same few held-out prompts at each validation. Every worker must call this."""
     evaluation = worker.run.config.evaluation
-    prompts = _prompts(worker, min(evaluation.num_samples, evaluation.num_prompts))
+    prompts, _ = _prompts(worker, min(evaluation.num_samples, evaluation.num_prompts))
     if not prompts:
         return []
     answers = _answers(worker, prompts, adapter_on=True)
@@ -73,12 +77,32 @@ def sample_answers(worker: Worker) -> list[dict[str, Any]]:
     ]
 
 
-def _prompts(worker: Worker, count: int) -> list[dict[str, Any]]:
-    return json.loads((worker.run.rows / "prompts.json").read_bytes())[:count]
+def _prompts(worker: Worker, count: int) -> tuple[list[dict[str, Any]], str]:
+    """The first held-out prompts that the base has positions for, and what to say of the others and of the answers."""
+    prompts = json.loads((worker.run.rows / "prompts.json").read_bytes())[:count]
+    context, asked = context_length(worker.engine.module.config), worker.run.config.evaluation.max_new_tokens
+    fitting = [prompt for prompt in prompts if len(prompt["input_ids"]) < context]
+    if len(fitting) == len(prompts) and max(map(_length, prompts), default=0) + asked <= context:
+        return prompts, ""
+    return fitting, (
+        f"Held-out prompts: {len(prompts) - len(fitting)} of {len(prompts)} fill the base's context of {context:,} "
+        f"tokens and are left out; answers end where it ends, before evaluation.max_new_tokens={asked}."
+    )
+
+
+def _length(prompt: dict[str, Any]) -> int:
+    return len(prompt["input_ids"])
+
+
+def context_length(config: Any) -> int:
+    """Positions of a model; where its config does not say, more than there can be."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or sys.maxsize
 
 
 def _answers(worker: Worker, prompts: list[dict[str, Any]], adapter_on: bool) -> list[str]:
     engine, team, model = worker.engine, worker.team, worker.engine.module
+    left = context_length(model.config) - max(map(_length, prompts))  # the same on every worker: they go in lockstep
     share = -(-len(prompts) // team.size)
     mine = prompts[team.rank * share : (team.rank + 1) * share]
     filler = prompts[:1] * (share - len(mine))
@@ -92,7 +116,7 @@ def _answers(worker: Worker, prompts: list[dict[str, Any]], adapter_on: bool) ->
                 [prompt["input_ids"] for prompt in some],
                 worker.tokenizer,
                 worker.device,
-                max_new_tokens=worker.run.config.evaluation.max_new_tokens,
+                max_new_tokens=min(left, worker.run.config.evaluation.max_new_tokens),
                 synced_gpus=team.size > 1,
             )
     engine.train()

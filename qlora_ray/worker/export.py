@@ -15,6 +15,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from qlora_ray.config import ModelConfig
 from qlora_ray.model import card
 from qlora_ray.model.adapter import ADAPTER_NAME
 from qlora_ray.model.base import packed_layers
@@ -69,7 +70,9 @@ def about(run: Run, reached: dict[str, Any]) -> dict[str, Any]:
         "layout": LAYOUT,
         "run_name": run.folder.name,
         "step": reached["step"],
-        "base": _describe_base(config.model.base_model, config.model.revision, config.model.trust_remote_code),
+        "base": _describe_base(
+            config.model.base_model, config.model.revision, config.model.trust_remote_code, config.model.factory
+        ),
         "quantization": {**config.quantization.model_dump(), "compute_dtype": plan.compute_dtype},
         "data": manifest["data"],
         "metrics": {name: reached[name] for name in RECORDED_METRICS if reached.get(name) is not None},
@@ -81,5 +84,6 @@ def about(run: Run, reached: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)  # reads a little of every tensor; an adapter is written at each better validation
-def _describe_base(base_model: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    return describe_base(base_model, revision, trust_remote_code)
+def _describe_base(base: str, revision: str | None, trust_remote_code: bool, factory: str | None) -> dict[str, Any]:
+    model = ModelConfig(base_model=base, revision=revision, trust_remote_code=trust_remote_code, factory=factory)
+    return describe_base(model)

@@ -18,7 +18,9 @@ from qlora_ray.errors import ConfigError, GuardError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
+from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse, fused_layers, keep
+from qlora_ray.model.hub import local_folder
 from qlora_ray.model.recompute import Choice
 from qlora_ray.planning.plan import Plan, choose_recomputation
 from qlora_ray.rundir import names
@@ -117,10 +119,14 @@ def out_of_memory_message(config: Config, plan: Plan, rank: int, error: Exceptio
 
 
 def tokenizer_of(config: Config, rows: Folder):
-    """The tokenizer that made the rows, with the chat template that it used."""
+    """The tokenizer that made the rows, with the chat template that it used, and a pad token that has an embedding."""
     model = config.model
     base = base_model_path(model.base_model)
-    return load_tokenizer(base, model.revision, model.trust_remote_code, chat_template_of(rows))
+    tokenizer = load_tokenizer(base, model.revision, model.trust_remote_code, chat_template_of(rows))
+    num_embeddings = read_facts(local_folder(model.base_model, model.revision)).num_embeddings
+    if num_embeddings is not None and tokenizer.pad_token_id >= num_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token  # neither attended to nor trained on, so any id will do
+    return tokenizer
 
 
 def num_rows(rows: Folder) -> int:

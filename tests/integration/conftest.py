@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +47,27 @@ def refused(capsys):
         return err
 
     return open_door
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Puts folders into a hub's cache of their own; returns the function."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(name: str, folder: Path | str) -> Path:
+        home = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, home / "snapshots" / ("a" * 40))
+        (home / "refs").mkdir()
+        (home / "refs" / "main").write_text("a" * 40)
+        return home / "snapshots" / ("a" * 40)
+
+    return put
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch):
+    """A hub's cache of assets of its own; returns the folder in it where converted weights go."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    return tmp_path / "assets" / "qlora_ray" / "safetensors"

@@ -51,12 +51,13 @@ def test_node_that_never_answers_costs_the_deadline_and_no_more(monkeypatch):
     import ray
 
     from qlora_ray.cluster import ask
+    from qlora_ray.config import Config
 
     monkeypatch.setattr(ask, "gather", lambda question: time.sleep(300))
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         nodes = ask.nodes_by_name()
-        question = ask.Question("embedded", None, None, ".probe", "", ask_hub=False)
+        question = ask.Question(Config().model, None, ".probe", "", ask_hub=False)
         facts, silent = ask._ask_each(nodes, question, seconds=3)
         assert facts == {} and list(silent.values()) == ["no answer within 3 s"]  # not what comes after 300 s
     finally:

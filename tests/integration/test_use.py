@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from qlora_ray import evaluate, generate
-from qlora_ray.config import base_model_path
+from qlora_ray.config import ModelConfig, base_model_path
 from qlora_ray.data.formats import to_messages
 from qlora_ray.data.template import CHATML_TEMPLATE, PLAIN_TEMPLATE
 from qlora_ray.data.tokenize import load_tokenizer, prompt_ids
@@ -78,7 +78,7 @@ def test_hub_base_is_recorded_and_opened_at_its_commit(copied, tmp_path, monkeyp
     refs.mkdir()
     (refs / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    described = describe_base("owner/name", None, False)
+    described = describe_base(ModelConfig(base_model="owner/name"))
     assert (described["base_model"], described["commit"]) == ("owner/name", commit)
     record = json.loads((copied / FILE).read_text())
     (copied / FILE).write_text(json.dumps({**record, "base": described}))

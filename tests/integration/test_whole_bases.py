@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_ray import evaluate, export, generate, plan, train
-from qlora_ray.config import base_model_path
+from qlora_ray.config import ModelConfig, base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.inference import merge, verify
 from qlora_ray.model.adapter import add_adapter, trainable
@@ -257,23 +257,6 @@ def test_files_that_hold_no_weights_are_refused(refused, tmp_path):
         assert "hold no weights" in refused(door, f"model.base_model={folder}")
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Puts folders into a hub's cache of their own; returns the function."""
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-
-    def put(name: str, folder: Path | str) -> Path:
-        home = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        shutil.copytree(folder, home / "snapshots" / ("a" * 40))
-        (home / "refs").mkdir()
-        (home / "refs" / "main").write_text("a" * 40)
-        return home / "snapshots" / ("a" * 40)
-
-    return put
-
-
 def test_plan_reads_a_hub_base_from_the_cache_and_downloads_nothing(hub, capsys, refused):
     hub("someone/tiny", EMBEDDED)
     assert plan.main(["model.base_model=someone/tiny"]) == 0
@@ -282,11 +265,12 @@ def test_plan_reads_a_hub_base_from_the_cache_and_downloads_nothing(hub, capsys,
     assert "no such folder, and not in the hub's cache" in message and "hf download someone/else" in message
 
 
-def test_hub_snapshot_without_safetensors_is_refused_before_ray_starts(hub, refused):
-    snapshot = hub("someone/pickled", EMBEDDED)
+def test_hub_snapshot_without_weights_is_refused_before_ray_starts(hub, refused):
+    snapshot = hub("someone/empty", EMBEDDED)
     (snapshot / "model.safetensors").unlink()
     for door in (train, plan):
-        assert "no weights (*.safetensors) in the folder" in refused(door, "model.base_model=someone/pickled")
+        message = refused(door, "model.base_model=someone/empty")
+        assert "no weights (*.safetensors, or pytorch_model.bin) in the folder" in message
 
 
 def test_loftq_reads_the_weights_of_a_hub_base(hub):
@@ -301,10 +285,10 @@ def test_doctor_finds_what_is_wrong_with_a_cached_hub_base(hub):
     from qlora_ray.cluster import node_facts
 
     def ask(name: str) -> dict:
-        return node_facts._base(node_facts.Question(name, None, None, ".probe", "", ask_hub=False))
+        return node_facts._base(node_facts.Question(ModelConfig(base_model=name), None, ".probe", "", ask_hub=False))
 
     snapshot = hub("someone/tiny", EMBEDDED)
     assert ask("someone/tiny") == {"here": True, "why": "in the hub's cache"}
     (snapshot / "model.safetensors").unlink()
-    assert "no weights (*.safetensors)" in ask("someone/tiny")["why"]
+    assert "no weights (*.safetensors" in ask("someone/tiny")["why"]
     assert not ask("someone/else")["here"]

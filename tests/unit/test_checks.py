@@ -11,7 +11,7 @@ from qlora_ray.cluster import node_facts as facts_module
 from qlora_ray.cluster.checks import CHECKS, QUICK
 from qlora_ray.cluster.found import Found, Needs, Row, look
 from qlora_ray.cluster.needs import needs_of, refuse
-from qlora_ray.config import Config
+from qlora_ray.config import Config, ModelConfig
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.plan import Hardware
 
@@ -157,11 +157,11 @@ def test_needs_of_a_run_are_those_of_its_plan():
 def test_facts_are_those_of_this_machine(tmp_path):
     import torch
 
-    here = facts_module.gather(facts_module.Question("embedded", None, None, ".probe", "127.0.0.1", ask_hub=False))
+    here = facts_module.gather(facts_module.Question(ModelConfig(), None, ".probe", "127.0.0.1", ask_hub=False))
     assert here["versions"]["torch"] == torch.__version__ and here["cuda"] == torch.version.cuda
     assert here["base"] == {"here": True, "why": "embedded"} and here["interface"]["name"] == "lo"
     assert json.loads(json.dumps(here)) is not None
-    gone = facts_module.Question(f"{tmp_path}/none", None, None, ".probe", "1.2.3.4", ask_hub=False)
+    gone = facts_module.Question(ModelConfig(base_model=f"{tmp_path}/none"), None, ".probe", "1.2.3.4", ask_hub=False)
     facts = facts_module.gather(gone)
     assert facts["base"]["here"] is False and facts["interface"] is None
 
@@ -171,7 +171,7 @@ def test_probe_tells_shared_storage_from_a_folder_of_the_same_name(tmp_path, mon
 
     shared, other = open_folder(f"{tmp_path}/shared"), open_folder(f"{tmp_path}/other")
     (shared / ".probe").write_bytes(b".probe")
-    ask = facts_module.Question("embedded", None, shared, ".probe", "127.0.0.1", ask_hub=False)
+    ask = facts_module.Question(ModelConfig(), shared, ".probe", "127.0.0.1", ask_hub=False)
     seen = facts_module._probe(ask)
     assert seen["reads"] and (shared / seen["wrote"]).exists()
     monkeypatch.setattr(facts_module, "SEEN_WITHIN_SECONDS", 0.2)

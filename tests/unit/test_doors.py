@@ -110,8 +110,8 @@ def damage(base: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ("no weights", "no weights (*.safetensors)"),
-        ("pickle only", "only pickled weights (pytorch_model.bin), which can run code"),
+        ("no weights", "no weights (*.safetensors, or pytorch_model.bin)"),
+        ("pickle only", "pytorch_model.bin cannot be read as weights alone"),
         ("cut off", "model.safetensors is damaged"),
         ("cut in header", "model.safetensors is damaged"),
         ("empty weights", "model.safetensors is damaged"),
