@@ -46,7 +46,14 @@ class ModelConfig(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the LoRA input; 0 is a few percent faster."""
     target_modules: str | list[str] = "all-linear"
-    """Which linear layers get a LoRA: "all-linear", a list of module name suffixes, or a regular expression."""
+    """Which linear layers get a LoRA: "all-linear", a list of ends of their names, or a regular expression of the whole
+    name. An entry that matches none is refused."""
+    exclude_modules: str | list[str] = []
+    """Which of these get none after all, written in the same way (PEFT `exclude_modules`)."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(default_factory=dict)
+    """Another rank for some layers: ends of their names, or regular expressions of these, to ranks."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Another lora_alpha for some layers, named in the same way."""
     lora_variant: Literal["lora", "rslora", "dora", "loftq"] = "lora"
     """rslora scales by 1/sqrt(r); dora also learns magnitudes; loftq starts from the quantization error."""
     trust_remote_code: bool = False

@@ -88,7 +88,7 @@ class Merger:
         magnitude = None
         if f"{stem}lora_magnitude_vector" in self.updates.entries:
             magnitude = self.updates.read(f"{stem}lora_magnitude_vector").to(self.device, torch.float32)
-        return LoRA(a, b, scaling_of(self.adapter.peft, rank=len(a)), magnitude)
+        return LoRA(a, b, scaling_of(self.adapter.peft, module, rank=len(a)), magnitude)
 
 
 def merge(adapter: Adapter, target: Path, into: Into, dtype: str, device: torch.device) -> None:
@@ -129,10 +129,6 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
         if not name.startswith(PREFIX) or kind not in ("A.weight", "B.weight", "magnitude_vector"):
             raise ConfigError(f"{key}: {name} is no LoRA matrix; merging does not know what to do with it.")
         updated.add(module)
-    patterns = [*(adapter.peft.get("rank_pattern") or {}), *(adapter.peft.get("alpha_pattern") or {})]
-    for pattern in patterns:  # PEFT writes some for experts, which have no LoRA here
-        if any(re.fullmatch(rf"(.*\.)?({pattern})", module) for module in updated):
-            raise ConfigError(f"{key}: gives {pattern} a rank or alpha of its own, which merging does not know.")
     if adapter.quantization.type == "none":
         into = "original"
     return Merger(adapter, into, dtype, device, base, updates, _layers(adapter, base, updated, into))
@@ -177,9 +173,12 @@ def add(weight: torch.Tensor, update: LoRA) -> torch.Tensor:
     return weight
 
 
-def scaling_of(peft: dict[str, Any], rank: int) -> float:
-    """PEFT's factor of B A: alpha / r, or with rslora alpha / sqrt(r)."""
-    return peft["lora_alpha"] / (rank**0.5 if peft.get("use_rslora") else rank)
+def scaling_of(peft: dict[str, Any], module: str, rank: int) -> float:
+    """PEFT's factor of B A: alpha / r, or with rslora alpha / sqrt(r). A pattern may give the module another alpha."""
+    patterns = peft.get("alpha_pattern") or {}
+    alphas = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+    alpha = alphas[0] if alphas else peft["lora_alpha"]  # the first, as peft.utils.other.get_pattern_key
+    return alpha / (rank**0.5 if peft.get("use_rslora") else rank)
 
 
 def _merged_tensors(merger: Merger, names: list[str]) -> Iterator[torch.Tensor]:

@@ -19,25 +19,33 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
     Raises ConfigError where the target modules or the variant do not fit the base.
     """
     torch.manual_seed(seed)
+    adapted = wrap(base, model)
+    if model.lora_variant == "loftq":
+        _start_from_quantization_error(adapted, local_folder(model.base_model, model.revision))
+    for parameter in trainable(adapted).values():
+        parameter.data = parameter.data.to(compute_dtype)
+    return adapted
+
+
+def wrap(base: PreTrainedModel, model: ModelConfig, low_cpu_mem_usage: bool = False) -> PeftModel:
+    """The base with PEFT's LoRA on it; with `low_cpu_mem_usage` on the meta device. Raises ConfigError."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
         lora_alpha=model.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it; a fraction is as good
         lora_dropout=model.lora_dropout,
         target_modules=model.target_modules,
+        exclude_modules=model.exclude_modules or None,
+        rank_pattern=dict(model.rank_pattern),
+        alpha_pattern=dict(model.alpha_pattern),
         use_rslora=model.lora_variant == "rslora",
         use_dora=model.lora_variant == "dora",
         revision=model.revision,
     )
     try:
-        adapted = get_peft_model(base, config, autocast_adapter_dtype=False)
+        return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
     except ValueError as error:
         raise ConfigError(f"model.target_modules={model.target_modules}: {error}") from error
-    if model.lora_variant == "loftq":
-        _start_from_quantization_error(adapted, local_folder(model.base_model, model.revision))
-    for parameter in trainable(adapted).values():
-        parameter.data = parameter.data.to(compute_dtype)
-    return adapted
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

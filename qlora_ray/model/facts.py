@@ -24,10 +24,6 @@ EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 PACKED_STATE = ".quant_state.bitsandbytes__"
 BESIDE_PACKED = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$")
 SAMPLES = 16
-# Experts' matrices and routers, and the models where PEFT adapts both as its target modules say of the files' names
-# (peft/utils/transformers_weight_conversion.py).
-EXPERT_LINEAR = re.compile(r"(\.experts\.\d+\.\w+|block_sparse_moe\.gate|mlp\.gate)\.weight$")
-ADAPTED_EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
 
 # Model types whose decoder layers compute exactly what model/layer.py does, and the class of these layers.
 FUSED_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
@@ -47,7 +43,14 @@ class BaseFacts:
     linear_shapes: tuple[tuple[str, int, int], ...]  # (module name, rows, columns) of each layer that becomes 4-bit
     context_length: int | None
     fingerprint: str  # of names, shapes and sizes; contents are not read
-    expert_shapes: tuple[tuple[str, int, int], ...] = ()  # the same of experts and routers that PEFT can adapt
+
+
+@dataclass(frozen=True)
+class ModelFacts(BaseFacts):
+    """Sizes of a base as it will be built, and of the adapter on it: model/meta.py."""
+
+    num_trainable_parameters: int
+    adapted_layers: dict[str, int]  # how many get a LoRA, by the last part of their names
 
 
 def read_facts(folder: str) -> BaseFacts:
@@ -61,10 +64,8 @@ def read_facts(folder: str) -> BaseFacts:
     if not any(map(math.prod, shapes.values())):
         raise ConfigError(f"{key}: its *.safetensors hold no weights. Download or copy it again.")
     linear = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight") and not NOT_QUANTIZED.search(n)}
-    model_type = str(config.get("model_type", "unknown"))
-    experts = {n: s for n, s in shapes.items() if len(s) == 2 and EXPERT_LINEAR.search(n)}
     return BaseFacts(
-        model_type=model_type,
+        model_type=str(config.get("model_type", "unknown")),
         num_parameters=sum(math.prod(shape) for shape in shapes.values()),
         num_linear_parameters=sum(math.prod(shape) for shape in linear.values()),
         num_expert_parameters=sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name),
@@ -74,9 +75,6 @@ def read_facts(folder: str) -> BaseFacts:
         linear_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in linear.items()),
         context_length=text.get("max_position_embeddings") or text.get("n_positions"),
         fingerprint=_fingerprint(path, {name: entry.shape for name, entry in _read_entries(path, key).items()}),
-        expert_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in experts.items())
-        if model_type in ADAPTED_EXPERTS
-        else (),
     )
 
 

@@ -50,7 +50,7 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
         return None
     return LayerShape(
         hidden=first["gate_proj"][1], inner=first["gate_proj"][0], queries=first["q_proj"][0],
-        keys=first["k_proj"][0], rank=model.lora_r, element_bytes=element_bytes,
+        keys=first["k_proj"][0], rank=max(model.lora_r, *model.rank_pattern.values(), 0), element_bytes=element_bytes,
     )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import checkpoints, names
 from qlora_ray.storage import Folder
 
+SHAPE_OF_LORA = ("exclude_modules", "rank_pattern", "alpha_pattern")  # left out where empty: old runs know none
+
 
 def find_run(config: Config, config_name: str, storage: Folder, resume: bool) -> Folder:
     """The run directory to make or, with resume, to go on with. Raises ConfigError."""
@@ -58,7 +60,8 @@ def run_identity(config: Config, data: DataStats, facts: BaseFacts, plan: Plan) 
         "order": config.data.order,
         "data": data.fingerprint,
         "base": {"model_type": facts.model_type, "num_parameters": facts.num_parameters, "sha256": facts.fingerprint},
-        "lora": config.model.model_dump(include={"lora_r", "lora_alpha", "target_modules", "lora_variant"}),
+        "lora": config.model.model_dump(include={"lora_r", "lora_alpha", "target_modules", "lora_variant"})
+        | {name: value for name in SHAPE_OF_LORA if (value := getattr(config.model, name))},
         "quantization": config.quantization.model_dump(),
         "seed": config.training.seed,
         "batch": {"rows": plan.micro_batch_size, "micro_batches": plan.micro_batches_per_step},

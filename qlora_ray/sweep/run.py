@@ -90,7 +90,7 @@ def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware, inlin
     runner = None if inline else lambda: spread
     plans, prepared, bases = [], {}, {}
     for one in configs:
-        base = one.model.base_model, one.model.revision
+        base = repr(one.model)
         if base not in bases:
             bases[base] = exact_facts(one)
         facts = bases[base]

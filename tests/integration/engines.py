@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from qlora_ray.config import Config, base_model_path
+from qlora_ray.config import Config
 from qlora_ray.data.rows import find
 from qlora_ray.data.tokenize import IGNORE_INDEX, Sample
-from qlora_ray.model.facts import read_facts
+from qlora_ray.planning.early import exact_facts
 from qlora_ray.planning.plan import Hardware, Plan, make_plan
 from qlora_ray.storage import Folder, open_folder
 from qlora_ray.worker import setup
@@ -53,7 +53,7 @@ def plan_of(config: Config, rows: Folder, device: str = "cpu", deepspeed_json: d
     hardware = Hardware(num_cpus=1, num_gpus=0 if on_cpu else 1)
     stats = find(rows)
     assert stats is not None
-    return make_plan(config, stats, read_facts(base_model_path(config.model.base_model)), hardware, deepspeed_json)
+    return make_plan(config, stats, exact_facts(config), hardware, deepspeed_json)
 
 
 def build(

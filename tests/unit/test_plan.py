@@ -8,12 +8,11 @@ import pytest
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import read_facts
-from qlora_ray.planning.early import refuse_early
-from qlora_ray.planning.plan import Hardware, check_workers_fit, learning_rate_at, make_plan, num_lora_parameters, packs
+from qlora_ray.planning.early import exact_facts, refuse_early
+from qlora_ray.planning.plan import Hardware, check_workers_fit, learning_rate_at, make_plan, packs
 
 TINY = base_model_path("embedded")
-FACTS = read_facts(TINY)
+FACTS = exact_facts(Config())
 CPUS, GPUS = Hardware(8, 0), Hardware(64, 8, ("H100",))
 DATA = DataStats(
     "key", 100, 0, 0, num_rows=90, num_validation_rows=10, num_tokens=900, num_label_tokens=400, longest_row=50
@@ -209,7 +208,8 @@ def test_number_of_lora_parameters_equals_pefts(targets):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY))
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=6, target_modules=targets))
     counted = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert num_lora_parameters(config(model={"lora_r": 6, "target_modules": targets}), FACTS) == counted > 0
+    facts = exact_facts(config(model={"lora_r": 6, "target_modules": targets}))
+    assert facts.num_trainable_parameters == counted > 0
 
 
 def test_workers_that_no_single_node_can_hold_are_refused():
