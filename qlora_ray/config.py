@@ -54,10 +54,27 @@ class ModelConfig(Section):
     """Another rank for some layers: ends of their names, or regular expressions of these, to ranks."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Another lora_alpha for some layers, named in the same way."""
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Tokens to add to the tokenizer, e.g. ["<tool>"]: their rows of embedding and output layer are trained too. One
+    that the tokenizer knows keeps its id. See docs/use.md."""
+    modules_to_save: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Modules that are trained whole beside the LoRA, e.g. [norm, lm_head]: ends of their names (PEFT
+    `modules_to_save`). Not those that are stored in 4 bits."""
     lora_variant: Literal["lora", "rslora", "dora", "loftq"] = "lora"
     """rslora scales by 1/sqrt(r); dora also learns magnitudes; loftq starts from the quantization error."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only with a pinned `revision`."""
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _is_no_token_twice(cls, tokens):
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        if twice:
+            raise ValueError(f"names {', '.join(twice)} twice")
+        blank = [token for token in tokens if token != token.strip()]
+        if blank:
+            raise ValueError(f"{blank[0]!r} begins or ends with white space, which tokenizers move about")
+        return tokens
 
     @field_validator("lora_variant", mode="before")
     @classmethod

@@ -47,6 +47,34 @@ def load_tokenizer(
 
     A template that prints the day prints `date` (YYYY-MM-DD). Raises ConfigError when there is no tokenizer.
     """
+    return with_template(open_tokenizer(base_model, revision, trust_remote_code), chat_template, date)
+
+
+def with_template(tokenizer, chat_template: str | None, date: str | None = None):
+    """The tokenizer with a template that is fitted to it, as `load_tokenizer` returns it."""
+    tokenizer.chat_template = fit_template(chat_template, tokenizer, bool(first_ids(tokenizer)), date)
+    return tokenizer
+
+
+def pieces_of(new_tokens: Sequence[str], base_model: str, trust_remote_code: bool) -> dict[int, list[int]]:
+    """The id that each new token gets, and the tokens that its text is without it. Raises ConfigError."""
+    tokenizer = open_tokenizer(base_model, None, trust_remote_code)
+    before = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in new_tokens]
+    add_tokens(tokenizer, new_tokens)
+    return dict(zip(tokenizer.convert_tokens_to_ids(list(new_tokens)), before, strict=True))
+
+
+def add_tokens(tokenizer, new_tokens: Sequence[str]) -> None:
+    """Have the tokenizer know these as tokens of their own, in texts and in answers."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
+
+
+def open_tokenizer(
+    base_model: str, revision: str | None, trust_remote_code: bool = False, new_tokens: Sequence[str] = ()
+):
+    """The base's own fast tokenizer with a pad token, and with new tokens. Raises ConfigError when there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -61,7 +89,7 @@ def load_tokenizer(
         raise ConfigError(f"model.base_model={base_model}: the tokenizer has no end-of-sequence token (eos_token).")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # never attended to nor trained on, so any id will do
-    tokenizer.chat_template = fit_template(chat_template, tokenizer, bool(first_ids(tokenizer)), date)
+    add_tokens(tokenizer, new_tokens)
     return tokenizer
 
 

@@ -29,7 +29,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
         "base": f"{config.model.base_model} ({base.model_type}, {base.num_parameters / 1e6:,.1f} M parameters, "
         f"{plan.four_bit_share:.0%} in {config.quantization.type})",
         "adapter": f"{config.model.lora_variant}, r={config.model.lora_r}, alpha={config.model.lora_alpha:g}, "
-        f"{plan.num_trainable_parameters / 1e6:,.2f} M parameters in {shown_layers(plan.adapted_layers)}",
+        f"{plan.num_trainable_parameters / 1e6:,.2f} M parameters in {shown_layers(plan)}",
         "data": _show_data(data),
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
         "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "

@@ -52,6 +52,8 @@ def _refuse_unknown(peft: dict) -> None:
     """Raise ConfigError for what a LoRA of llama.cpp does not have: it multiplies by one alpha / r of each layer."""
     has_ranks = bool(peft.get("rank_pattern"))
     unknown = {
+        "rows of new tokens (model.new_tokens)": peft.get("trainable_token_indices"),
+        "modules that are trained whole (model.modules_to_save)": peft.get("modules_to_save"),
         "magnitudes (DoRA)": peft.get("use_dora"),
         "scale of its own for a layer (model.alpha_pattern)": peft.get("alpha_pattern"),
         "scale by the root of a layer's own rank (rslora with model.rank_pattern)": has_ranks and peft["use_rslora"],

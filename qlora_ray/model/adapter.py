@@ -9,17 +9,22 @@ from qlora_ray.errors import ConfigError
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.record import base_tensors
 from qlora_ray.model.tensors import TensorFiles
+from qlora_ray.model.token_rows import NewTokens, begin_rows, layers_with_rows, make_room
 
 ADAPTER_NAME = "default"
 
 
-def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.dtype, seed: int) -> PeftModel:
+def add_adapter(
+    base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.dtype, seed: int,
+    new_tokens: NewTokens | None = None,
+) -> PeftModel:  # fmt: skip
     """Wrap the base with a LoRA whose weights are in the compute dtype. The same seed gives the same A matrices.
 
-    Raises ConfigError where the target modules or the variant do not fit the base.
+    The rows of `new_tokens` are trained with it. Raises ConfigError where the settings do not fit the base.
     """
     torch.manual_seed(seed)
-    adapted = wrap(base, model)
+    adapted = wrap(base, model, new_tokens or {})
+    begin_rows(adapted, new_tokens or {}, ADAPTER_NAME)
     if model.lora_variant == "loftq":
         _start_from_quantization_error(adapted, local_folder(model.base_model, model.revision))
     for parameter in trainable(adapted).values():
@@ -27,8 +32,12 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
     return adapted
 
 
-def wrap(base: PreTrainedModel, model: ModelConfig, low_cpu_mem_usage: bool = False) -> PeftModel:
+def wrap(
+    base: PreTrainedModel, model: ModelConfig, new_tokens: NewTokens, low_cpu_mem_usage: bool = False
+) -> PeftModel:
     """The base with PEFT's LoRA on it; with `low_cpu_mem_usage` on the meta device. Raises ConfigError."""
+    rows = sorted(new_tokens)
+    make_room(base, max(rows, default=-1) + 1)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
@@ -38,6 +47,8 @@ def wrap(base: PreTrainedModel, model: ModelConfig, low_cpu_mem_usage: bool = Fa
         exclude_modules=model.exclude_modules or None,
         rank_pattern=dict(model.rank_pattern),
         alpha_pattern=dict(model.alpha_pattern),
+        trainable_token_indices={name: rows for name in layers_with_rows(base)} if rows else None,
+        modules_to_save=model.modules_to_save or None,
         use_rslora=model.lora_variant == "rslora",
         use_dora=model.lora_variant == "dora",
         revision=model.revision,

@@ -51,6 +51,9 @@ class ModelFacts(BaseFacts):
 
     num_trainable_parameters: int
     adapted_layers: dict[str, int]  # how many get a LoRA, by the last part of their names
+    whole_modules: dict[str, int]  # how many are trained whole, in the same way
+    new_tokens: dict[int, list[int]]  # id of each, and the tokens that its text was before
+    num_embedding_rows: int  # with those that new tokens need
 
 
 def read_facts(folder: str) -> BaseFacts:

@@ -72,7 +72,9 @@ def is_fused(model: torch.nn.Module) -> bool:
 
 def leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that read the weights of their submodules without calling them: ZeRO-3 must gather each as one."""
-    return [module for module in model.modules() if "fused" in module.__dict__]
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    return [m for m in model.modules() if "fused" in m.__dict__ or isinstance(m, TrainableTokensLayer)]
 
 
 def keep(model: torch.nn.Module, choice: Choice) -> None:
@@ -90,6 +92,12 @@ def _is_lora(module: torch.nn.Module) -> bool:
     return isinstance(module, LoraLayer)
 
 
+def _is_trained_whole(module: torch.nn.Module) -> bool:
+    from peft.utils import ModulesToSaveWrapper
+
+    return isinstance(module, ModulesToSaveWrapper)
+
+
 def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, passed: Passed, reasons: Counter) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
@@ -103,6 +111,9 @@ def _fuse_layer(layer: torch.nn.Module, index: int, stash: HostStash | None, pas
         why.add("no projection is adapted")
     if why:
         return False  # counted projection by projection
+    if any(_is_trained_whole(module) for module in layer.modules()):
+        reasons["a norm that is trained"] += 1
+        return False
     fused = FusedLayer(layer, index, stash, passed)
     plain = layer.forward
     adapter = next(projection for projection in projections if _is_lora(projection))
@@ -142,7 +153,8 @@ def _fuse_ends(model: torch.nn.Module) -> None:
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     norm, head = causal_lm.model.norm, causal_lm.get_output_embeddings()
     causal_lm.longest_sample_by_borders = _longest_seen_whole(causal_lm.config)
-    norm.forward = lambda hidden: _Norm.apply(hidden, norm)
+    if not _is_trained_whole(norm):
+        norm.forward = lambda hidden: _Norm.apply(hidden, norm)
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
         make_head_return_nats(head)
 

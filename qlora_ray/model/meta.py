@@ -18,6 +18,7 @@ from qlora_ray.errors import ConfigError
 from qlora_ray.model.adapter import trainable, wrap
 from qlora_ray.model.base import build_without_weights, count_parameters
 from qlora_ray.model.facts import ModelFacts, read_facts, read_shapes
+from qlora_ray.model.token_rows import NewTokens
 
 # Experts' matrices and routers, and the models where PEFT adapts both as its target modules say of the files' names
 # (peft/utils/transformers_weight_conversion.py).
@@ -26,7 +27,7 @@ ADAPTED_EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
 SHOWN = 3
 
 
-def model_facts(folder: str, model: ModelConfig) -> ModelFacts:
+def model_facts(folder: str, model: ModelConfig, new_tokens: NewTokens) -> ModelFacts:
     """Sizes of the base and of the adapter on it, as they will be built.
 
     Raises ConfigError where the files do not fill the base, or an entry of the adapter's settings matches nothing.
@@ -35,14 +36,34 @@ def model_facts(folder: str, model: ModelConfig) -> ModelFacts:
     base = build_without_weights(folder, model.trust_remote_code)
     packed, all_of_them = count_parameters(copy.deepcopy(base))
     names = layer_names(base, folder)
-    check_names(model, names, type(base).__name__)
-    adapted = _wrap(base, model)
+    adapted = check_names(model, names, type(base).__name__)
+    _check_ends(model, base, adapted)
+    wrapped = _wrap(base, model, new_tokens)
     sizes = {"num_linear_parameters": packed, "num_parameters": all_of_them}
     return ModelFacts(
         **{**vars(facts), **sizes},
-        num_trainable_parameters=sum(parameter.numel() for parameter in trainable(adapted).values()),
-        adapted_layers=_kinds(adapted),
+        num_trainable_parameters=sum(parameter.numel() for parameter in trainable(wrapped).values()),
+        adapted_layers=_kinds(wrapped),
+        whole_modules=dict(Counter(last_part(name) for name in names if _is_saved(name, model))),
+        new_tokens=new_tokens,
+        num_embedding_rows=_num_rows(base),
     )
+
+
+def _check_ends(model: ModelConfig, base: PreTrainedModel, adapted: list[str]) -> None:
+    """Raise ConfigError where embedding or output layer are trained whole, and something else hangs on them."""
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    whole = [name for name, module in base.named_modules() if module in (embedding, head) and _is_saved(name, model)]
+    if whole and head is not None and head.weight is embedding.weight:
+        raise ConfigError(
+            f"model.modules_to_save: {whole[0]} is one matrix with another layer of the {type(base).__name__}, and "
+            "PEFT would part them. Use model.new_tokens for rows of it, or name another base."
+        )
+    targeted = [name for name, module in base.named_modules() if module in (embedding, head) and name in adapted]
+    if targeted and model.new_tokens:
+        raise ConfigError(f"model.target_modules: {targeted[0]} gets a LoRA, and model.new_tokens trains its rows.")
+    if whole and model.new_tokens:
+        raise ConfigError(f"model.modules_to_save: {whole[0]} is trained whole, and model.new_tokens trains its rows.")
 
 
 def layer_names(base: PreTrainedModel, folder: str) -> dict[str, str]:
@@ -59,8 +80,11 @@ def layer_names(base: PreTrainedModel, folder: str) -> dict[str, str]:
     return names
 
 
-def check_names(model: ModelConfig, names: dict[str, str], what: str) -> None:
-    """Raise ConfigError for an entry of the adapter's settings that matches no layer; `what` names the model."""
+def check_names(model: ModelConfig, names: dict[str, str], what: str) -> list[str]:
+    """Names of the layers that are to get a LoRA; `what` names the model.
+
+    Raises ConfigError for an entry of the adapter's settings that matches none.
+    """
     linear = [name for name, kind in names.items() if kind != "other"]
     _check_modules("target_modules", model.target_modules, names, linear, what)
     if _is_all_linear(model.target_modules):
@@ -69,10 +93,12 @@ def check_names(model: ModelConfig, names: dict[str, str], what: str) -> None:
         targeted = [name for name in names if _matches(model.target_modules, name)]
     _check_modules("exclude_modules", model.exclude_modules, targeted, targeted, what)
     left = [name for name in targeted if not _matches(model.exclude_modules, name)]
+    _check_whole(model, names, what)
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(model, key):
             if not any(_has_pattern(pattern, name) for name in left):
                 raise ConfigError(_no_match(key, pattern, left, what))
+    return left
 
 
 def _check_modules(key: str, wanted: str | list[str], names: Iterable[str], linear: list[str], what: str) -> None:
@@ -93,6 +119,23 @@ def _check_modules(key: str, wanted: str | list[str], names: Iterable[str], line
             )
 
 
+def _check_whole(model: ModelConfig, names: dict[str, str], what: str) -> None:
+    others = [name for name, kind in names.items() if kind != "linear"]
+    for entry in model.modules_to_save:
+        found = [name for name in names if name.endswith(entry)]  # as PEFT
+        if not found:
+            near = difflib.get_close_matches(entry, {last_part(name) for name in others}, n=SHOWN, cutoff=0.5)
+            nearest = f" Nearest: {', '.join(near)}." if near else ""
+            raise ConfigError(f"model.modules_to_save={entry}: matches no module of the {what}.{nearest}")
+        for name in found:
+            inside = next((n for n, kind in names.items() if kind == "linear" and f"{n}.".startswith(f"{name}.")), None)
+            if inside:
+                raise ConfigError(
+                    f"model.modules_to_save={entry}: {inside} is stored in 4 bits and cannot be trained whole. Give it "
+                    "a LoRA of a high rank (model.rank_pattern); norms and the output layer can be trained whole."
+                )
+
+
 def _no_match(key: str, entry: str, linear: list[str], what: str) -> str:
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     near = difflib.get_close_matches(entry.rpartition(".")[2], kinds, n=SHOWN, cutoff=0.5)
@@ -110,6 +153,10 @@ def _matches(wanted: str | list[str], name: str) -> bool:
     return re.fullmatch(wanted, name) is not None
 
 
+def _is_saved(name: str, model: ModelConfig) -> bool:
+    return any(name.endswith(entry) for entry in model.modules_to_save)
+
+
 def _ends_with(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
@@ -118,14 +165,24 @@ def _has_pattern(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None  # as peft.utils.other.get_pattern_key
 
 
-def _wrap(base: PreTrainedModel, model: ModelConfig) -> PeftModel:
+def _wrap(base: PreTrainedModel, model: ModelConfig, new_tokens: NewTokens) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, on what the plan tells
-        return wrap(base, model, low_cpu_mem_usage=True)
+        return wrap(base, model, new_tokens, low_cpu_mem_usage=True)
 
 
 def _kinds(adapted: Any) -> dict[str, int]:
     """How many layers have a LoRA, by the last part of their names."""
     tuner = adapted.base_model
     names = [*tuner.targeted_module_names, *(n.removesuffix(".weight") for n in tuner.targeted_parameter_names)]
-    return dict(Counter(name.rpartition(".")[2] for name in names))
+    return dict(Counter(map(last_part, names)))
+
+
+def last_part(name: str) -> str:
+    """Of a module's dotted name."""
+    return name.rpartition(".")[2]
+
+
+def _num_rows(base: PreTrainedModel) -> int:
+    embedding = base.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", base.config.get_text_config().vocab_size))

@@ -51,6 +51,12 @@ class Adapter:
         return read_facts(self.base).context_length
 
     @property
+    def num_token_rows(self) -> int:
+        """Rows that embedding and output layer must have at least for the adapter's own tokens; 0 without such."""
+        indices = self.peft.get("trainable_token_indices") or {}
+        return max((max(rows) + 1 for rows in indices.values()), default=0)
+
+    @property
     def run(self) -> Path | None:
         """The run directory that the adapter still lies in, if any."""
         return self.folder.parent if (self.folder.parent / "manifest.json").is_file() else None

@@ -75,9 +75,12 @@ def exact_facts(config: Config, folder: str | None = None) -> ModelFacts:
     Raises ConfigError where the base's files do not fill the model that will be built, or an entry of the adapter's
     settings matches none of its layers: a worker would find it out with a GPU in hand.
     """
+    from qlora_ray.data.tokenize import pieces_of
     from qlora_ray.model.meta import model_facts
 
-    return model_facts(folder or local_base(config), config.model)
+    folder, model = folder or local_base(config), config.model
+    new_tokens = pieces_of(model.new_tokens, folder, model.trust_remote_code) if model.new_tokens else {}
+    return model_facts(folder, model, new_tokens)
 
 
 def facts_at_hand(config: Config) -> ModelFacts | None:

@@ -11,6 +11,7 @@ GIB = 2**30
 BYTES_PER_WEIGHT = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 # bf16 matrix products, FLOP/s: H200 measured (8192^3, random data), the others their datasheets' dense rate x 0.8.
 PRODUCT_FLOPS = {"H200": 795e12, "H100": 795e12, "A100": 250e12, "L40S": 290e12, "RTX-4090": 130e12}
+BESIDE_LAYERS = {"lm_head", "embed_tokens", "model.norm"}  # trained whole, they leave decoder layers fused
 SHARE_OF_FLOOR = 0.69  # of the products' time, measured on an H200: benchmarks/README.md
 
 
@@ -42,6 +43,8 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
     """Widths of the base's decoder layers, or None where they will not be fused."""
     model = config.model
     if base.model_type not in FUSED_LAYERS or model.lora_variant == "dora":
+        return None
+    if set(model.modules_to_save) - BESIDE_LAYERS:
         return None
     if config.quantization.type == "none":
         return None

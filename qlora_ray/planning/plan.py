@@ -56,6 +56,8 @@ class Plan:
     checkpoint_every_steps: int
     num_trainable_parameters: int
     adapted_layers: dict[str, int]  # how many have a LoRA, by kind
+    whole_modules: dict[str, int]  # how many are trained whole, by kind
+    new_tokens: dict[int, list[int]]  # ids, and the tokens that their rows begin as the mean of
     four_bit_share: float  # of the base's parameters
     notes: tuple[str, ...]
     tokens_per_micro_batch: int  # at most, padding included
@@ -115,6 +117,8 @@ def make_plan(
         checkpoint_every_steps=config.checkpoint.every_steps or min(200, max(1, num_steps // 10)),
         num_trainable_parameters=trainable,
         adapted_layers=base.adapted_layers,
+        whole_modules=base.whole_modules,
+        new_tokens=base.new_tokens,
         four_bit_share=quantized / base.num_parameters,
         notes=_notes(config, base, data, steps_per_epoch, use_gpu),
         tokens_per_micro_batch=num_tokens,
@@ -180,9 +184,14 @@ def _memory_forecast(config: Config, known: Sizes, num_tokens: int, recompute: s
     return memory.memory_gib(known, num_tokens, choice)
 
 
-def shown_layers(kinds: dict[str, int]) -> str:
-    """How many layers of each kind are adapted, for people."""
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+def shown_layers(of: ModelFacts | Plan) -> str:
+    """How many layers of each kind are adapted, and what else is trained, for people."""
+    parts = [", ".join(f"{count} {kind}" for kind, count in of.adapted_layers.items())]
+    if of.whole_modules:
+        parts.append("whole: " + ", ".join(f"{count} {kind}" for kind, count in of.whole_modules.items()))
+    if of.new_tokens:
+        parts.append(f"rows of {len(of.new_tokens)} new tokens")
+    return "; ".join(parts)
 
 
 def learning_rate_at(step: int, plan: Plan, config: Config) -> float:

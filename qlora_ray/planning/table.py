@@ -25,7 +25,7 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     lines = [
         f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters, LoRA r={config.model.lora_r}, "
         f"rows of {length} tokens, ZeRO stage {known.stage}, {workers} x {gib:g} GiB ({gpu})",
-        f"{base.num_trainable_parameters:,} parameters trained, in {shown_layers(base.adapted_layers)}",
+        f"{base.num_trainable_parameters:,} parameters trained, in {shown_layers(base)}",
         f"weights and optimizer {resident:.2f} GiB a worker, "
         f"{memory.memory_gib(known, length, None)['while_loading']:.2f} while loading",
         f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",

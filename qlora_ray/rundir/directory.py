@@ -18,7 +18,8 @@ from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import checkpoints, names
 from qlora_ray.storage import Folder
 
-SHAPE_OF_LORA = ("exclude_modules", "rank_pattern", "alpha_pattern")  # left out where empty: old runs know none
+# Left out where empty: old runs know none of them.
+SHAPE_OF_LORA = ("exclude_modules", "rank_pattern", "alpha_pattern", "new_tokens", "modules_to_save")
 
 
 def find_run(config: Config, config_name: str, storage: Folder, resume: bool) -> Folder:

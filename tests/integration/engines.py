@@ -1,6 +1,6 @@
 """The one harness for sharded models in this process: a worker's own set-up and step, without Ray, in a team of one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,14 @@ def build(
     return setup.build_engine(run, Alone(), torch.device(device), pad_token_id=0, resumed=resumed)  # type: ignore[arg-type]
 
 
-def train(engine: Engine, steps: Iterable[int], learning_rate: float = 1e-2, fixed: bool = True) -> list[float]:
+def train(
+    engine: Engine, steps: Iterable[int], learning_rate: float = 1e-2, fixed: bool = True,
+    batch: Callable[[int], dict[str, torch.Tensor]] = tiny_models.batch,
+) -> list[float]:  # fmt: skip
     """Optimizer steps on one batch, or on another each; returns the mean nats per token of each."""
     losses, device = [], next(engine.module.parameters()).device
     for step in steps:
-        rows = {name: values.to(device) for name, values in tiny_models.batch(0 if fixed else step).items()}
+        rows = {name: values.to(device) for name, values in batch(0 if fixed else step).items()}
         seed_everything(0, step, 0)
         count = int(num_label_tokens(rows))
         micro_batches = [MicroBatch(rows, num_present=1, counts=True)]
