@@ -5,6 +5,7 @@ cache/samples-<fingerprint>/
     index.arrow          of each sample: num_tokens, num_label_tokens, record (usable record number, from 0)
     messages_000000.jsonl    of the first chunks: the messages of each record that its samples are of, in order
     rejected.jsonl       a line per rejected record: file, line or record, reason, detail; absent where there is none
+    token_counts.npy     how often each token comes, where that was asked for (see vocabulary.py)
     manifest.json        counts, and the parts with their sizes; written last: without it there is no entry
 
 Each file appears whole, and the same inputs make the same bytes: two writers at once do no harm.

@@ -15,6 +15,7 @@ from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.planning.early import exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
+from qlora_ray.planning.tokens import check_vocabulary
 from qlora_ray.rundir import directory
 from qlora_ray.storage import Folder
 
@@ -28,7 +29,7 @@ class Ready:
     facts: ModelFacts
     data: Prepared
     hardware: Hardware
-    notes: list[str]  # of the nodes
+    notes: list[str]  # of the nodes, and of the data's tokens
     network: dict[str, str]  # what tells the workers which interface to use, as environment variables
 
 
@@ -77,8 +78,10 @@ class Start:
             started.result()
             return run_on_ray
 
-        def prepare_data() -> Prepared:
-            return prepare(config, folder, packs(config, measured.result()), runner, console.out)
+        def prepare_data() -> tuple[Prepared, list[str]]:
+            facts = measured.result()
+            prepared = prepare(config, folder, packs(config, facts), runner, console.out)
+            return prepared, check_vocabulary(config, prepared, facts)
 
         with ThreadPoolExecutor(1) as thread:
             measured = thread.submit(exact_facts, config)
@@ -93,8 +96,8 @@ class Start:
             except BaseException as error:
                 started.set_exception(error)  # the thread may be waiting for it
                 raise
-            data = prepared.result()
-        return Ready(measured.result(), data, hardware, notes, network)
+            data, of_tokens = prepared.result()
+        return Ready(measured.result(), data, hardware, [*notes, *of_tokens], network)
 
     def _open(self, run: Folder, plan: Plan, ready: Ready) -> bool:
         """Say what will be done, and write it into the run directory; False where all of it is done already.

@@ -35,6 +35,7 @@ def render(record: dict[str, Any]) -> str:
         "quantization": f"{quantization['type']}{double}, computed in {quantization['compute_dtype']}",
         "data": f"{data['num_rows']:,} rows, {data['num_tokens']:,} tokens, {data['num_validation_rows']:,} rows held "
         "out",
+        **_of_rows(record),
         "data fingerprint": data["fingerprint"],
         "step": f"{record['step']:,}",
         "run": f"{record['run_name']}, {record['num_workers']} worker(s)",
@@ -94,6 +95,15 @@ def render_merged(record: dict[str, Any], dtype: str, into: str) -> str:
             "",
         ]
     )
+
+
+def _of_rows(record: dict[str, Any]) -> dict[str, str]:
+    """New tokens, and how many rows the base must have for them; nothing where there are none."""
+    if not record.get("token_rows"):
+        return {}
+    tokens = ", ".join(f"`{token}`" for token in record["config"]["model"]["new_tokens"])
+    rows = f"base.resize_token_embeddings({record['token_rows']})"
+    return {"new tokens": f"{tokens}; in plain PEFT call `{rows}` first, unless the base has as many rows"}
 
 
 def _shown_lora(settings: dict[str, Any]) -> str:

@@ -53,8 +53,7 @@ class Adapter:
     @property
     def num_token_rows(self) -> int:
         """Rows that embedding and output layer must have at least for the adapter's own tokens; 0 without such."""
-        indices = self.peft.get("trainable_token_indices") or {}
-        return max((max(rows) + 1 for rows in indices.values()), default=0)
+        return rows_of_tokens(self.peft.get("trainable_token_indices"))
 
     @property
     def run(self) -> Path | None:
@@ -89,6 +88,11 @@ def describe_base(base_model: str, revision: str | None, trust_remote_code: bool
         "sha256": facts.fingerprint,
         "sample_sha256": base_tensors(folder, f"model.base_model={folder}").sample_sha256(),
     }
+
+
+def rows_of_tokens(indices: dict[str, list[int]] | None) -> int:
+    """Rows that a base must have at least for these trained rows, by layer (PEFT's `trainable_token_indices`)."""
+    return max((max(rows) + 1 for rows in (indices or {}).values()), default=0)
 
 
 def tokenizer_sha256(tokenizer) -> str:

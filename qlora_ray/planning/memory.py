@@ -27,6 +27,8 @@ class Sizes:
     stage: int
     num_workers: int  # the fewest: each then holds most
     layer: LayerShape | None  # None: decoder layers are not fused
+    trains_rows: bool  # of embedding and output layer: model.new_tokens
+    has_whole_logits: bool  # the output layer is not fused with its loss
 
 
 def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype: str) -> Sizes:
@@ -35,7 +37,8 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
     quantization = config.quantization
     return Sizes(
         base, num_trainable, quantization.type != "none", quantization.double_quant, wide, stage,
-        config.ray.min_workers, layer_shape(config, base, wide),
+        config.ray.min_workers, layer_shape(config, base, wide), bool(config.model.new_tokens),
+        bool(config.model.new_tokens) or "lm_head" in config.model.modules_to_save,
     )  # fmt: skip
 
 
@@ -84,11 +87,15 @@ def memory_gib(sizes: Sizes, num_tokens: int, choice: Choice | None, recompute_a
     base, wide = sizes.base, sizes.element_bytes
     if choice is not None and sizes.layer is not None:
         passing = activation_bytes(sizes.layer, choice, num_tokens, base.vocab_size)
+        if sizes.has_whole_logits:
+            passing += num_tokens * base.vocab_size * (wide + 8)
     else:
         per_token = sum(rows + 2 * columns for _, rows, columns in base.linear_shapes) / max(1, base.num_layers)
         layers_kept = 1 if recompute_all else base.num_layers
         kept = per_token * layers_kept + base.num_layers * base.hidden_size
         passing = int(num_tokens * (kept * wide + base.vocab_size * (wide + 8)))
+    if sizes.trains_rows:  # PEFT copies the embedding and the output layer, and their gradients are dense
+        passing += 4 * base.vocab_size * base.hidden_size * wide
     quantized = base.num_linear_parameters if sizes.quantized else 0
     loaded = quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide
     return {**resident_gib(sizes), "activations": passing / GIB, "while_loading": loaded / GIB}

@@ -1,6 +1,9 @@
 """New tokens and modules that are trained whole: through sharding, checkpoint, adapter, plain PEFT and merging."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -142,28 +145,28 @@ def test_what_cannot_be_trained_so_is_refused_by_name(family, model, said, tmp_p
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory) -> list[Path]:
     """The same run of one and of two workers, and one that was cut and went on, on records with new tokens."""
     folder = tmp_path_factory.mktemp("runs")
     lines = [{"instruction": f"count {i}", "output": f"<tool>{i}</tool>"} for i in range(24)]
     (folder / "rows.json").write_text(json.dumps(lines))
 
-    def train(name: str, workers: int, steps: int, *more: str) -> Path:
-        ended = door.run(
-            f"data.train_file={folder}/rows.json", f"ray.storage_path={folder}", f"ray.run_name={name}",
-            f"model.new_tokens=[{', '.join(TOKENS)}]", f"ray.num_workers={workers}", f"training.max_steps={steps}",
-            "training.batch_size=2", "training.global_batch_size=4", "training.max_length=64",
-            "training.learning_rate=3e-3", "training.lr_schedule=constant", "checkpoint.every_steps=2",
-            "evaluation.num_prompts=2", "evaluation.max_new_tokens=8", *more,
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        return folder / name
+    def config_of(name: str, workers: int, steps: int) -> dict:
+        return {
+            "data": {"train_file": f"{folder}/rows.json"}, "model": {"new_tokens": TOKENS},
+            "training": {"max_steps": steps, "batch_size": 2, "global_batch_size": 4, "max_length": 64,
+                         "learning_rate": 3e-3, "lr_schedule": "constant"},
+            "checkpoint": {"every_steps": 2}, "evaluation": {"num_prompts": 2, "max_new_tokens": 8},
+            "ray": {"num_workers": workers, "storage_path": str(folder), "run_name": name},
+        }  # fmt: skip
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        whole, two = train("one", 1, 6), train("two", 2, 6)
-        train("cut", 2, 4)
-        return whole, two, train("cut", 2, 6, "--resume")
+    for configs in ([config_of("one", 1, 6)], [config_of("two", 2, 6), config_of("cut", 2, 4), config_of("cut", 2, 6)]):
+        ran = subprocess.run(
+            [sys.executable, "-m", "tests.integration.many_runs"], input=json.dumps(configs), text=True,
+            capture_output=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
+    return [folder / name for name in ("one", "two", "cut")]
 
 
 def weights_of(run: Path) -> str:
@@ -174,6 +177,9 @@ def test_runs_of_one_and_two_workers_and_a_resumed_one_have_the_same_bits(runs):
     assert len({weights_of(run) for run in runs}) == 1
     config = json.loads((runs[0] / "adapter" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"]
+    rows = max(max(ids) + 1 for ids in config["trainable_token_indices"].values())
+    card = (runs[0] / "adapter" / "README.md").read_text()
+    assert "`<tool>`, `</tool>`" in card and f"resize_token_embeddings({rows})" in card
 
 
 def test_doors_take_a_run_with_new_tokens_as_any_other(runs, tmp_path, capsys):
