@@ -13,6 +13,7 @@ from qlora_ray.data.template import fit_template
 from qlora_ray.data.turns import Messages
 from qlora_ray.errors import BadRecord, ConfigError
 
+ROUND_TRIP = "Every quick fox jumps over 12 lazy dogs\n  and runs away"
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
@@ -93,6 +94,31 @@ def open_tokenizer(
     return tokenizer
 
 
+def refuse_lossy(tokenizer, base_model: str) -> None:
+    """Raise ConfigError for a tokenizer that runs words together or drops letters: no training can bring them back."""
+    back = _back(tokenizer)
+    if _words(back) == _words(ROUND_TRIP):
+        return
+    together = "".join(_words(back)) == "".join(_words(ROUND_TRIP))
+    raise ConfigError(
+        f"model.base_model={base_model}: its tokenizer does not give a text back: of {ROUND_TRIP!r} it makes {back!r}, "
+        f"which {'loses the spaces between words' if together else 'is another text'}. Often its files belong to "
+        "another tokenizer class (tokenizer_class in tokenizer_config.json), or tokenizer.json was made for another "
+        "library. Download tokenizer files that belong to this base, or save them anew with save_pretrained."
+    )
+
+
+def _back(tokenizer) -> str:
+    """What becomes of ROUND_TRIP. A space before it is no fault."""
+    ids = tokenizer(ROUND_TRIP, add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.removeprefix(" ")
+
+
+def _words(text: str) -> list[str]:
+    return text.casefold().split()
+
+
 def prompt_ids(tokenizer, messages: Messages) -> list[int]:
     """Token ids of a conversation (or of a raw prompt) up to where the assistant begins to speak. Raises BadRecord."""
     if messages and messages[0]["role"] in RAW_ROLES:
@@ -156,6 +182,8 @@ class Encoder:
                 f"The chat template closes an answer with {closing!r}, which is no token of its own: generate and "
                 "evaluate look for the text."
             )
+        if (back := _back(self.tokenizer)) != ROUND_TRIP:
+            notes.append(f"The tokenizer gives {ROUND_TRIP!r} back as {back!r}: answers can be no other.")
         return tuple(notes)
 
     def encode(self, conversations: Sequence[Messages]) -> list[list[Sample] | BadRecord]:

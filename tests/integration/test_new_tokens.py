@@ -173,6 +173,7 @@ def weights_of(run: Path) -> str:
     return door.sha256(run / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.timeout(900)
 def test_runs_of_one_and_two_workers_and_a_resumed_one_have_the_same_bits(runs):
     assert len({weights_of(run) for run in runs}) == 1
     config = json.loads((runs[0] / "adapter" / "adapter_config.json").read_text())
@@ -182,6 +183,7 @@ def test_runs_of_one_and_two_workers_and_a_resumed_one_have_the_same_bits(runs):
     assert "`<tool>`, `</tool>`" in card and f"resize_token_embeddings({rows})" in card
 
 
+@pytest.mark.timeout(900)
 def test_doors_take_a_run_with_new_tokens_as_any_other(runs, tmp_path, capsys):
     adapter = str(runs[0] / "adapter")
     merged = tmp_path / "merged"
