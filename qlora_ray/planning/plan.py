@@ -11,6 +11,7 @@ from qlora_ray.model.facts import BaseFacts, ModelFacts
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, choose
 from qlora_ray.planning import deepspeed, memory
 from qlora_ray.planning.memory import GIB, Sizes
+from qlora_ray.planning.speed import speed_notes
 
 STORAGE_FOR_THE_REST = 32 * 2**20  # logs, metrics, report, tokenizer files
 # Ray's accelerator labels of GPUs without bfloat16 matrix units (compute capability below 8.0).
@@ -318,6 +319,8 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
             f"Packed rows hold {each:.0f} samples each, so an epoch is only {steps}. "
             "For more and smaller ones lower training.max_length or batch_size, or set training.packing=false."
         )
+    if use_gpu:
+        notes += speed_notes(config, base)
     if use_gpu and not config.training.deterministic:
         notes.append(
             "GPU kernels may add in another order each time, so an interrupted run ends near the bits of one that was "

@@ -8,6 +8,7 @@ from qlora_ray.planning import memory
 from qlora_ray.planning.early import facts_at_hand
 from qlora_ray.planning.memory import GIB
 from qlora_ray.planning.plan import may_hold_weights, shown_layers, zero_stage
+from qlora_ray.planning.speed import speed_notes
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 SHARE_OF_MEMORY = 0.93  # the rest is the CUDA context and the allocator's
@@ -38,7 +39,7 @@ def answer(config: Config, gib: float, gpu: str) -> str:
             shown = f"{workers * speed:,.0f}" if speed else "-"
             fits = "" if peak <= SHARE_OF_MEMORY * gib else "  does not fit"
             lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice or 'layer inputs'}{fits}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
 
 
 def _facts(config: Config) -> ModelFacts:

@@ -21,6 +21,16 @@ from qlora_ray.storage import Folder
 # Left out where empty: old runs know none of them.
 SHAPE_OF_LORA = ("exclude_modules", "rank_pattern", "alpha_pattern", "new_tokens", "modules_to_save")
 
+# What decides each part of a run's identity.
+KEYS = {
+    "order": "data.order", "data": "data.train_file, or what rows are made with (data, training.max_length, "
+    "training.packing, the base's tokenizer)", "lora": "model", "quantization": "quantization",
+    "seed": "training.seed", "batch": "training", "batch.rows": "training.batch_size",
+    "batch.micro_batches": "training.gradient_accumulation_steps x ray.num_workers (training.global_batch_size)",
+    "base": "model.base_model", "base.model_type": "model.base_model's model_type",
+    "base.num_parameters": "model.base_model's parameters", "base.sha256": "model.base_model's files",
+}  # fmt: skip
+
 
 def find_run(config: Config, config_name: str, storage: Folder, resume: bool) -> Folder:
     """The run directory to make or, with resume, to go on with. Raises ConfigError."""
@@ -84,10 +94,21 @@ def check_resumable(run: Folder, identity: dict[str, Any], resume: bool) -> dict
     for what, value in identity.items():
         if what in before and before[what] != value:
             raise ConfigError(
-                f"--resume: {run.path} was begun with another {what}: {before[what]}, now {value}. "
-                "Restore the old setting, or start a new run."
+                f"--resume: {run.path} was begun with another {what}: {_difference(what, before[what], value)}. "
+                "Restore what was there before, or start a new run."
             )
     return manifest
+
+
+def _difference(what: str, then: Any, now: Any) -> str:
+    """The keys that decide what must not change, with their values where these can be read."""
+    if what == "data":
+        return f"{KEYS[what]} (before: rows {then}, now {now})"
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return f"{KEYS[what]}={now} (before: {then})"
+    changed = [name for name in (*then, *now) if then.get(name) != now.get(name)]
+    keys = {name: KEYS.get(f"{what}.{name}", f"{KEYS[what]}.{name}") for name in changed}
+    return ", ".join(f"{key}={now.get(name)} (before: {then.get(name)})" for name, key in keys.items())
 
 
 @dataclasses.dataclass(frozen=True)

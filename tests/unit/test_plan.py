@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
@@ -246,3 +247,27 @@ def test_plan_says_where_bits_are_not_promised():
 
     assert len(said(GPUS, False)) == 1
     assert not said(GPUS, True) + said(CPUS, False)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"model": {"lora_variant": "dora"}, "deepspeed": {"zero_stage": 2}}, "dora: its layers are left to PEFT"),
+        ({"model": {"lora_dropout": 0.1}}, "model.lora_dropout=0.1: 0.97 of the speed"),
+        ({"model": {"new_tokens": ["<a>"]}}, "model.new_tokens: the embedding is copied"),
+        ({"model": {"modules_to_save": ["norm"]}}, "decoder layers with a norm that is trained are not fused"),
+    ],
+)
+def test_plan_says_what_a_setting_costs_on_gpus_and_not_on_cpus(sections, said):
+    assert [note for note in plan(GPUS, **sections).notes if said in note]
+    assert not [note for note in plan(CPUS, **sections).notes if said in note]
+    assert not [note for note in plan(GPUS).notes if said in note]
+
+
+def test_plan_says_what_a_family_without_fused_layers_costs():
+    qwen3 = dataclasses.replace(FACTS, model_type="qwen3")
+    assert [n for n in make_plan(config(), DATA, qwen3, GPUS, None).notes if "qwen3 models are not fused" in n]
+    factors = {"0.30": (5_063, 16_708), "0.97": (16_188, 16_708), "0.42": (7_040, 16_708)}
+    said = Path("benchmarks/README.md").read_text()
+    for factor, (slow, fast) in factors.items():
+        assert f"{slow / fast:.2f}" == factor and f"{slow:,}" in said and f"{fast:,}" in said
