@@ -153,7 +153,6 @@ def build_without_weights(folder: str, trust_remote_code: bool = False) -> PreTr
 
     Raises ConfigError where the files do not fill the model.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _build_linear_layers_that_can_be_quantized()
     return build_from_headers(folder, trust_remote_code)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 from typing import Any
@@ -75,6 +76,7 @@ def exact_facts(config: Config, folder: str | None = None) -> ModelFacts:
     Raises ConfigError where the base's files do not fill the model that will be built, or an entry of the adapter's
     settings matches none of its layers: a worker would find it out with a GPU in hand.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # announces optional CPU kernels where PEFT imports it
     from qlora_ray.data.tokenize import pieces_of
     from qlora_ray.model.meta import model_facts
 

@@ -88,7 +88,7 @@ def test_plan_door_answers_without_ray_and_counts_what_training_has(tmp_path):
         "assert not {'ray', 'deepspeed'} & set(sys.modules)\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0 and ran.stderr == "", ran.stderr
     assert "ZeRO stage 3, 2 x 24 GiB" in ran.stdout.splitlines()[0]
     assert "layers: 2 keep all" in ran.stdout
     assert "2 q_proj, 2 k_proj, 2 v_proj, 2 o_proj, 2 gate_proj, 2 up_proj, 2 down_proj" in ran.stdout
