@@ -67,7 +67,7 @@ def pieces_of(new_tokens: Sequence[str], base_model: str, trust_remote_code: boo
 
 def add_tokens(tokenizer, new_tokens: Sequence[str]) -> None:
     """Have the tokenizer know these as tokens of their own, in texts and in answers."""
-    from tokenizers import AddedToken
+    from transformers import AddedToken
 
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
 
