@@ -17,11 +17,13 @@ from qlora_ray import evaluate, export, generate
 from qlora_ray.data.prepare import make_recipe
 from qlora_ray.data.work import encoder_of
 from qlora_ray.errors import ConfigError
+from qlora_ray.inference.merge import merge
 from qlora_ray.model.base import load_base
+from qlora_ray.model.record import open_adapter
 from qlora_ray.planning.early import exact_facts
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import write_adapter
-from tests.integration import door, engines, tiny_models
+from tests.integration import adapters, door, engines, tiny_models
 
 CPU = torch.device("cpu")
 TOKENS = ["<tool>", "</tool>"]
@@ -121,6 +123,18 @@ def test_modules_trained_whole_are_the_live_models_in_plain_peft(modules, tmp_pa
     write_adapter(adapter, engine.module, engine.weights(), AutoTokenizer.from_pretrained(base))
     plain = PeftModel.from_pretrained(load_base(config.model, config.quantization, "float32", CPU), adapter.path)
     assert tiny_models.difference(tiny_models.logits(engine.module), tiny_models.logits(plain)) < 1e-5
+
+
+def test_modules_trained_whole_are_merged(tmp_path):
+    base = tiny_models.save("llama", tmp_path / "base")
+    folder = adapters.trained(tmp_path / "run", base, steps=3, modules_to_save=["norm", "lm_head"])
+    adapter = open_adapter(str(folder))
+    merge(adapter, tmp_path / "merged", "training", "float32", CPU)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    plain = PeftModel.from_pretrained(load_base(adapter.model, adapter.quantization, "float32", CPU), str(folder))
+    assert tiny_models.difference(tiny_models.logits(merged), tiny_models.logits(plain)) < 1e-5
+    original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert not torch.equal(merged.model.norm.weight, original.model.norm.weight)
 
 
 @pytest.mark.parametrize(
