@@ -45,6 +45,11 @@ def facts_of(shape: dict) -> BaseFacts:
     )  # fmt: skip
 
 
+def num_lora_parameters(facts: BaseFacts, rank: int) -> int:
+    """Of A and B on every linear layer: r x (rows + columns) (LoRA, arXiv:2106.09685)."""
+    return sum(rank * (rows + columns) for _, rows, columns in facts.linear_shapes)
+
+
 def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int) -> dict:
     """Train three steps and compare peaks."""
     import torch
@@ -52,14 +57,13 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
     from qlora_ray.model.adapter import add_adapter, trainable
     from qlora_ray.model.fused import fuse, keep
     from qlora_ray.planning import deepspeed
-    from qlora_ray.planning.plan import num_lora_parameters
     from qlora_ray.worker.engine import Engine
     from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
     shape = {**SHAPES[name], "num_hidden_layers": LAYERS}
     config = Config.model_validate({"model": {"lora_r": rank}, "training": {"batch_size": rows}})
     facts = facts_of(shape)
-    known = memory.sizes(config, facts, num_lora_parameters(config, facts), stage, "bfloat16")
+    known = memory.sizes(config, facts, num_lora_parameters(facts, rank), stage, "bfloat16")
     if kept == "half":  # recompute: auto, with room for half of what keeping all takes
         leanest = sum(memory.memory_gib(known, rows * length, memory.all_layers(known, Keep.HOST)).values())
         whole = sum(memory.memory_gib(known, rows * length, memory.all_layers(known, Keep.ALL)).values())

@@ -42,7 +42,7 @@ def seconds_of_quick_look() -> float:
     node_facts.gather(question)
     began = time.perf_counter()
     here = node_facts.gather(question)
-    look(Found(here, {"here": here}, needs_of(Config(), Hardware(2, 0))), QUICK)
+    look(Found(here, {"here": here}, needs_of(Config(), Hardware(2, 0), None)), QUICK)
     return time.perf_counter() - began
 
 

@@ -47,7 +47,20 @@ class ModelConfig(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the LoRA input; 0 is a few percent faster."""
     target_modules: str | list[str] = "all-linear"
-    """Which linear layers get a LoRA: "all-linear", a list of module name suffixes, or a regular expression."""
+    """Which linear layers get a LoRA: "all-linear", a list of ends of their names, or a regular expression of the whole
+    name. An entry that matches none is refused."""
+    exclude_modules: str | list[str] = []
+    """Which of these get none after all, written in the same way (PEFT `exclude_modules`)."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(default_factory=dict)
+    """Another rank for some layers: ends of their names, or regular expressions of these, to ranks."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Another lora_alpha for some layers, named in the same way."""
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Tokens to add to the tokenizer, e.g. ["<tool>"]: their rows of embedding and output layer are trained too. One
+    that the tokenizer knows keeps its id. See docs/use.md."""
+    modules_to_save: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Modules that are trained whole beside the LoRA, e.g. [norm, lm_head]: ends of their names (PEFT
+    `modules_to_save`). Not those that are stored in 4 bits."""
     lora_variant: Literal["lora", "rslora", "dora", "loftq"] = "lora"
     """rslora scales by 1/sqrt(r); dora also learns magnitudes; loftq starts from the quantization error."""
     trust_remote_code: bool = False
@@ -61,6 +74,17 @@ class ModelConfig(Section):
         # Ray's workers start in a folder of their own, and an adapter's record is read from anywhere.
         folder = Path(base_model).expanduser()
         return str(folder.absolute()) if base_model != EMBEDDED_BASE and folder.is_dir() else base_model
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _is_no_token_twice(cls, tokens):
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        if twice:
+            raise ValueError(f"names {', '.join(twice)} twice")
+        blank = [token for token in tokens if token != token.strip()]
+        if blank:
+            raise ValueError(f"{blank[0]!r} begins or ends with white space, which tokenizers move about")
+        return tokens
 
     @field_validator("lora_variant", mode="before")
     @classmethod

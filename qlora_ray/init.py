@@ -16,7 +16,7 @@ from qlora_ray.config import RUN_NAME, make_config
 from qlora_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qlora_ray.model.facts import BaseFacts
+    from qlora_ray.model.facts import ModelFacts
     from qlora_ray.planning.suggest import Machine, Suggestion
 
 
@@ -59,7 +59,7 @@ def _init(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _suggest(arguments: argparse.Namespace, machine: "Machine") -> "tuple[Suggestion, BaseFacts]":
+def _suggest(arguments: argparse.Namespace, machine: "Machine") -> "tuple[Suggestion, ModelFacts]":
     from qlora_ray.console import say_note
     from qlora_ray.data.check import check_records
     from qlora_ray.data.lengths import measure

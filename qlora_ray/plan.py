@@ -1,4 +1,4 @@
-"""python -m qlora_ray.plan: what fits on N GPUs of M GiB, and how fast, in under a second and without a GPU."""
+"""python -m qlora_ray.plan: what fits on N GPUs of M GiB, and how fast, in seconds and without a GPU."""
 
 import argparse
 import sys

@@ -82,7 +82,10 @@ def _check(config: Config, debug: bool) -> dict[str, Any]:
     folder = local_base(config)
     encoder = encoder_of(make_recipe(config))
     stops = frozenset(stop_token_ids(generation_config_of(folder, config.model), encoder.tokenizer))
-    quality = Quality(config, Base(encoder, stops, untrained_tokens(folder, encoder.tokenizer)), _tell)
+    unseen = untrained_tokens(folder, encoder.tokenizer)
+    if unseen is not None:  # rows of new tokens are trained
+        unseen -= frozenset(encoder.tokenizer.convert_tokens_to_ids(config.model.new_tokens))
+    quality = Quality(config, Base(encoder, stops, unseen), _tell)
     quality.look({key: find_sources(config, key) for key in ("train_file", "validation_file")})
     return {**quality.report(), "seconds": round(time.perf_counter() - began, 1)}
 

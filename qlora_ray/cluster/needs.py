@@ -3,28 +3,26 @@
 from qlora_ray.cluster.found import Needs, Row
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import BaseFacts, read_facts
-from qlora_ray.model.hub import folder_at_hand
+from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import Keep
 from qlora_ray.planning import memory
-from qlora_ray.planning.plan import Hardware, num_lora_parameters, storage_bytes, uses_gpu, zero_stage
+from qlora_ray.planning.plan import Hardware, storage_bytes, uses_gpu, zero_stage
 
 BYTES_PER_TOKEN = 12  # input_ids, labels and position_ids, int32 each
 MICRO_BATCHES_AHEAD = 512  # of each worker in the object store (data/delivery.py)
 
 
-def needs_of(config: Config, hardware: Hardware) -> Needs:
-    """Memory, disk and object store of a run; what depends on a base that is not here yet is left out."""
+def needs_of(config: Config, hardware: Hardware, base: ModelFacts | None) -> Needs:
+    """Memory, disk and object store of a run; what depends on a base that is not here yet (None) is left out."""
     use_gpu = uses_gpu(config, hardware)
-    base = _base(config)
-    trainable = num_lora_parameters(config, base) if base else 0
+    trainable = base.num_trainable_parameters if base else 0
     rows = config.training.batch_size * config.training.max_length * BYTES_PER_TOKEN * MICRO_BATCHES_AHEAD
     workers_a_node = -(-config.ray.max_workers // max(1, len(hardware.nodes)))
     return Needs(
         use_gpu=use_gpu,
         compute_dtype=config.quantization.compute_dtype,
         num_workers=config.ray.max_workers,
-        worker_gib=_worker_gib(config, base, trainable) if base and use_gpu else None,
+        worker_gib=_worker_gib(config, base) if base and use_gpu else None,
         storage_bytes=storage_bytes(config, trainable),
         object_store_bytes=rows * workers_a_node,
     )
@@ -37,14 +35,9 @@ def refuse(rows: list[Row]) -> None:
         raise ConfigError("\n".join([*lines, "`python -m qlora_ray.doctor` with the same arguments shows more."]))
 
 
-def _base(config: Config) -> BaseFacts | None:
-    folder = folder_at_hand(config.model.base_model, config.model.revision)
-    return read_facts(folder) if folder else None
-
-
-def _worker_gib(config: Config, base: BaseFacts, trainable: int) -> float:
+def _worker_gib(config: Config, base: ModelFacts) -> float:
     """The leanest peak of a worker: fused layers that keep only their inputs."""
-    known = memory.sizes(config, base, trainable, zero_stage(config), "bfloat16")
+    known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     leanest = memory.all_layers(known, Keep.HOST) if known.layer else None
     num_tokens = config.training.batch_size * config.training.max_length
     return memory.peak_gib(memory.memory_gib(known, num_tokens, leanest, recompute_all=True))

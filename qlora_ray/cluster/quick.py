@@ -8,18 +8,21 @@ from qlora_ray.cluster.checks import QUICK
 from qlora_ray.cluster.found import look
 from qlora_ray.cluster.needs import needs_of, refuse
 from qlora_ray.config import Config
+from qlora_ray.model.facts import ModelFacts
 from qlora_ray.planning.plan import Hardware
 from qlora_ray.storage import Folder
 
 SECONDS = 15  # a node's first task starts a process there
 
 
-def look_quickly(config: Config, folder: Folder, hardware: Hardware) -> tuple[list[str], dict[str, str]]:
+def look_quickly(
+    config: Config, folder: Folder, hardware: Hardware, base: ModelFacts | None
+) -> tuple[list[str], dict[str, str]]:
     """Notes for the user, and what tells the workers which network interface to use. Raises ConfigError if red.
 
     A node that does not answer in time is noted, not refused: it may only be slow.
     """
-    found = ask(config, folder, hardware, needs_of(config, hardware), SECONDS, quick=True)
+    found = ask(config, folder, hardware, needs_of(config, hardware, base), SECONDS, quick=True)
     rows = look(found, QUICK)
     refuse(rows)
     notes = [f"{row.check} of node {row.node}: {row.found}. {row.todo}" for row in rows if row.state == "unknown"]

@@ -79,6 +79,7 @@ def make_recipe(config: Config) -> Recipe:
         base=base_model_path(model.base_model), revision=model.revision, trust_remote_code=model.trust_remote_code,
         chat_template=find_template(data.chat_template), format=data.format, train_on=data.train_on,
         max_length=config.training.max_length, keep_thoughts=data.keep_thoughts,
+        new_tokens=tuple(model.new_tokens),
     )  # fmt: skip
 
 

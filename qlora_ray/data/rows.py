@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 
@@ -162,6 +163,12 @@ def _open_part(file: Folder) -> tuple[np.ndarray, list[tuple[np.ndarray, ...]]]:
         batches.append(tuple(array.to_numpy() for c in columns for array in (c.offsets, c.values)))
         firsts.append(firsts[-1] + batch.num_rows)
     return np.array(firsts[:-1]), batches
+
+
+def ids_of_part(file: Folder) -> Iterator[np.ndarray]:
+    """The token ids of a part, batch by batch: views of the mapped file."""
+    for _, ids, _, _ in _open_part(file)[1]:
+        yield ids
 
 
 def _local_file(file: Folder):

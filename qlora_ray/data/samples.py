@@ -5,6 +5,7 @@ cache/samples-<fingerprint>/
     index.arrow          of each sample: num_tokens, num_label_tokens, record (usable record number, from 0)
     messages_000000.jsonl    of the first chunks: the messages of each record that its samples are of, in order
     rejected.jsonl       a line per rejected record: file, line or record, reason, detail; absent where there is none
+    token_counts.npy     how often each token comes, where that was asked for (see vocabulary.py)
     manifest.json        counts, and the parts with their sizes; written last: without it there is no entry
 
 Each file appears whole, and the same inputs make the same bytes: two writers at once do no harm.
@@ -98,7 +99,7 @@ def recipe_hash(recipe: Recipe) -> bytes:
     files: list[bytes | str] = [path.read_bytes() for path in tokenizer_files(recipe.base, recipe.revision)]
     files = files or [recipe.base, str(recipe.revision)]
     settings = [recipe.format, recipe.train_on, str(recipe.max_length), recipe.chat_template or "",
-                recipe.keep_thoughts, recipe.date or ""]  # fmt: skip
+                recipe.keep_thoughts, recipe.date or "", *recipe.new_tokens]  # fmt: skip
     if recipe.format not in FORMATS and recipe.format != "auto":
         source = load_function(recipe.format)[1].__file__
         if source:

@@ -13,6 +13,7 @@ from qlora_ray.data.template import fit_template
 from qlora_ray.data.turns import Messages
 from qlora_ray.errors import BadRecord, ConfigError
 
+ROUND_TRIP = "Every quick fox jumps over 12 lazy dogs\n  and runs away"
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
@@ -47,6 +48,34 @@ def load_tokenizer(
 
     A template that prints the day prints `date` (YYYY-MM-DD). Raises ConfigError when there is no tokenizer.
     """
+    return with_template(open_tokenizer(base_model, revision, trust_remote_code), chat_template, date)
+
+
+def with_template(tokenizer, chat_template: str | None, date: str | None = None):
+    """The tokenizer with a template that is fitted to it, as `load_tokenizer` returns it."""
+    tokenizer.chat_template = fit_template(chat_template, tokenizer, bool(first_ids(tokenizer)), date)
+    return tokenizer
+
+
+def pieces_of(new_tokens: Sequence[str], base_model: str, trust_remote_code: bool) -> dict[int, list[int]]:
+    """The id that each new token gets, and the tokens that its text is without it. Raises ConfigError."""
+    tokenizer = open_tokenizer(base_model, None, trust_remote_code)
+    before = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in new_tokens]
+    add_tokens(tokenizer, new_tokens)
+    return dict(zip(tokenizer.convert_tokens_to_ids(list(new_tokens)), before, strict=True))
+
+
+def add_tokens(tokenizer, new_tokens: Sequence[str]) -> None:
+    """Have the tokenizer know these as tokens of their own, in texts and in answers."""
+    from transformers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
+
+
+def open_tokenizer(
+    base_model: str, revision: str | None, trust_remote_code: bool = False, new_tokens: Sequence[str] = ()
+):
+    """The base's own fast tokenizer with a pad token, and with new tokens. Raises ConfigError when there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -67,8 +96,33 @@ def load_tokenizer(
         raise ConfigError(f"model.base_model={base_model}: the tokenizer has no end-of-sequence token (eos_token).")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # never attended to nor trained on, so any id will do
-    tokenizer.chat_template = fit_template(chat_template, tokenizer, bool(first_ids(tokenizer)), date)
+    add_tokens(tokenizer, new_tokens)
     return tokenizer
+
+
+def refuse_lossy(tokenizer, base_model: str) -> None:
+    """Raise ConfigError for a tokenizer that runs words together or drops letters: no training can bring them back."""
+    back = _back(tokenizer)
+    if _words(back) == _words(ROUND_TRIP):
+        return
+    together = "".join(_words(back)) == "".join(_words(ROUND_TRIP))
+    raise ConfigError(
+        f"model.base_model={base_model}: its tokenizer does not give a text back: of {ROUND_TRIP!r} it makes {back!r}, "
+        f"which {'loses the spaces between words' if together else 'is another text'}. Often its files belong to "
+        "another tokenizer class (tokenizer_class in tokenizer_config.json), or tokenizer.json was made for another "
+        "library. Download tokenizer files that belong to this base, or save them anew with save_pretrained."
+    )
+
+
+def _back(tokenizer) -> str:
+    """What becomes of ROUND_TRIP. A space before it is no fault."""
+    ids = tokenizer(ROUND_TRIP, add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.removeprefix(" ")
+
+
+def _words(text: str) -> list[str]:
+    return text.casefold().split()
 
 
 def prompt_ids(tokenizer, messages: Messages) -> list[int]:
@@ -134,6 +188,8 @@ class Encoder:
                 f"The chat template closes an answer with {closing!r}, which is no token of its own: generate and "
                 "evaluate look for the text."
             )
+        if (back := _back(self.tokenizer)) != ROUND_TRIP:
+            notes.append(f"The tokenizer gives {ROUND_TRIP!r} back as {back!r}: answers can be no other.")
         return tuple(notes)
 
     def encode(self, conversations: Sequence[Messages]) -> list[list[Sample] | BadRecord]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from qlora_ray.data.formats import convert, unused_fields
 from qlora_ray.data.read import BLANK, Chunk, DamagedFile, read
-from qlora_ray.data.tokenize import Encoder, Sample, load_tokenizer
+from qlora_ray.data.tokenize import Encoder, Sample, open_tokenizer, refuse_lossy, with_template
 from qlora_ray.data.turns import Messages
 from qlora_ray.errors import BadRecord
 from qlora_ray.storage import Folder
@@ -40,6 +40,7 @@ class Recipe:
     max_length: int
     keep_thoughts: str = "template"
     date: str | None = None  # that a template which prints the day prints
+    new_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def _lists(values: list[list[int]]) -> pa.Array:
 @lru_cache(maxsize=2)
 def encoder_of(recipe: Recipe) -> Encoder:
     """The encoder that a recipe describes; loaded once in a process. Raises ConfigError."""
-    tokenizer: Any = load_tokenizer(
-        recipe.base, recipe.revision, recipe.trust_remote_code, recipe.chat_template, recipe.date
-    )
+    tokenizer: Any = open_tokenizer(recipe.base, recipe.revision, recipe.trust_remote_code, recipe.new_tokens)
+    refuse_lossy(tokenizer, recipe.base)
+    with_template(tokenizer, recipe.chat_template, recipe.date)
     return Encoder(tokenizer, recipe.max_length, recipe.train_on, recipe.keep_thoughts)

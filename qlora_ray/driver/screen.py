@@ -13,7 +13,7 @@ from qlora_ray.config import Config
 from qlora_ray.console import console, say_note
 from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import BaseFacts
-from qlora_ray.planning.plan import Plan
+from qlora_ray.planning.plan import Plan, shown_layers
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
 
@@ -29,7 +29,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
         "base": f"{config.model.base_model} ({base.model_type}, {base.num_parameters / 1e6:,.1f} M parameters, "
         f"{plan.four_bit_share:.0%} in {config.quantization.type})",
         "adapter": f"{config.model.lora_variant}, r={config.model.lora_r}, alpha={config.model.lora_alpha:g}, "
-        f"{plan.num_trainable_parameters / 1e6:,.2f} M parameters",
+        f"{plan.num_trainable_parameters / 1e6:,.2f} M parameters in {shown_layers(plan)}",
         "data": _show_data(data),
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
         "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "

@@ -11,9 +11,11 @@ from qlora_ray.console import console, say_note
 from qlora_ray.data.check import check_records
 from qlora_ray.data.prepare import Prepared, prepare
 from qlora_ray.driver import screen
-from qlora_ray.model.facts import BaseFacts
+from qlora_ray.model.facts import ModelFacts
+from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.planning.early import exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
+from qlora_ray.planning.tokens import check_vocabulary
 from qlora_ray.rundir import directory
 from qlora_ray.storage import Folder
 
@@ -24,10 +26,10 @@ EXIT_CODES = {"done": 0, "interrupted": 130, "refused": 2}
 class Ready:
     """What is there when the plan is made."""
 
-    facts: BaseFacts
+    facts: ModelFacts
     data: Prepared
     hardware: Hardware
-    notes: list[str]  # of the nodes
+    notes: list[str]  # of the nodes, and of the data's tokens
     network: dict[str, str]  # what tells the workers which interface to use, as environment variables
 
 
@@ -76,22 +78,26 @@ class Start:
             started.result()
             return run_on_ray
 
-        def prepare_data() -> tuple[BaseFacts, Prepared]:
-            facts = exact_facts(config)
-            return facts, prepare(config, folder, packs(config, facts), runner, console.out)
+        def prepare_data() -> tuple[Prepared, list[str]]:
+            facts = measured.result()
+            prepared = prepare(config, folder, packs(config, facts), runner, console.out)
+            return prepared, check_vocabulary(config, prepared, facts)
 
         with ThreadPoolExecutor(1) as thread:
+            measured = thread.submit(exact_facts, config)
             prepared = thread.submit(prepare_data)
             thread.submit(importlib.import_module, "ray.train.torch")  # takes 2 s, and fit needs it
             try:
                 hardware = connect.start_ray(config, self.debug)
-                notes, network = look_quickly(config, folder, hardware)
+                at_hand = folder_at_hand(config.model.base_model, config.model.revision) is not None
+                facts = measured.result() if at_hand else None  # else it is still downloaded
+                notes, network = look_quickly(config, folder, hardware, facts)
                 started.set_result(hardware)
             except BaseException as error:
                 started.set_exception(error)  # the thread may be waiting for it
                 raise
-            facts, data = prepared.result()
-        return Ready(facts, data, hardware, notes, network)
+            data, of_tokens = prepared.result()
+        return Ready(measured.result(), data, hardware, [*notes, *of_tokens], network)
 
     def _open(self, run: Folder, plan: Plan, ready: Ready) -> bool:
         """Say what will be done, and write it into the run directory; False where all of it is done already.

@@ -10,6 +10,7 @@ from qlora_ray.data.turns import Messages, split_tools
 from qlora_ray.errors import BadRecord, ConfigError, TooLong
 from qlora_ray.model.base import load_base
 from qlora_ray.model.record import Adapter, tokenizer_sha256
+from qlora_ray.model.token_rows import make_room
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -35,6 +36,7 @@ def load(adapter: Adapter, device: torch.device) -> Loaded:
 
     tokenizer = open_tokenizer(adapter)
     base = load_base(adapter.model, adapter.quantization, adapter.compute_dtype, device)
+    make_room(base, adapter.num_token_rows)
     try:
         # As training does: LoRA weights in the compute dtype, not in float32.
         model = PeftModel.from_pretrained(base, str(adapter.folder), autocast_adapter_dtype=False)

@@ -16,12 +16,14 @@ import torch
 from qlora_ray.errors import ConfigError
 from qlora_ray.model import card
 from qlora_ray.model.base import four_bit_modules
+from qlora_ray.model.facts import HEAD
 from qlora_ray.model.record import Adapter, base_tensors
 from qlora_ray.model.tensors import BYTES, DTYPES, TensorFiles, write_tensors
 
 Into = Literal["training", "original"]
 STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 PREFIX = "base_model.model."
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows of a weight that were trained alone."""
+
+    tokens: tuple[int, ...]
+    update: str  # their tensor's name in the adapter
+
+
+@dataclass(frozen=True)
 class Merger:
     """What turns a tensor of the base's files into one of the merged model."""
 
@@ -54,10 +64,16 @@ class Merger:
     base: TensorFiles
     updates: TensorFiles
     layers: dict[str, Layer]  # by the weight's name in the files
+    whole: dict[str, str]  # what was trained whole: the tensor's name in the files, and in the adapter
+    rows: dict[str, "Rows"]  # by the weight's name in the files
 
     def merged(self, name: str) -> torch.Tensor:
         """One weight of the merged model, in its dtype, on the CPU."""
+        if name in self.whole:
+            return self.updates.read(self.whole[name]).to(getattr(torch, self.dtype)).contiguous()
         weight = self.base.read(name)
+        if name in self.rows:
+            weight = with_rows(weight, self.rows[name], self.updates.read(self.rows[name].update))
         if not weight.is_floating_point():
             return weight
         layer = self.layers.get(name)
@@ -76,9 +92,12 @@ class Merger:
         """Stored dtype and shape of the merged tensors of these names."""
         entries = {name: self.base.entries[name] for name in names}
         return {
-            name: (STORED[self.dtype] if _is_floating(entry.dtype) else entry.dtype, entry.shape)
+            name: (STORED[self.dtype] if _is_floating(entry.dtype) else entry.dtype, self._shape(name, entry.shape))
             for name, entry in entries.items()
         }
+
+    def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (max(shape[0], max(self.rows[name].tokens) + 1), *shape[1:]) if name in self.rows else shape
 
     def _update_of(self, module: str) -> LoRA | None:
         stem = f"{PREFIX}{module}."
@@ -88,7 +107,7 @@ class Merger:
         magnitude = None
         if f"{stem}lora_magnitude_vector" in self.updates.entries:
             magnitude = self.updates.read(f"{stem}lora_magnitude_vector").to(self.device, torch.float32)
-        return LoRA(a, b, scaling_of(self.adapter.peft, rank=len(a)), magnitude)
+        return LoRA(a, b, scaling_of(self.adapter.peft, module, rank=len(a)), magnitude)
 
 
 def merge(adapter: Adapter, target: Path, into: Into, dtype: str, device: torch.device) -> None:
@@ -126,34 +145,69 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
             f"{key}: its base is stored quantized; there are no dense weights to merge into. Serve the adapter "
             "unmerged, or train on the model that its base was quantized from."
         )
-    updated = set()
-    for name in updates.entries:
-        module, _, kind = name.removeprefix(PREFIX).partition(".lora_")
-        if not name.startswith(PREFIX) or kind not in ("A.weight", "B.weight", "magnitude_vector"):
-            raise ConfigError(f"{key}: {name} is no LoRA matrix; merging does not know what to do with it.")
-        updated.add(module)
-    patterns = [*(adapter.peft.get("rank_pattern") or {}), *(adapter.peft.get("alpha_pattern") or {})]
-    for pattern in patterns:  # PEFT writes some for experts, which have no LoRA here
-        if any(re.fullmatch(rf"(.*\.)?({pattern})", module) for module in updated):
-            raise ConfigError(f"{key}: gives {pattern} a rank or alpha of its own, which merging does not know.")
+    found = _Updates.of(adapter, base, updates)
     if adapter.quantization.type == "none":
         into = "original"
-    return Merger(adapter, into, dtype, device, base, updates, _layers(adapter, base, updated, into))
+    layers = _layers(adapter, base, found, into)
+    return Merger(adapter, into, dtype, device, base, updates, layers, found.whole, found.rows)
 
 
-def _layers(adapter: Adapter, base: TensorFiles, updated: set[str], into: Into) -> dict[str, Layer]:
+@dataclass(frozen=True)
+class _Updates:
+    """What an adapter holds, by kind; tensors of the base by their names in its files."""
+
+    modules: set[str]  # with a LoRA
+    whole: dict[str, str]
+    rows: dict[str, Rows]
+    packable: dict[str, bool]
+    prefix: str  # that a weight's name in a file may lack
+
+    @classmethod
+    def of(cls, adapter: Adapter, base: TensorFiles, updates: TensorFiles) -> "_Updates":
+        """Sort the tensors of an adapter. Raises ConfigError for one that merging does not know."""
+        packable, prefix = four_bit_modules(adapter.base, adapter.model.trust_remote_code, adapter.model.factory)
+        found = cls(set(), {}, {}, packable, prefix)
+        for name in updates.entries:
+            module, _, kind = name.removeprefix(PREFIX).partition(".lora_")
+            rows_of, is_rows, _ = module.partition(TOKEN_ROWS)
+            if kind in ("A.weight", "B.weight", "magnitude_vector"):
+                found.modules.add(module)
+            elif is_rows:
+                indices = adapter.peft["trainable_token_indices"]
+                tokens = tuple(next(rows for key, rows in indices.items() if rows_of.endswith(key)))
+                stored = {_stored(base, f"{rows_of}.weight", found, adapter)}
+                stored |= {head for head in base.entries if len(indices) == 1 and HEAD.search(head)}  # tied, if stored
+                found.rows.update({one: Rows(tokens, name) for one in stored})
+            elif name.startswith(PREFIX) and any(
+                module.rpartition(".")[0].endswith(entry) for entry in adapter.peft.get("modules_to_save") or ()
+            ):
+                found.whole[_stored(base, module, found, adapter)] = name
+            else:
+                raise ConfigError(
+                    f"--adapter {adapter.folder}: {name} is no LoRA matrix; merging does not know what to do with it."
+                )
+        return found
+
+
+def _stored(base: TensorFiles, name: str, found: _Updates, adapter: Adapter) -> str:
+    """The name of a tensor in the base's files. Raises ConfigError where it is not there."""
+    names = (name, name.removeprefix(f"{found.prefix}."))
+    stored = next((one for one in names if one in base.entries), None)
+    if stored is None:
+        raise ConfigError(
+            f"--adapter {adapter.folder}: the base's files have no weight {names[0]}: it is tied to another, or "
+            "stored under another name. Serve the adapter unmerged."
+        )
+    return stored
+
+
+def _layers(adapter: Adapter, base: TensorFiles, found: _Updates, into: Into) -> dict[str, Layer]:
     """What merging changes, by the weight's name in the base's files. Raises ConfigError for a layer without one."""
-    packable, prefix = four_bit_modules(adapter.base, adapter.model.trust_remote_code, adapter.model.factory)
+    packable, updated = found.packable, found.modules
     four_bit = set(adapter.record.get("four_bit_layers", packable))  # adapters of earlier versions do not say
     layers = {}
     for name in sorted(updated if into == "original" else updated | four_bit):
-        names = (f"{name}.weight", f"{name.removeprefix(prefix + '.')}.weight")
-        stored = next((one for one in names if one in base.entries), None)
-        if stored is None:
-            raise ConfigError(
-                f"--adapter {adapter.folder}: the base's files have no weight {names[0]}: it is tied to another, or "
-                "stored under another name. Serve the adapter unmerged."
-            )
+        stored = _stored(base, f"{name}.weight", found, adapter)
         layers[stored] = Layer(name, packable.get(name, False), name in four_bit)
     return layers
 
@@ -172,6 +226,16 @@ def as_trained_on(weight: torch.Tensor, layer: Layer, adapter: Adapter) -> torch
     return dequantize_4bit(packed, state)
 
 
+def with_rows(weight: torch.Tensor, rows: Rows, values: torch.Tensor) -> torch.Tensor:
+    """The weight with the trained rows in place, and grown where it has none of their numbers (as token_rows.py)."""
+    missing = max(rows.tokens) + 1 - len(weight)
+    if missing > 0:
+        mean = weight.mean(0, dtype=torch.float32).to(weight.dtype)
+        weight = torch.cat([weight, mean.expand(missing, -1)])
+    weight[list(rows.tokens)] = values.to(weight.dtype)
+    return weight
+
+
 def add(weight: torch.Tensor, update: LoRA) -> torch.Tensor:
     """weight + scaling x B A, and with DoRA (arXiv:2402.09353) its rows at the learnt length. Changes `weight`."""
     weight.addmm_(update.b, update.a, alpha=update.scaling)
@@ -180,9 +244,12 @@ def add(weight: torch.Tensor, update: LoRA) -> torch.Tensor:
     return weight
 
 
-def scaling_of(peft: dict[str, Any], rank: int) -> float:
-    """PEFT's factor of B A: alpha / r, or with rslora alpha / sqrt(r)."""
-    return peft["lora_alpha"] / (rank**0.5 if peft.get("use_rslora") else rank)
+def scaling_of(peft: dict[str, Any], module: str, rank: int) -> float:
+    """PEFT's factor of B A: alpha / r, or with rslora alpha / sqrt(r). A pattern may give the module another alpha."""
+    patterns = peft.get("alpha_pattern") or {}
+    alphas = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+    alpha = alphas[0] if alphas else peft["lora_alpha"]  # the first, as peft.utils.other.get_pattern_key
+    return alpha / (rank**0.5 if peft.get("use_rslora") else rank)
 
 
 def _merged_tensors(merger: Merger, names: list[str]) -> Iterator[torch.Tensor]:
@@ -195,6 +262,8 @@ def _write_config(adapter: Adapter, target: Path, dtype: str, into: Into) -> Non
     for section in (config, config.get("text_config") or {}):
         section.pop("torch_dtype", None)
         section["dtype"] = dtype
+        if "vocab_size" in section:
+            section["vocab_size"] = max(section["vocab_size"], adapter.num_token_rows)
     if not config.get("text_config"):
         config.pop("text_config", None)
     (target / "config.json").write_text(json.dumps(config, indent=2), "utf-8")

@@ -10,31 +10,52 @@ from qlora_ray.model.facts import left_out_of_all_linear
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.record import base_tensors
 from qlora_ray.model.tensors import TensorFiles
+from qlora_ray.model.token_rows import NewTokens, begin_rows, layers_with_rows, make_room
 
 ADAPTER_NAME = "default"
 
 
-def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.dtype, seed: int) -> PeftModel:
+def add_adapter(
+    base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.dtype, seed: int,
+    new_tokens: NewTokens | None = None,
+) -> PeftModel:  # fmt: skip
     """Wrap the base with a LoRA whose weights are in the compute dtype. The same seed gives the same A matrices.
 
-    Raises ConfigError where the target modules or the variant do not fit the base.
+    The rows of `new_tokens` are trained with it. Raises ConfigError where the settings do not fit the base.
     """
     torch.manual_seed(seed)
+    adapted = wrap(base, model, new_tokens or {})
+    begin_rows(adapted, new_tokens or {}, ADAPTER_NAME)
+    if model.lora_variant == "loftq":
+        _start_from_quantization_error(adapted, local_folder(model.base_model, model.revision))
+    for parameter in trainable(adapted).values():
+        parameter.data = parameter.data.to(compute_dtype)
+    return adapted
+
+
+def wrap(
+    base: PreTrainedModel, model: ModelConfig, new_tokens: NewTokens, low_cpu_mem_usage: bool = False
+) -> PeftModel:
+    """The base with PEFT's LoRA on it; with `low_cpu_mem_usage` on the meta device. Raises ConfigError."""
+    rows = sorted(new_tokens)
+    make_room(base, max(rows, default=-1) + 1)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
         lora_alpha=model.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it; a fraction is as good
         lora_dropout=model.lora_dropout,
         target_modules=model.target_modules,
-        exclude_modules=list(left_out_of_all_linear(base.config.model_type))
-        if model.target_modules == "all-linear"
-        else None,
+        exclude_modules=_excluded(model, base.config.model_type),
+        rank_pattern=dict(model.rank_pattern),
+        alpha_pattern=dict(model.alpha_pattern),
+        trainable_token_indices={name: rows for name in layers_with_rows(base)} if rows else None,
+        modules_to_save=model.modules_to_save or None,
         use_rslora=model.lora_variant == "rslora",
         use_dora=model.lora_variant == "dora",
         revision=model.revision,
     )
     try:
-        adapted = get_peft_model(base, config, autocast_adapter_dtype=False)
+        return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
     except ValueError as error:
         if "lora_dropout" in str(error):
             raise ConfigError(
@@ -42,11 +63,13 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, compute_dtype: torch.
                 "models. Set model.lora_dropout=0, or name target_modules without the experts."
             ) from error
         raise ConfigError(f"model.target_modules={model.target_modules}: {error}") from error
-    if model.lora_variant == "loftq":
-        _start_from_quantization_error(adapted, local_folder(model.base_model, model.revision))
-    for parameter in trainable(adapted).values():
-        parameter.data = parameter.data.to(compute_dtype)
-    return adapted
+
+
+def _excluded(model: ModelConfig, model_type: str) -> str | list[str] | None:
+    left_out = left_out_of_all_linear(model_type) if model.target_modules == "all-linear" else ()
+    if left_out and isinstance(model.exclude_modules, str):  # a regular expression of whole names
+        return rf"{model.exclude_modules}|.*\.({'|'.join(left_out)})"
+    return [*model.exclude_modules, *left_out] if left_out else model.exclude_modules or None
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

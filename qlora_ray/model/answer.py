@@ -46,7 +46,7 @@ def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
     stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     closing = tokenizer(_closing(tokenizer, ANSWER), add_special_tokens=False)["input_ids"]
-    stops |= {closing[0]} & special if closing else set()
+    stops |= {closing[0]} & tokenizer.added_tokens_decoder.keys() if closing else set()
     # What ends a call may be another token; of several that follow it the last ends the turn.
     of_call = [
         number

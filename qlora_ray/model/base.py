@@ -153,31 +153,32 @@ def four_bit_modules(
     """
     from transformers.pytorch_utils import Conv1D
 
-    model = _pack_without_weights(folder, trust_remote_code, factory)
-    return {name: layer.source_cls is Conv1D for name, layer in _replaced(model).items()}, model.base_model_prefix
+    model = build_without_weights(folder, trust_remote_code, factory)
+    return {name: layer.source_cls is Conv1D for name, layer in _pack(model, folder).items()}, model.base_model_prefix
 
 
-def count_parameters(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> tuple[int, int]:
-    """Parameters of a local base that load_base packs, and all; without reading weights.
-
-    Raises ConfigError where the files do not fill the model.
-    """
-    model = _pack_without_weights(folder, trust_remote_code, factory)
-    packed = sum(layer.weight.numel() for layer in _replaced(model).values())
+def count_parameters(model: PreTrainedModel, folder: str) -> tuple[int, int]:
+    """Parameters of the base in `folder`, built without weights, that load_base packs, and all. Packs it."""
+    packed = sum(layer.weight.numel() for layer in _pack(model, folder).values())
     return packed, sum(parameter.numel() for parameter in model.parameters())
 
 
-def _pack_without_weights(folder: str, trust_remote_code: bool, factory: str | None) -> PreTrainedModel:
+def build_without_weights(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> PreTrainedModel:
+    """The model that load_base builds, on the meta device, not packed.
+
+    Raises ConfigError where the files do not fill the model.
+    """
+    _build_linear_layers_that_can_be_quantized()
+    return build_from_headers(folder, trust_remote_code, factory)
+
+
+def _pack(model: PreTrainedModel, folder: str) -> dict[str, Any]:
+    """Replace the layers that load_base packs, in place; returns them by name."""
     four_bit = four_bit_config(QuantizationConfig(), torch.float32)  # first of all, it silences bitsandbytes' import
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
-    _build_linear_layers_that_can_be_quantized()
-    model = build_from_headers(folder, trust_remote_code, factory)
     skipped = (stored_quantization(folder) or {}).get("llm_int8_skip_modules")  # of weights that are packed already
     left_alone = HfQuantizer.get_modules_to_not_convert(model, skipped, list(model._keep_in_fp32_modules or ()))
-    return replace_with_bnb_linear(model, modules_to_not_convert=left_alone, quantization_config=four_bit)
-
-
-def _replaced(model: PreTrainedModel) -> dict[str, Any]:
+    replace_with_bnb_linear(model, modules_to_not_convert=left_alone, quantization_config=four_bit)
     return {name: module for name, module in model.named_modules() if hasattr(module, "source_cls")}

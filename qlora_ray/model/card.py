@@ -4,6 +4,8 @@ from typing import Any
 
 import yaml
 
+from qlora_ray.config import ModelConfig
+
 METRICS = {
     "first_loss": "training loss, first step (nats per token)",
     "last_loss": "training loss, last logged step (nats per token)",
@@ -29,9 +31,11 @@ def render(record: dict[str, Any]) -> str:
         "base": f"{name} ({base['model_type']}, {base['num_parameters']:,} parameters)",
         "base revision": base["commit"] or base["revision"] or "none: a local folder",
         "base weights": f"sample sha256 {base['sample_sha256']}",
+        "LoRA": _shown_lora(record["config"].get("model", {})),
         "quantization": f"{quantization['type']}{double}, computed in {quantization['compute_dtype']}",
         "data": f"{data['num_rows']:,} rows, {data['num_tokens']:,} tokens, {data['num_validation_rows']:,} rows held "
         "out",
+        **_of_rows(record),
         "data fingerprint": data["fingerprint"],
         "step": f"{record['step']:,}",
         "run": f"{record['run_name']}, {record['num_workers']} worker(s)",
@@ -91,6 +95,34 @@ def render_merged(record: dict[str, Any], dtype: str, into: str) -> str:
             "",
         ]
     )
+
+
+def _of_rows(record: dict[str, Any]) -> dict[str, str]:
+    """New tokens, and how many rows the base must have for them; nothing where there are none."""
+    if not record.get("token_rows"):
+        return {}
+    tokens = ", ".join(f"`{token}`" for token in record["config"]["model"]["new_tokens"])
+    rows = f"base.resize_token_embeddings({record['token_rows']})"
+    return {"new tokens": f"{tokens}; in plain PEFT call `{rows}` first, unless the base has as many rows"}
+
+
+def _shown_lora(settings: dict[str, Any]) -> str:
+    """Rank, scale and layers of an adapter; `settings` are those of its config that are not defaults."""
+    model = ModelConfig.model_validate(settings)
+    wanted, excluded = (
+        ", ".join(value) if isinstance(value, list) else value
+        for value in (model.target_modules, model.exclude_modules)
+    )
+    parts = [
+        f"r {model.lora_r}, alpha {model.lora_alpha:g}, on {wanted}" + (f" without {excluded}" if excluded else "")
+    ]
+    patterns: dict[str, dict[str, Any]] = {"r": model.rank_pattern, "alpha": model.alpha_pattern}
+    parts += [
+        f"{name} " + ", ".join(f"{value:g} in {pattern}" for pattern, value in some.items())
+        for name, some in patterns.items()
+        if some
+    ]
+    return "; ".join(parts)
 
 
 def _table(left: str, right: str, rows: dict[str, str]) -> list[str]:

@@ -26,10 +26,6 @@ EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 PACKED_STATE = ".quant_state.bitsandbytes__"
 BESIDE_PACKED = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$")
 SAMPLES = 16
-# Experts' matrices and routers, and the models where PEFT adapts both as its target modules say of the files' names
-# (peft/utils/transformers_weight_conversion.py).
-EXPERT_LINEAR = re.compile(r"(\.experts\.\d+\.\w+|block_sparse_moe\.gate|mlp\.gate)\.weight$")
-ADAPTED_EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
 
 # What PEFT refuses in which model types (peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba).
 PEFT_LEAVES_OUT = ("out_proj", "conv1d")
@@ -61,7 +57,17 @@ class BaseFacts:
     num_embeddings: int | None = field(default=None, kw_only=True)  # rows of the input embedding
     num_positions: int | None = field(default=None, kw_only=True)  # where each has learned weights; no row is longer
     rope_limit: RopeLimit | None = field(default=None, kw_only=True)
-    expert_shapes: tuple[tuple[str, int, int], ...] = ()  # the same of experts and routers that PEFT can adapt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts(BaseFacts):
+    """Sizes of a base as it will be built, and of the adapter on it: model/meta.py."""
+
+    num_trainable_parameters: int
+    adapted_layers: dict[str, int]  # how many get a LoRA, by the last part of their names
+    whole_modules: dict[str, int]  # how many are trained whole, in the same way
+    new_tokens: dict[int, list[int]]  # id of each, and the tokens that its text was before
+    num_embedding_rows: int  # with those that new tokens need
 
 
 def read_facts(folder: str) -> BaseFacts:
@@ -75,10 +81,8 @@ def read_facts(folder: str) -> BaseFacts:
     if not any(map(math.prod, shapes.values())):
         raise ConfigError(f"{key}: its *.safetensors hold no weights. Download or copy it again.")
     linear = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight") and not NOT_QUANTIZED.search(n)}
-    model_type = str(config.get("model_type", "unknown"))
-    experts = {n: s for n, s in shapes.items() if len(s) == 2 and EXPERT_LINEAR.search(n)}
     return BaseFacts(
-        model_type=model_type,
+        model_type=str(config.get("model_type", "unknown")),
         num_parameters=sum(math.prod(shape) for shape in shapes.values()),
         num_linear_parameters=sum(math.prod(shape) for shape in linear.values()),
         num_expert_parameters=sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name),
@@ -91,9 +95,6 @@ def read_facts(folder: str) -> BaseFacts:
         num_embeddings=_rows_of(shapes, EMBEDDING),
         num_positions=_rows_of(shapes, LEARNED_POSITIONS),
         rope_limit=_rope_limit(text),
-        expert_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in experts.items())
-        if model_type in ADAPTED_EXPERTS
-        else (),
     )
 
 

@@ -82,7 +82,9 @@ def is_fused(model: torch.nn.Module) -> bool:
 
 def leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that read the weights of their submodules without calling them: ZeRO-3 must gather each as one."""
-    return [module for module in model.modules() if "fused" in module.__dict__]
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    return [m for m in model.modules() if "fused" in m.__dict__ or isinstance(m, TrainableTokensLayer)]
 
 
 def keep(model: torch.nn.Module, choice: Choice) -> None:
@@ -98,6 +100,12 @@ def _is_lora(module: torch.nn.Module) -> bool:
     from peft.tuners.lora import LoraLayer
 
     return isinstance(module, LoraLayer)
+
+
+def _is_trained_whole(module: torch.nn.Module) -> bool:
+    from peft.utils import ModulesToSaveWrapper
+
+    return isinstance(module, ModulesToSaveWrapper)
 
 
 def _projections(layer: torch.nn.Module, family: Family) -> list[torch.nn.Module]:
@@ -118,6 +126,8 @@ def _why_not_layer(layer: torch.nn.Module) -> set[str]:
         why.add("its attention caps scores")
     if not getattr(attention, "is_causal", True):
         why.add("its attention is not causal")
+    if any(map(_is_trained_whole, layer.modules())):
+        why.add("a norm of it is trained")
     return why
 
 
@@ -159,7 +169,8 @@ def _fuse_ends(model: torch.nn.Module, last: FusedLayer) -> None:
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     norm, head = causal_lm.model.norm, causal_lm.get_output_embeddings()
     causal_lm.takes_borders = True
-    norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, last.family)
+    if not _is_trained_whole(norm):
+        norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, last.family)
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
         make_head_return_nats(head, last, float(getattr(causal_lm.config, "logits_scaling", 1.0)))
 

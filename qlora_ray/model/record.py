@@ -53,6 +53,11 @@ class Adapter:
         return read_facts(self.base).context_length
 
     @property
+    def num_token_rows(self) -> int:
+        """Rows that embedding and output layer must have at least for the adapter's own tokens; 0 without such."""
+        return rows_of_tokens(self.peft.get("trainable_token_indices"))
+
+    @property
     def run(self) -> Path | None:
         """The run directory that the adapter still lies in, if any."""
         return self.folder.parent if (self.folder.parent / "manifest.json").is_file() else None
@@ -88,6 +93,11 @@ def describe_base(model: ModelConfig) -> dict[str, Any]:
         "sha256": facts.fingerprint,
         "sample_sha256": base_tensors(folder, f"model.base_model={folder}").sample_sha256(),
     }
+
+
+def rows_of_tokens(indices: dict[str, list[int]] | None) -> int:
+    """Rows that a base must have at least for these trained rows, by layer (PEFT's `trainable_token_indices`)."""
+    return max((max(rows) + 1 for rows in (indices or {}).values()), default=0)
 
 
 def tokenizer_sha256(tokenizer) -> str:

@@ -1,8 +1,8 @@
 """What is refused before Ray starts and a GPU is asked for, from names, headers and the config alone."""
 
-import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import re
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from qlora_ray import environment
 from qlora_ray.config import Config, find_file
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import BaseFacts, check_folder, read_facts, stored_quantization
+from qlora_ray.model.facts import ModelFacts, check_folder, read_facts, stored_quantization
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.planning import deepspeed
 from qlora_ray.planning.plan import Hardware, accumulation_of, check_workers_fit, zero_stage
@@ -71,17 +71,30 @@ def local_base(config: Config) -> str:
     return folder
 
 
-def exact_facts(config: Config) -> BaseFacts:
-    """What the base holds, and of that what becomes 4-bit, as the model that will be built has it: imports torch.
+def exact_facts(config: Config, folder: str | None = None) -> ModelFacts:
+    """What the base in `folder` (default: where it lies, or is downloaded to) and its adapter hold: imports torch.
 
-    Raises ConfigError where the base's files do not fill that model: a worker would find it out with a GPU in hand.
+    Raises ConfigError where the base's files do not fill the model that will be built, or an entry of the adapter's
+    settings matches none of its layers: a worker would find it out with a GPU in hand.
     """
-    from qlora_ray.model.base import count_parameters
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # announces optional CPU kernels where PEFT imports it
+    from qlora_ray.data.tokenize import pieces_of
+    from qlora_ray.model.meta import model_facts
 
-    folder = local_base(config)
-    facts = read_facts(folder)
-    packed, all_of_them = count_parameters(folder, config.model.trust_remote_code, config.model.factory)
-    return dataclasses.replace(facts, num_linear_parameters=packed, num_parameters=all_of_them)
+    folder, model = folder or local_base(config), config.model
+    new_tokens = pieces_of(model.new_tokens, folder, model.trust_remote_code) if model.new_tokens else {}
+    return model_facts(folder, model, new_tokens)
+
+
+def facts_at_hand(config: Config) -> ModelFacts | None:
+    """The same of a base that is on this machine; None of one that would have to be downloaded. Raises ConfigError."""
+    from qlora_ray.model.hub import folder_at_hand
+
+    folder = folder_at_hand(config.model.base_model, config.model.revision)
+    if folder is None:
+        return None
+    _check_base(config, folder)
+    return exact_facts(config, folder)
 
 
 def _check_base(config: Config, folder: str) -> None:

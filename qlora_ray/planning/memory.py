@@ -12,6 +12,7 @@ GIB = 2**30
 BYTES_PER_WEIGHT = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 # bf16 matrix products, FLOP/s: H200 measured (8192^3, random data), the others their datasheets' dense rate x 0.8.
 PRODUCT_FLOPS = {"H200": 795e12, "H100": 795e12, "A100": 250e12, "L40S": 290e12, "RTX-4090": 130e12}
+BESIDE_LAYERS = {"lm_head", "embed_tokens", "model.norm"}  # trained whole, they leave decoder layers fused
 SHARE_OF_FLOOR = 0.69  # of the products' time, measured on an H200: benchmarks/README.md
 
 
@@ -27,6 +28,8 @@ class Sizes:
     stage: int
     num_workers: int  # the fewest: each then holds most
     layer: LayerShape | None  # None: decoder layers are not fused
+    trains_rows: bool  # of embedding and output layer: model.new_tokens
+    has_whole_logits: bool  # the output layer is not fused with its loss
 
 
 def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype: str) -> Sizes:
@@ -35,7 +38,8 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
     quantization = config.quantization
     return Sizes(
         base, num_trainable, quantization.type != "none", quantization.double_quant, wide, stage,
-        config.ray.min_workers, layer_shape(config, base, wide),
+        config.ray.min_workers, layer_shape(config, base, wide), bool(config.model.new_tokens),
+        bool(config.model.new_tokens) or "lm_head" in config.model.modules_to_save,
     )  # fmt: skip
 
 
@@ -45,13 +49,16 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
     family = FAMILIES.get(base.model_type)
     if family is None or model.lora_variant == "dora" or config.quantization.type == "none":
         return None
+    if set(model.modules_to_save) - BESIDE_LAYERS:
+        return None
     first = {name.split(".")[-1]: (rows, columns) for name, rows, columns in base.linear_shapes if ".0." in name}
     if not {*family.qkv, "o_proj", *family.gate_up} <= first.keys():
         return None
     queries = first["o_proj"][1]
     return LayerShape(
         hidden=first["o_proj"][0], inner=sum(first[name][0] for name in family.gate_up) // 2, queries=queries,
-        keys=(sum(first[name][0] for name in family.qkv) - queries) // 2, rank=model.lora_r,
+        keys=(sum(first[name][0] for name in family.qkv) - queries) // 2,
+        rank=max(model.lora_r, *model.rank_pattern.values(), 0),
         element_bytes=element_bytes, adapted=(len(family.qkv), 1, len(family.gate_up), 1),
         has_head_norms=bool(family.norm_of_heads), norms_after=family.num_norms_after,
     )  # fmt: skip
@@ -84,11 +91,15 @@ def memory_gib(sizes: Sizes, num_tokens: int, choice: Choice | None, recompute_a
     base, wide = sizes.base, sizes.element_bytes
     if choice is not None and sizes.layer is not None:
         passing = activation_bytes(sizes.layer, choice, num_tokens, base.vocab_size)
+        if sizes.has_whole_logits:
+            passing += num_tokens * base.vocab_size * (wide + 8)
     else:
         per_token = sum(rows + 2 * columns for _, rows, columns in base.linear_shapes) / max(1, base.num_layers)
         layers_kept = 1 if recompute_all else base.num_layers
         kept = per_token * layers_kept + base.num_layers * base.hidden_size
         passing = int(num_tokens * (kept * wide + base.vocab_size * (wide + 8)))
+    if sizes.trains_rows:  # PEFT copies the embedding and the output layer, and their gradients are dense
+        passing += 4 * base.vocab_size * base.hidden_size * wide
     quantized = base.num_linear_parameters if sizes.quantized else 0
     loaded = quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide
     return {**resident_gib(sizes), "activations": passing / GIB, "while_loading": loaded / GIB}

@@ -1,17 +1,17 @@
 """What will be done, derived once on the driver. Pure: no torch, no Ray, no I/O."""
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_ray.config import Config
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import BaseFacts, left_out_of_all_linear
+from qlora_ray.model.facts import BaseFacts, ModelFacts, left_out_of_all_linear
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, choose
 from qlora_ray.planning import deepspeed, memory
 from qlora_ray.planning.memory import GIB, Sizes
+from qlora_ray.planning.speed import speed_notes
 
 STORAGE_FOR_THE_REST = 32 * 2**20  # logs, metrics, report, tokenizer files
 # Ray's accelerator labels of GPUs without bfloat16 matrix units (compute capability below 8.0).
@@ -57,6 +57,9 @@ class Plan:
     eval_every_steps: int | None
     checkpoint_every_steps: int
     num_trainable_parameters: int
+    adapted_layers: dict[str, int]  # how many have a LoRA, by kind
+    whole_modules: dict[str, int]  # how many are trained whole, by kind
+    new_tokens: dict[int, list[int]]  # ids, and the tokens that their rows begin as the mean of
     four_bit_share: float  # of the base's parameters
     notes: tuple[str, ...]
     tokens_per_micro_batch: int  # at most, padding included
@@ -76,7 +79,7 @@ class Plan:
 
 
 def make_plan(
-    config: Config, data: DataStats, base: BaseFacts, hardware: Hardware, deepspeed_json: dict | None
+    config: Config, data: DataStats, base: ModelFacts, hardware: Hardware, deepspeed_json: dict | None
 ) -> Plan:
     """Derive the plan. Raises ConfigError where several fields together ask for the impossible."""
     use_gpu = uses_gpu(config, hardware)
@@ -93,7 +96,7 @@ def make_plan(
     num_steps = config.training.max_steps or max(1, round(config.training.num_epochs * steps_per_epoch))
     compute_dtype = _compute_dtype(config, use_gpu, hardware)
     stage = zero_stage(config)
-    trainable = num_lora_parameters(config, base)
+    trainable = base.num_trainable_parameters
     quantized = base.num_linear_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
     num_tokens = config.training.batch_size * min(config.training.max_length, data.longest_row)
@@ -116,6 +119,9 @@ def make_plan(
         eval_every_steps=(config.training.eval_every_steps or max(1, num_steps // 5)) if has_validation else None,
         checkpoint_every_steps=config.checkpoint.every_steps or min(200, max(1, num_steps // 10)),
         num_trainable_parameters=trainable,
+        adapted_layers=base.adapted_layers,
+        whole_modules=base.whole_modules,
+        new_tokens=base.new_tokens,
         four_bit_share=quantized / base.num_parameters,
         notes=_notes(config, base, data, steps_per_epoch, use_gpu),
         tokens_per_micro_batch=num_tokens,
@@ -216,28 +222,14 @@ def _memory_forecast(config: Config, known: Sizes, num_tokens: int, recompute: s
     return memory.memory_gib(known, num_tokens, choice)
 
 
-def num_lora_parameters(config: Config, base: BaseFacts) -> int:
-    """Parameters of the A and B matrices: r x (rows + columns) for each adapted layer (LoRA, arXiv:2106.09685).
-
-    An expert's gate and up are one matrix to PEFT, of twice the rows, and get one LoRA of twice the rank.
-    """
-    kind = base.model_type
-    adapted = [(rows, columns) for name, rows, columns in base.linear_shapes if _is_adapted(name, kind, config)]
-    for name, rows, columns in base.expert_shapes:
-        if _is_adapted(name, kind, config):
-            is_one_of_two = name.endswith((".w1", ".w3", ".gate_proj", ".up_proj"))
-            adapted.append((2 * rows if is_one_of_two else rows, columns))
-    return sum(config.model.lora_r * (rows + columns) for rows, columns in adapted)
-
-
-def _is_adapted(name: str, model_type: str, config: Config) -> bool:
-    # As PEFT matches them: a list holds suffixes, a text is a regular expression of the whole name.
-    wanted = config.model.target_modules
-    if wanted == "all-linear":
-        return not name.endswith(left_out_of_all_linear(model_type))
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in wanted)
+def shown_layers(of: ModelFacts | Plan) -> str:
+    """How many layers of each kind are adapted, and what else is trained, for people."""
+    parts = [", ".join(f"{count} {kind}" for kind, count in of.adapted_layers.items())]
+    if of.whole_modules:
+        parts.append("whole: " + ", ".join(f"{count} {kind}" for kind, count in of.whole_modules.items()))
+    if of.new_tokens:
+        parts.append(f"rows of {len(of.new_tokens)} new tokens")
+    return "; ".join(parts)
 
 
 def learning_rate_at(step: int, plan: Plan, config: Config) -> float:
@@ -347,11 +339,6 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
     if base.num_expert_parameters and config.quantization.type != "none":
         share = base.num_expert_parameters / base.num_parameters
         notes.append(f"{share:.0%} of the base's weights are mixture-of-experts weights: they stay 16-bit.")
-        if not base.expert_shapes:
-            notes.append(
-                f"PEFT may adapt the experts of {base.model_type} models: the number of trained parameters and the "
-                "memory forecast leave that out."
-            )
     elif config.quantization.type != "none" and base.num_linear_parameters < 0.5 * base.num_parameters:
         share = 1 - base.num_linear_parameters / base.num_parameters
         notes.append(f"{share:.0%} of the base's weights are not linear layers (embeddings mostly): they stay 16-bit.")
@@ -380,6 +367,8 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
             f"Packed rows hold {each:.0f} samples each, so an epoch is only {steps}. "
             "For more and smaller ones lower training.max_length or batch_size, or set training.packing=false."
         )
+    if use_gpu:
+        notes += speed_notes(config, base)
     if use_gpu and not config.training.deterministic:
         notes.append(
             "GPU kernels may add in another order each time, so an interrupted run ends near the bits of one that was "

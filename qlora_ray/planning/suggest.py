@@ -14,7 +14,7 @@ from qlora_ray.config import Config, make_config
 from qlora_ray.data.lengths import Lengths
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import BaseFacts
+from qlora_ray.model.facts import ModelFacts
 from qlora_ray.planning.memory import peak_gib
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs
 from qlora_ray.planning.table import BATCH_SIZES, SHARE_OF_MEMORY
@@ -65,7 +65,7 @@ class Suggestion:
         return _peak(self.plan)
 
 
-def suggest(asked: dict[str, dict[str, Any]], base: BaseFacts, lengths: Lengths, machine: Machine) -> Suggestion:
+def suggest(asked: dict[str, dict[str, Any]], base: ModelFacts, lengths: Lengths, machine: Machine) -> Suggestion:
     """The fastest settings that fit, around what is asked for. Raises ConfigError where none do."""
     least = None
     for length in _row_lengths(lengths, base, packs(make_config(asked), base)):
@@ -81,7 +81,7 @@ def suggest(asked: dict[str, dict[str, Any]], base: BaseFacts, lengths: Lengths,
     raise ConfigError(_does_not_fit(asked, least, machine))
 
 
-def _row_lengths(lengths: Lengths, base: BaseFacts, packed: bool) -> Iterator[int]:
+def _row_lengths(lengths: Lengths, base: ModelFacts, packed: bool) -> Iterator[int]:
     """Tokens of a row, best first: the longest sample where it is near the rest, else 99 of 100; then fewer.
 
     Packed rows hold several samples where there are enough: less of them stays empty.
@@ -111,7 +111,7 @@ def _batches(length: int, machine: Machine) -> Iterator[tuple[int, str]]:
 
 
 def _values(
-    asked: dict[str, dict[str, Any]], base: BaseFacts, lengths: Lengths, machine: Machine, rows: tuple[int, int, str]
+    asked: dict[str, dict[str, Any]], base: ModelFacts, lengths: Lengths, machine: Machine, rows: tuple[int, int, str]
 ) -> dict[str, dict[str, Any]]:
     length, most_rows, recompute = rows
     held = _validation_split(lengths.num_records)
@@ -139,7 +139,7 @@ def _values(
     }  # fmt: skip
 
 
-def _num_epochs(base: BaseFacts, lengths: Lengths, machine: Machine) -> int:
+def _num_epochs(base: ModelFacts, lengths: Lengths, machine: Machine) -> int:
     """The more, the fewer records; on a CPU as many as take a quarter of an hour, or one."""
     epochs = next((number for most, number in EPOCHS.items() if lengths.num_records <= most), 1)
     if machine.use_gpu:
@@ -153,7 +153,7 @@ def _bad_share(lengths: Lengths, length: int) -> float:
     return lengths.bad_share + float(np.mean(lengths.first_label >= length))
 
 
-def _evaluation(lengths: Lengths, base: BaseFacts, held: float) -> dict[str, int]:
+def _evaluation(lengths: Lengths, base: ModelFacts, held: float) -> dict[str, int]:
     """Answers at the end: as long as nine of ten are, where the base's context has room for prompt and answer."""
     answers = int(np.percentile(lengths.num_tokens - lengths.last_answer, 90))
     room = (base.context_length or 1 << 30) - int(lengths.last_answer.max())
@@ -175,7 +175,7 @@ def _num_rows(lengths: Lengths, length: int, packed: bool) -> float:
     return of_all * float(kept.mean()) / (FULL * length) if packed or lengths.is_raw_text else of_all
 
 
-def _stats(config: Config, base: BaseFacts, lengths: Lengths) -> DataStats:
+def _stats(config: Config, base: ModelFacts, lengths: Lengths) -> DataStats:
     """What the rows will be, as far as the samples tell."""
     length, packed = config.training.max_length, packs(config, base)
     train = 1 - config.data.validation_split

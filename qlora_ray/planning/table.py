@@ -1,13 +1,14 @@
-"""What fits on N GPUs of M GiB, and how fast: a table, in under a second and without a GPU."""
+"""What fits on N GPUs of M GiB, and how fast: a table, in seconds and without a GPU."""
 
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import BaseFacts, check_folder, read_facts
-from qlora_ray.model.hub import folder_at_hand
+from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import Choice, Keep, choose
 from qlora_ray.planning import memory
+from qlora_ray.planning.early import facts_at_hand
 from qlora_ray.planning.memory import GIB
-from qlora_ray.planning.plan import may_hold_weights, num_lora_parameters, zero_stage
+from qlora_ray.planning.plan import may_hold_weights, shown_layers, zero_stage
+from qlora_ray.planning.speed import speed_notes
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 SHARE_OF_MEMORY = 0.93  # the rest is the CUDA context and the allocator's
@@ -19,14 +20,14 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     Raises ConfigError where the base is neither a local folder nor in the hub's cache.
     """
     base = _facts(config)
-    trainable = num_lora_parameters(config, base)
-    known = memory.sizes(config, base, trainable, zero_stage(config), "bfloat16")
+    known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     length, workers = config.training.max_length, config.ray.max_workers
     resident = sum(memory.resident_gib(known).values())
     loading = memory.memory_gib(known, length, None)["while_loading"]
     lines = [
         f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters, LoRA r={config.model.lora_r}, "
         f"rows of {length} tokens, ZeRO stage {known.stage}, {workers} x {gib:g} GiB ({gpu})",
+        f"{base.num_trainable_parameters:,} parameters trained, in {shown_layers(base)}",
         f"weights and optimizer {resident:.2f} GiB a worker, "
         f"{loading:.2f} while loading{'' if loading <= SHARE_OF_MEMORY * gib else ': does not fit'}",
         f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",
@@ -39,19 +40,18 @@ def answer(config: Config, gib: float, gpu: str) -> str:
             shown = f"{workers * speed:,.0f}" if speed else "-"
             fits = "" if peak <= SHARE_OF_MEMORY * gib else "  does not fit"
             lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice or 'layer inputs'}{fits}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
 
 
-def _facts(config: Config) -> BaseFacts:
-    model = config.model
-    folder = folder_at_hand(model.base_model, model.revision)
-    if folder is None:
+def _facts(config: Config) -> ModelFacts:
+    base = config.model.base_model
+    facts = facts_at_hand(config)
+    if facts is None:
         raise ConfigError(
-            f"model.base_model={model.base_model}: no such folder, and not in the hub's cache; plan reads sizes from "
-            f"the files and downloads nothing. Run `hf download {model.base_model}` first, or name a local folder."
+            f"model.base_model={base}: no such folder, and not in the hub's cache; plan reads sizes from "
+            f"the files and downloads nothing. Run `hf download {base}` first, or name a local folder."
         )
-    check_folder(folder)
-    return read_facts(folder)
+    return facts
 
 
 def _choices(known: memory.Sizes, num_tokens: int, room: float, may_hold: bool) -> list[Choice | None]:

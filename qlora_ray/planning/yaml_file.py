@@ -5,13 +5,13 @@ from typing import Any
 
 import yaml
 
-from qlora_ray.model.facts import BaseFacts
+from qlora_ray.model.facts import ModelFacts
 from qlora_ray.planning.suggest import Machine, Suggestion
 
 FOR_ALL = "Every other key has a default: docs/config.md."
 
 
-def as_yaml(made: Suggestion, base: BaseFacts, machine: Machine) -> str:
+def as_yaml(made: Suggestion, base: ModelFacts, machine: Machine) -> str:
     """The file: sections, keys, and a comment where a reader would ask why."""
     why = comments(made, base, machine)
     lines = [f"# Written by python -m qlora_ray.init for {machine}. {FOR_ALL}"]
@@ -23,7 +23,7 @@ def as_yaml(made: Suggestion, base: BaseFacts, machine: Machine) -> str:
     return "\n".join(lines) + "\n"
 
 
-def comments(made: Suggestion, base: BaseFacts, machine: Machine) -> dict[str, str]:
+def comments(made: Suggestion, base: ModelFacts, machine: Machine) -> dict[str, str]:
     """By dotted key: why it has this value."""
     plan, lengths = made.plan, made.lengths
     steps = f"{plan.num_steps:,} steps, about {plan.steps_per_epoch:,} an epoch"
@@ -49,7 +49,7 @@ def comments(made: Suggestion, base: BaseFacts, machine: Machine) -> dict[str, s
     }  # fmt: skip
 
 
-def told(made: Suggestion, base: BaseFacts, machine: Machine) -> dict[str, str]:
+def told(made: Suggestion, base: ModelFacts, machine: Machine) -> dict[str, str]:
     """What was chosen and why, in five lines by name."""
     plan, training, lengths = made.plan, made.config.training, made.lengths
     why = comments(made, base, machine)
@@ -75,8 +75,8 @@ def _held_out(made: Suggestion) -> str:
     return f"{_of(held, 'record')} held out, looked at every {_of(every or 1, 'step')}"
 
 
-def _targets(base: BaseFacts) -> str:
-    names = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name, _, _ in (*base.linear_shapes, *base.expert_shapes)))
+def _targets(base: ModelFacts) -> str:
+    names = list(base.adapted_layers)
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 

@@ -18,6 +18,19 @@ from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import checkpoints, names
 from qlora_ray.storage import Folder
 
+# Left out where empty: old runs know none of them.
+SHAPE_OF_LORA = ("exclude_modules", "rank_pattern", "alpha_pattern", "new_tokens", "modules_to_save")
+
+# What decides each part of a run's identity.
+KEYS = {
+    "order": "data.order", "data": "data.train_file, or what rows are made with (data, training.max_length, "
+    "training.packing, the base's tokenizer)", "lora": "model", "quantization": "quantization",
+    "seed": "training.seed", "batch": "training", "batch.rows": "training.batch_size",
+    "batch.micro_batches": "training.gradient_accumulation_steps x ray.num_workers (training.global_batch_size)",
+    "base": "model.base_model", "base.model_type": "model.base_model's model_type",
+    "base.num_parameters": "model.base_model's parameters", "base.sha256": "model.base_model's files",
+}  # fmt: skip
+
 
 def find_run(config: Config, config_name: str, storage: Folder, resume: bool) -> Folder:
     """The run directory to make or, with resume, to go on with. Raises ConfigError."""
@@ -65,7 +78,8 @@ def run_identity(config: Config, data: DataStats, facts: BaseFacts, plan: Plan) 
             "sha256": facts.fingerprint,
             **{name: value for name, value in code.items() if value},
         },
-        "lora": model.model_dump(include={"lora_r", "lora_alpha", "target_modules", "lora_variant"}),
+        "lora": model.model_dump(include={"lora_r", "lora_alpha", "target_modules", "lora_variant"})
+        | {name: value for name in SHAPE_OF_LORA if (value := getattr(model, name))},
         "quantization": config.quantization.model_dump(),
         "seed": config.training.seed,
         "batch": {"rows": plan.micro_batch_size, "micro_batches": plan.micro_batches_per_step},
@@ -87,10 +101,21 @@ def check_resumable(run: Folder, identity: dict[str, Any], resume: bool) -> dict
     for what, value in identity.items():
         if what in before and before[what] != value:
             raise ConfigError(
-                f"--resume: {run.path} was begun with another {what}: {before[what]}, now {value}. "
-                "Restore the old setting, or start a new run."
+                f"--resume: {run.path} was begun with another {what}: {_difference(what, before[what], value)}. "
+                "Restore what was there before, or start a new run."
             )
     return manifest
+
+
+def _difference(what: str, then: Any, now: Any) -> str:
+    """The keys that decide what must not change, with their values where these can be read."""
+    if what == "data":
+        return f"{KEYS[what]} (before: rows {then}, now {now})"
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return f"{KEYS[what]}={now} (before: {then})"
+    changed = [name for name in (*then, *now) if then.get(name) != now.get(name)]
+    keys = {name: KEYS.get(f"{what}.{name}", f"{KEYS[what]}.{name}") for name in changed}
+    return ", ".join(f"{key}={now.get(name)} (before: {then.get(name)})" for name, key in keys.items())
 
 
 @dataclasses.dataclass(frozen=True)

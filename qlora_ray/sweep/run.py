@@ -90,13 +90,21 @@ def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware, inlin
     runner = None if inline else lambda: spread
     plans, prepared, bases = [], {}, {}
     for one in configs:
-        base = one.model.base_model, one.model.revision
+        base = repr(one.model)
         if base not in bases:
             bases[base] = exact_facts(one)
         facts = bases[base]
         packing = packs(one, facts)
         key = repr(
-            (one.data, one.model.base_model, one.model.revision, one.training.seed, one.training.max_length, packing)
+            (
+                one.data,
+                one.model.base_model,
+                one.model.revision,
+                one.model.new_tokens,
+                one.training.seed,
+                one.training.max_length,
+                packing,
+            )
         )
         if key not in prepared:
             prepared[key] = prepare(one, folder, packing, runner, console.out)

@@ -19,7 +19,7 @@ from qlora_ray.config import ModelConfig
 from qlora_ray.model import card
 from qlora_ray.model.adapter import ADAPTER_NAME
 from qlora_ray.model.base import packed_layers
-from qlora_ray.model.record import FILE, LAYOUT, describe_base, tokenizer_sha256
+from qlora_ray.model.record import FILE, LAYOUT, describe_base, rows_of_tokens, tokenizer_sha256
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
 from qlora_ray.worker.messages import Run
@@ -42,6 +42,9 @@ def write_adapter(
     exported = get_peft_model_state_dict(
         model, state_dict=weights, adapter_name=ADAPTER_NAME, save_embedding_layers=False
     )
+    # PEFT asks the modules for the names of what is trained whole, and theirs have moved (worker/flat.py).
+    inside = f".modules_to_save.{ADAPTER_NAME}."
+    exported |= {name.replace(inside, "."): weight for name, weight in weights.items() if inside in name}
     config = model.peft_config[ADAPTER_NAME]
     was_in_training, config.inference_mode = config.inference_mode, True
     with tempfile.TemporaryDirectory() as temporary:
@@ -53,7 +56,8 @@ def write_adapter(
     (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(exported, {"format": "pt"}))
     if about is not None:
         record = {
-            **about, "tokenizer_sha256": tokenizer_sha256(tokenizer), "four_bit_layers": packed_layers(model)
+            **about, "tokenizer_sha256": tokenizer_sha256(tokenizer), "four_bit_layers": packed_layers(model),
+            "token_rows": rows_of_tokens(config.trainable_token_indices),
         }  # fmt: skip
         (folder / FILE).write_bytes(json.dumps(record, indent=1).encode())
         (folder / "README.md").write_bytes(card.render(record).encode())

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.rows import chat_template_of, open_rows
-from qlora_ray.data.tokenize import load_tokenizer
+from qlora_ray.data.tokenize import open_tokenizer, with_template
 from qlora_ray.errors import ConfigError, GuardError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import add_adapter, trainable
@@ -122,11 +122,11 @@ def tokenizer_of(config: Config, rows: Folder):
     """The tokenizer that made the rows, with the chat template that it used, and a pad token that has an embedding."""
     model = config.model
     base = base_model_path(model.base_model)
-    tokenizer = load_tokenizer(base, model.revision, model.trust_remote_code, chat_template_of(rows))
+    tokenizer = open_tokenizer(base, model.revision, model.trust_remote_code, model.new_tokens)
     num_embeddings = read_facts(local_folder(model.base_model, model.revision)).num_embeddings
     if num_embeddings is not None and tokenizer.pad_token_id >= num_embeddings:
         tokenizer.pad_token = tokenizer.eos_token  # neither attended to nor trained on, so any id will do
-    return tokenizer
+    return with_template(tokenizer, chat_template_of(rows))
 
 
 def num_rows(rows: Folder) -> int:
@@ -147,7 +147,7 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     base = load_base(config.model, config.quantization, plan.compute_dtype, device)
     log.info("base model: loaded")
     check_four_bit_share(count_bytes(base).four_bit_share, plan)
-    model = add_adapter(base, config.model, dtype, config.training.seed)
+    model = add_adapter(base, config.model, dtype, config.training.seed, plan.new_tokens)
     _put_in_one_dtype(model, dtype)
     if resumed:
         for name, parameter in trainable(model).items():

@@ -1,15 +1,15 @@
 """The one harness for sharded models in this process: a worker's own set-up and step, without Ray, in a team of one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_ray.config import Config, base_model_path
+from qlora_ray.config import Config
 from qlora_ray.data.rows import find
 from qlora_ray.data.tokenize import IGNORE_INDEX, Sample
-from qlora_ray.model.facts import read_facts
+from qlora_ray.planning.early import exact_facts
 from qlora_ray.planning.plan import Hardware, Plan, make_plan
 from qlora_ray.storage import Folder, open_folder
 from qlora_ray.worker import setup
@@ -53,7 +53,7 @@ def plan_of(config: Config, rows: Folder, device: str = "cpu", deepspeed_json: d
     hardware = Hardware(num_cpus=1, num_gpus=0 if on_cpu else 1)
     stats = find(rows)
     assert stats is not None
-    return make_plan(config, stats, read_facts(base_model_path(config.model.base_model)), hardware, deepspeed_json)
+    return make_plan(config, stats, exact_facts(config), hardware, deepspeed_json)
 
 
 def build(
@@ -68,11 +68,14 @@ def build(
     return setup.build_engine(run, Alone(), torch.device(device), pad_token_id=0, resumed=resumed)  # type: ignore[arg-type]
 
 
-def train(engine: Engine, steps: Iterable[int], learning_rate: float = 1e-2, fixed: bool = True) -> list[float]:
+def train(
+    engine: Engine, steps: Iterable[int], learning_rate: float = 1e-2, fixed: bool = True,
+    batch: Callable[[int], dict[str, torch.Tensor]] = tiny_models.batch,
+) -> list[float]:  # fmt: skip
     """Optimizer steps on one batch, or on another each; returns the mean nats per token of each."""
     losses, device = [], next(engine.module.parameters()).device
     for step in steps:
-        rows = {name: values.to(device) for name, values in tiny_models.batch(0 if fixed else step).items()}
+        rows = {name: values.to(device) for name, values in batch(0 if fixed else step).items()}
         seed_everything(0, step, 0)
         count = int(num_label_tokens(rows))
         micro_batches = [MicroBatch(rows, num_present=1, counts=True)]

@@ -6,9 +6,8 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from qlora_ray.model.adapter import add_adapter, trainable
-from qlora_ray.model.base import count_bytes, count_parameters, load_base
-from qlora_ray.model.facts import read_facts
-from qlora_ray.planning.plan import num_lora_parameters
+from qlora_ray.model.base import count_bytes, load_base
+from qlora_ray.planning.early import exact_facts
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import write_adapter
 from tests.integration import engines, tiny_models
@@ -38,10 +37,9 @@ def test_plan_knows_what_really_becomes_4_bit_and_what_is_trained(family, tmp_pa
     config = tiny_models.make_config(folder)
     base = load_base(config.model, config.quantization, "float32", torch.device("cpu"))
     stored = count_bytes(base)
-    facts = read_facts(folder)
+    facts = exact_facts(config)
     assert facts.num_linear_parameters == stored.four_bit_parameters > 0
     assert facts.num_parameters == stored.parameters
-    assert count_parameters(folder) == (stored.four_bit_parameters, stored.parameters)
     assert (facts.num_expert_parameters > 0) == (family in ("mixtral", "qwen3_moe"))
     adapted = trainable(add_adapter(base, config.model, torch.float32, seed=0))
-    assert num_lora_parameters(config, facts) == sum(parameter.numel() for parameter in adapted.values())
+    assert facts.num_trainable_parameters == sum(parameter.numel() for parameter in adapted.values())

@@ -144,7 +144,7 @@ def test_run_in_given_order_reads_the_samples_as_the_file_has_them(storage):
     read = np.concatenate([rows.samples_of(given.rows_of_step(step).T.ravel()) for step in range(2)])
     assert read.tolist() == sorted(read.tolist()) and len(read) >= 2 * 2 * BATCH_SIZE
     ended = door.run(*settings(storage, "given", 1, 2, "training.max_steps=2"), "--resume")
-    assert ended.returncode == 2 and "begun with another order: given, now shuffled" in ended.stderr
+    assert ended.returncode == 2 and "begun with another order: data.order=shuffled (before: given)" in ended.stderr
 
 
 def places(run, first: plain_loop.Place) -> list[plain_loop.Place]:

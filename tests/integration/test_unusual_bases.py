@@ -21,7 +21,7 @@ from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import load_base
 from qlora_ray.model.facts import RopeLimit, read_facts
 from qlora_ray.planning.early import exact_facts
-from qlora_ray.planning.plan import Hardware, make_plan, num_lora_parameters, packs
+from qlora_ray.planning.plan import Hardware, make_plan, packs
 from tests.integration import door, tiny_models
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def refusal(folder: str) -> str:
 def planned(folder: str, longest_row: int, **training):
     config = tiny_models.make_config(folder, training={"batch_size": 1, **training})
     data = DataStats("0" * 32, 100, 0, 0, 100, 10, 1000, 500, longest_row)
-    return make_plan(config, data, read_facts(folder), Hardware(4, 0), None)
+    return make_plan(config, data, exact_facts(config), Hardware(4, 0), None)
 
 
 def test_encoder_decoder_as_base_is_refused(tmp_path, refused):
@@ -191,7 +191,7 @@ def test_hybrids_are_planned_adapted_and_their_batch_is_the_sum_of_its_samples(t
     notes = planned(folder, longest_row=64, max_length=64).notes
     assert any("all-linear leaves out out_proj" in note for note in notes) == left_out
     if "experts" not in adapted:
-        assert num_lora_parameters(config, facts) == sum(one.numel() for one in trainable(model).values())
+        assert facts.num_trainable_parameters == sum(one.numel() for one in trainable(model).values())
     model.eval()
     rows = [torch.randint(3, 2048, (n,), generator=torch.Generator().manual_seed(n)) for n in (11, 13)]
     together = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

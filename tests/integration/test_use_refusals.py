@@ -185,6 +185,21 @@ def test_gguf_hands_over_a_plain_alpha_and_the_right_base(tmp_path):
     assert command[command.index("--base") + 1] == EMBEDDED
 
 
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"alpha_pattern": {"o_proj": 4}}, "model.alpha_pattern"),
+        ({"rank_pattern": {"o_proj": 4}, "lora_variant": "rslora"}, "rslora with model.rank_pattern"),
+    ],
+)
+def test_gguf_refuses_scales_that_llama_cpp_has_not(refused, tmp_path, model, said):
+    base = tiny_models.save("llama", tmp_path / "base")
+    adapter = adapters.trained(tmp_path / "run", base, steps=1, **model)
+    (tmp_path / "convert_lora_to_gguf.py").write_text("")
+    where = ["--output", tmp_path / "x.gguf", "--llama-cpp", tmp_path]
+    assert said in refused(export, "--adapter", adapter, "--to", "gguf", *where)
+
+
 def test_gguf_refuses_dora(tmp_path):
     (tmp_path / "convert_lora_to_gguf.py").write_text("")
     adapter = adapters.trained(tmp_path / "run", EMBEDDED, steps=1, lora_variant="dora")

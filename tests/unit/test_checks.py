@@ -13,6 +13,7 @@ from qlora_ray.cluster.found import Found, Needs, Row, look
 from qlora_ray.cluster.needs import needs_of, refuse
 from qlora_ray.config import Config, ModelConfig
 from qlora_ray.errors import ConfigError
+from qlora_ray.planning.early import facts_at_hand
 from qlora_ray.planning.plan import Hardware
 
 GPU = {"name": "H100", "total_gib": 80.0, "free_gib": 79.0, "driver": "580.65.06", "compute_capability": "9.0"}
@@ -146,7 +147,7 @@ def test_refusal_of_train_names_check_node_and_way_out():
 
 def test_needs_of_a_run_are_those_of_its_plan():
     config = Config.model_validate({"ray": {"num_workers": 2}, "checkpoint": {"keep": 3}})
-    needs = needs_of(config, Hardware(4, 2, nodes=({"CPU": 2}, {"CPU": 2})))
+    needs = needs_of(config, Hardware(4, 2, nodes=({"CPU": 2}, {"CPU": 2})), facts_at_hand(config))
     trainable = 299_008  # r=16 on all linear layers of the embedded base
     assert needs.use_gpu and needs.num_workers == 2
     assert needs.storage_bytes == 4 * trainable * 12 + 2 * trainable * 4 + 32 * 2**20

@@ -42,7 +42,7 @@ DOORS = {
     "generate": {"config", "console", "door", "model", "inference"},
     "evaluate": {"config", "console", "door", "model", "inference"},
     "export": {"config", "console", "door", "model", "inference"},
-    "doctor": {"config", "console", "door", "storage", "cluster"},
+    "doctor": {"config", "console", "door", "storage", "planning", "cluster"},
     "plan": {"door", "planning"},
     "show_data": {"config", "console", "door", "storage", "data", "model", "planning", "cluster"},
     "schema": {"config", "door"},

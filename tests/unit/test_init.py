@@ -6,17 +6,22 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.memory import facts_of
+from benchmarks.memory import facts_of, num_lora_parameters
 from benchmarks.throughput import SHAPES
 from qlora_ray import init
 from qlora_ray.config import load_config
 from qlora_ray.data.lengths import Lengths
 from qlora_ray.errors import ConfigError
+from qlora_ray.model.facts import ModelFacts
 from qlora_ray.planning.suggest import Machine, suggest
 from qlora_ray.planning.table import SHARE_OF_MEMORY
 
 ASKED = {"model": {"base_model": "embedded"}, "data": {"train_file": "x.jsonl"}}
-LLAMA_8B = facts_of(SHAPES["llama-8b"])
+SIZES = facts_of(SHAPES["llama-8b"])
+LLAMA_8B = ModelFacts(
+    **vars(SIZES), num_trainable_parameters=num_lora_parameters(SIZES, 16), adapted_layers={"q_proj": 32},
+    whole_modules={}, new_tokens={}, num_embedding_rows=SIZES.vocab_size,
+)  # fmt: skip
 TURNS = [{"role": "user", "content": "Which city is old?"}, {"role": "assistant", "content": "Kyoto is old."}]
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"what": "the city"}}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}

@@ -2,18 +2,18 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import read_facts
-from qlora_ray.planning.early import refuse_early
-from qlora_ray.planning.plan import Hardware, check_workers_fit, learning_rate_at, make_plan, num_lora_parameters, packs
+from qlora_ray.planning.early import exact_facts, refuse_early
+from qlora_ray.planning.plan import Hardware, check_workers_fit, learning_rate_at, make_plan, packs
 
 TINY = base_model_path("embedded")
-FACTS = read_facts(TINY)
+FACTS = exact_facts(Config())
 CPUS, GPUS = Hardware(8, 0), Hardware(64, 8, ("H100",))
 DATA = DataStats(
     "key", 100, 0, 0, num_rows=90, num_validation_rows=10, num_tokens=900, num_label_tokens=400, longest_row=50
@@ -209,7 +209,8 @@ def test_number_of_lora_parameters_equals_pefts(targets):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY))
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=6, target_modules=targets))
     counted = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert num_lora_parameters(config(model={"lora_r": 6, "target_modules": targets}), FACTS) == counted > 0
+    facts = exact_facts(config(model={"lora_r": 6, "target_modules": targets}))
+    assert facts.num_trainable_parameters == counted > 0
 
 
 def test_workers_that_no_single_node_can_hold_are_refused():
@@ -246,3 +247,27 @@ def test_plan_says_where_bits_are_not_promised():
 
     assert len(said(GPUS, False)) == 1
     assert not said(GPUS, True) + said(CPUS, False)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"model": {"lora_variant": "dora"}, "deepspeed": {"zero_stage": 2}}, "dora: its layers are left to PEFT"),
+        ({"model": {"lora_dropout": 0.1}}, "model.lora_dropout=0.1: 0.97 of the speed"),
+        ({"model": {"new_tokens": ["<a>"]}}, "model.new_tokens: the embedding is copied"),
+        ({"model": {"modules_to_save": ["norm"]}}, "decoder layers with a norm that is trained are not fused"),
+    ],
+)
+def test_plan_says_what_a_setting_costs_on_gpus_and_not_on_cpus(sections, said):
+    assert [note for note in plan(GPUS, **sections).notes if said in note]
+    assert not [note for note in plan(CPUS, **sections).notes if said in note]
+    assert not [note for note in plan(GPUS).notes if said in note]
+
+
+def test_plan_says_what_a_family_without_fused_layers_costs():
+    gemma2 = dataclasses.replace(FACTS, model_type="gemma2")
+    assert [n for n in make_plan(config(), DATA, gemma2, GPUS, None).notes if "gemma2 models are not fused" in n]
+    factors = {"0.30": (5_063, 16_708), "0.97": (16_188, 16_708), "0.42": (7_040, 16_708)}
+    said = Path("benchmarks/README.md").read_text()
+    for factor, (slow, fast) in factors.items():
+        assert f"{slow / fast:.2f}" == factor and f"{slow:,}" in said and f"{fast:,}" in said

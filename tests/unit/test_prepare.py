@@ -271,7 +271,7 @@ def test_examples_for_measuring_are_the_rows_and_prompts_of_training(write, prep
 def test_cache_is_found_the_second_time_without_a_tokenizer(write, prepared, monkeypatch):
     path = write([GOOD] * 5)
     first = prepared(path, data={"validation_split": 0.2})
-    monkeypatch.setattr("qlora_ray.data.work.load_tokenizer", None)
+    monkeypatch.setattr("qlora_ray.data.work.open_tokenizer", None)
     assert prepared(path, data={"validation_split": 0.2}) == first
 
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import yaml
 
-from qlora_ray.config import Config, base_model_path, flat, make_config
+from qlora_ray.config import Config, flat, make_config
 from qlora_ray.data.stats import DataStats
 from qlora_ray.driver import resume
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import read_facts
+from qlora_ray.planning.early import exact_facts
 from qlora_ray.planning.plan import Hardware, learning_rate_at, make_plan
 from qlora_ray.rundir import directory
 from qlora_ray.storage import open_folder
@@ -34,7 +34,7 @@ def asked(**changes) -> Config:
 
 
 def plan_of(config: Config):
-    return make_plan(config, DATA, read_facts(base_model_path("embedded")), Hardware(8, 0), None)
+    return make_plan(config, DATA, exact_facts(config), Hardware(8, 0), None)
 
 
 @pytest.fixture

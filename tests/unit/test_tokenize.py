@@ -1,12 +1,16 @@
 """What is trained on: masks from the template itself, against transformers' own and against renderings of prefixes."""
 
+import json
 import random
 
 import pytest
+from transformers import AutoTokenizer
 
-from qlora_ray.config import base_model_path
+from qlora_ray.config import Config, base_model_path
+from qlora_ray.data.prepare import make_recipe
 from qlora_ray.data.template import CHATML_TEMPLATE, PLAIN_TEMPLATE, find_template
 from qlora_ray.data.tokenize import IGNORE_INDEX, Encoder, load_tokenizer, prompt_ids
+from qlora_ray.data.work import encoder_of
 from qlora_ray.errors import BadRecord, ConfigError
 from tests.unit.test_formats import TURNS
 
@@ -292,3 +296,33 @@ def test_template_is_found_by_name_or_file(tmp_path):
     assert (find_template(None), find_template("chatml"), find_template(str(path))) == (None, CHATML_TEMPLATE, LLAMA3)
     with pytest.raises(ConfigError, match="data.chat_template=no.jinja: no such file"):
         find_template("no.jinja")
+
+
+def tokenizer_folder(folder, **changes) -> str:
+    """The embedded base's tokenizer with other parts in its tokenizer.json."""
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    known = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(known | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "loses the spaces between words"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "o"}, "content": ""}}, "is another text"),
+    ],
+)
+def test_tokenizer_that_does_not_give_a_text_back_is_refused_with_the_reason(changes, reason, tmp_path):
+    config = Config.model_validate({"model": {"base_model": tokenizer_folder(tmp_path, **changes)}})
+    with pytest.raises(ConfigError, match="its tokenizer does not give a text back") as refused:
+        encoder_of(make_recipe(config))
+    assert reason in str(refused.value) and "tokenizer_class" in str(refused.value)
+
+
+def test_tokenizer_that_gives_a_text_back_in_lower_case_is_taken_with_a_note(tmp_path):
+    folder = tokenizer_folder(tmp_path, normalizer={"type": "Lowercase"})
+    encoder = encoder_of(make_recipe(Config.model_validate({"model": {"base_model": folder}})))
+    (note,) = [note for note in encoder.notes() if "back as" in note]
+    assert "'every quick fox" in note
+    assert not [note for note in encoder_of(make_recipe(Config())).notes() if "back as" in note]
