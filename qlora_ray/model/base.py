@@ -101,14 +101,14 @@ def count_bytes(model: torch.nn.Module) -> BytesByKind:
 
     four_bit = other = four_bit_parameters = parameters = 0
     for parameter in model.parameters():
-        size = parameter.numel() * parameter.element_size()
+        count = getattr(parameter, "ds_numel", parameter.numel())  # of which a worker may hold a share
+        size = count * parameter.element_size()
         if isinstance(parameter, Params4bit):
             four_bit += size
             count = parameter.quant_state.shape.numel()
             four_bit_parameters += count
         else:
             other += size
-            count = parameter.numel()
         parameters += count
     return BytesByKind(four_bit, other, four_bit_parameters, parameters)
 

@@ -30,6 +30,7 @@ class Sizes:
     layer: LayerShape | None  # None: decoder layers are not fused
     trains_rows: bool  # of embedding and output layer: model.new_tokens
     has_whole_logits: bool  # the output layer is not fused with its loss
+    loads_in_shares: bool
 
 
 def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype: str) -> Sizes:
@@ -40,7 +41,16 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
         base, num_trainable, quantization.type != "none", quantization.double_quant, wide, stage,
         config.ray.min_workers, layer_shape(config, base, wide), bool(config.model.new_tokens),
         bool(config.model.new_tokens) or "lm_head" in config.model.modules_to_save,
+        loads_in_shares(config, stage, config.ray.min_workers),
     )  # fmt: skip
+
+
+def loads_in_shares(config: Config, stage: int, num_workers: int) -> bool:
+    """Whether each worker reads and packs its share of the base alone, or all of it before ZeRO takes it apart.
+
+    LoftQ and DoRA begin from whole weights.
+    """
+    return stage == 3 and num_workers > 1 and config.model.lora_variant in ("lora", "rslora")
 
 
 def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerShape | None:
@@ -100,9 +110,18 @@ def memory_gib(sizes: Sizes, num_tokens: int, choice: Choice | None, recompute_a
         passing = int(num_tokens * (kept * wide + base.vocab_size * (wide + 8)))
     if sizes.trains_rows:  # PEFT copies the embedding and the output layer, and their gradients are dense
         passing += 4 * base.vocab_size * base.hidden_size * wide
+    return {**resident_gib(sizes), "activations": passing / GIB, "while_loading": loading_gib(sizes)}
+
+
+def loading_gib(sizes: Sizes) -> float:
+    """GiB that a worker holds at most while it loads the base."""
+    base, wide = sizes.base, sizes.element_bytes
     quantized = base.num_linear_parameters if sizes.quantized else 0
-    loaded = quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide
-    return {**resident_gib(sizes), "activations": passing / GIB, "while_loading": loaded / GIB}
+    if sizes.loads_in_shares:
+        largest = max((rows * columns for _, rows, columns in base.linear_shapes), default=0)
+        one = largest * (wide / sizes.num_workers + 2 * 4 / 64)  # its share, and float32 scales of all of it
+        return resident_gib(sizes)["base"] + one / GIB
+    return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB
 
 
 def peak_gib(forecast: dict[str, float]) -> float:
