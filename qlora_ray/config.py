@@ -519,6 +519,12 @@ def make_config(values: dict[str, Any]) -> Config:
         raise ConfigError(_explain(error)) from None
 
 
+def as_written(config: Config) -> dict[str, Any]:
+    """Nested values that make this config again: as asked, for a base that is stored in 4 bits decides what was not."""
+    quantization = config.quantization.model_dump(mode="json", exclude_unset=True)
+    return {**config.model_dump(mode="json"), "quantization": quantization}
+
+
 def bundled_root() -> Path:
     """The folder that holds configs/ and data/: the checkout, or the copy inside an installed wheel."""
     package = Path(__file__).resolve().parent

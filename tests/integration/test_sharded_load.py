@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_ray.config import QuantizationConfig, base_model_path
 from qlora_ray.model.base import load_base
@@ -79,6 +79,24 @@ def test_merged_experts_and_shares_that_begin_inside_a_block_are_those_of_the_wh
     # Its third of each tensor, at both ends up to a block of 64 values more; the first reads two weights once more.
     borders = 2 * 64 * 2 * len(base_tensors(mixtral, "").entries)
     assert all(held.bytes_read <= stored / 3 + borders for held in left[0][1:])
+
+
+def test_folders_in_4_bits_are_shared_as_they_are_stored(tmp_path):
+    folders = []
+    for family, settings in (("llama", {"llm_int8_skip_modules": ["lm_head", "q_proj"]}), ("gpt2", {})):
+        made = tiny_models.save(family, tmp_path / f"{family}-made")
+        how = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **settings
+        )
+        folder = str(tmp_path / family)
+        AutoModelForCausalLM.from_pretrained(made, quantization_config=how).save_pretrained(
+            folder, max_shard_size="100KB"
+        )
+        AutoTokenizer.from_pretrained(made).save_pretrained(folder)
+        folders.append(folder)
+    left = check_same(3, tmp_path / "run", *(Job(folder) for folder in folders))
+    stored = sum(entry.size for entry in base_tensors(folders[0], "").entries.values())
+    assert left[0][2].bytes_read < 0.45 * stored  # its third, and the scales of all
 
 
 def test_what_an_adapter_reads_or_copies_is_trained_as_ever(tmp_path):
