@@ -11,6 +11,7 @@ from qlora_ray.console import console, say_note
 from qlora_ray.data.check import check_records
 from qlora_ray.data.prepare import Prepared, prepare
 from qlora_ray.driver import screen
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
@@ -49,6 +50,11 @@ class Start:
         refuse_before_ray(config)
         folder = storage.open_folder(config.ray.storage_path)
         storage.check_writable(folder)
+        if config.model.cache_quantized is True and not folder.is_local:
+            raise ConfigError(
+                f"model.cache_quantized=true: ray.storage_path={config.ray.storage_path} is no folder, and 4-bit "
+                "weights are read from one. Use auto, or a folder that all nodes share."
+            )
         run = directory.find_run(config, self.config_name, folder, self.resume)
         check_records(config)
         connect.set_environment(config, self.debug)

@@ -6,7 +6,7 @@ holds Pieces, which are read where a parameter is made of them. Stands on intern
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from qlora_ray.libraries import Patch
 from qlora_ray.model.base import load_base
 from qlora_ray.model.facts import loadable_folder, safetensors_files
 from qlora_ray.model.hub import local_folder
+from qlora_ray.model.packed_cache import Writer
 from qlora_ray.model.pieces import Packed, Pieces, lazily
 from qlora_ray.model.shares import FourBit, Share, num_packed, pack_share, state_of
 from qlora_ray.model.tensors import TensorFiles
@@ -38,11 +39,35 @@ class Keeper(Protocol):
     def keep(self, parameter: torch.nn.Parameter, share: torch.Tensor) -> None:
         """Make of a parameter of the whole shape, without memory, one of which this worker holds `share`."""
 
+    def whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What all workers hold of it together."""
+
     def take_largest(self, values: torch.Tensor) -> None:
         """Put the largest of all workers' values in the place of each."""
 
     def is_everywhere(self, answer: bool) -> bool:
         """Whether the answer is yes on every worker."""
+
+
+class Whole:
+    """A keeper that is alone: its share of each parameter is all of it."""
+
+    share = Share(0, 1)
+
+    def keep(self, parameter: torch.nn.Parameter, share: torch.Tensor) -> None:
+        """Give the parameter its memory."""
+        parameter.data = share.view(parameter.shape)
+
+    def whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What it holds."""
+        return parameter.data
+
+    def take_largest(self, values: torch.Tensor) -> None:
+        """There are no others."""
+
+    def is_everywhere(self, answer: bool) -> bool:
+        """Whether the answer is yes."""
+        return answer
 
 
 @dataclass(frozen=True)
@@ -71,33 +96,51 @@ class Source:
         return _is_same(whole, packed) and _has_scales(held, state)
 
 
+@dataclass(frozen=True)
+class Cache:
+    """Weights that were packed before, and who writes those that are packed now."""
+
+    weights: dict[str, Packed] = field(default_factory=dict)
+    writer: Writer | None = None
+
+
 def load_shares(
-    model: ModelConfig, quantization: QuantizationConfig, compute_dtype: str, device: torch.device, keeper: Keeper
-) -> tuple[PreTrainedModel, list[Source]]:
+    model: ModelConfig, quantization: QuantizationConfig, compute_dtype: str, device: torch.device, keeper: Keeper,
+    cache: Cache | None = None,
+) -> tuple[PreTrainedModel, list[Source]]:  # fmt: skip
     """As load_base, of each weight this worker's share; and what can be read again. Every worker must call this.
 
     What an adapter reads or copies is left whole: modules_to_save, and both ends of the model for new tokens.
     """
-    key = f"model.base_model={model.base_model}"
-    folder = loadable_folder(local_folder(model.base_model, model.revision), key)
-    weights = lazily(TensorFiles(safetensors_files(Path(folder), key), key), key)
-    maker = _Maker(model, getattr(torch, compute_dtype), device, keeper)
+    weights = lazily(files_of(model), f"model.base_model={model.base_model}")
+    maker = _Maker(model, getattr(torch, compute_dtype), device, keeper, cache or Cache())
     with _making_parameters(weights, maker.set_parameter):
         base = load_base(model, quantization, compute_dtype, device)
     return base, maker.sources
 
 
+def files_of(model: ModelConfig) -> TensorFiles:
+    """The files of a base as they are loaded. Raises ConfigError."""
+    key = f"model.base_model={model.base_model}"
+    folder = loadable_folder(local_folder(model.base_model, model.revision), key)
+    return TensorFiles(safetensors_files(Path(folder), key), key)
+
+
 class _Maker:
     """Makes each parameter when transformers has its value together."""
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device, keeper: Keeper):
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device, keeper: Keeper, cache: Cache):
         self._model, self._dtype, self._device, self._keeper = model, dtype, device, keeper
+        self._cache, self._has_begun = cache, False
         self.sources: list[Source] = []
 
     def set_parameter(
         self, model: Any, name: str, value: Any, found: Any, quantizer: Any, plain: Callable[..., None]
     ) -> None:
         """What core_model_loading.set_param_for_module does, which is `plain`."""
+        if self._cache.writer and not self._has_begun:
+            self._cache.writer.make_room([f"{path}.weight" for path, one in model.named_modules() if _is_packed(one)])
+        self._has_begun = True
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         old = module._parameters.get(attribute)
@@ -121,7 +164,10 @@ class _Maker:
     def _make(self, name: str, module: Any, value: Any, is_transposed: bool) -> torch.nn.Parameter:
         if _is_packed(module, name.rpartition(".")[2]):
             module._is_hf_initialized = True
-            parameter = self._four_bit(module, value.T if is_transposed else value)
+            stored = self._cache.weights.get(name)
+            parameter = self._four_bit(module, stored or (value.T if is_transposed else value))
+            if self._cache.writer:
+                self._cache.writer.add(name, self._keeper.whole(parameter), module.quant_state)
         else:
             parameter = torch.nn.Parameter(self._nothing(value.shape, self._dtype), requires_grad=False)
             share, numel = self._keeper.share, value.numel()
@@ -199,7 +245,7 @@ def _ends_of(model: Any) -> list[torch.nn.Parameter]:
     return [end.weight for end in ends if end is not None]
 
 
-def _is_packed(module: torch.nn.Module, attribute: str) -> bool:
+def _is_packed(module: torch.nn.Module, attribute: str = "weight") -> bool:
     from bitsandbytes.nn import Linear4bit
 
     return isinstance(module, Linear4bit) and attribute == "weight"

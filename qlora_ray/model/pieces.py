@@ -127,7 +127,7 @@ class Packed:
 
 
 def lazily(files: TensorFiles, key: str) -> dict[str, Pieces | Packed]:
-    """Every weight of the files by name, none of them read. Raises ConfigError for a dtype that torch does not have."""
+    """Every weight of the files by name, none of them read. Raises ConfigError for what cannot be one."""
     found: dict[str, Pieces] = {}
     for name, entry in files.entries.items():
         if entry.dtype not in DTYPES:
@@ -139,9 +139,15 @@ def lazily(files: TensorFiles, key: str) -> dict[str, Pieces | Packed]:
         weight, is_state, _ = name.partition(PACKED_STATE)
         if is_state and weight in found:
             beside = {other[len(weight) + 1 :]: one for other, one in found.items() if other.startswith(f"{weight}.")}
-            shape = json.loads(bytes(state.read().tolist()))["shape"]
-            weights[weight] = Packed(torch.Size(shape), found[weight], beside)
+            weights[weight] = Packed(_shape_in(name, state, key), found[weight], beside)
     return weights
+
+
+def _shape_in(name: str, state: Pieces, key: str) -> torch.Size:
+    try:
+        return torch.Size(json.loads(bytes(state.read().tolist()))["shape"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{key}: {name} is damaged ({error}). Download or copy it again.") from None
 
 
 def _join(function: Callable, parts: Any, dim: int = 0) -> Pieces | None:

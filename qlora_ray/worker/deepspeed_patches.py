@@ -80,6 +80,10 @@ class Shares:
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
+    def whole(self, parameter: Any) -> torch.Tensor:
+        """What all workers hold of it together."""
+        return whole_of(parameter)
+
     def take_largest(self, values: torch.Tensor) -> None:
         """Put the largest of all workers' values in the place of each."""
         dist.all_reduce(values, dist.ReduceOp.MAX)

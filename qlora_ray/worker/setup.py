@@ -11,7 +11,6 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
 
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.rows import chat_template_of, open_rows
@@ -19,16 +18,16 @@ from qlora_ray.data.tokenize import open_tokenizer, with_template
 from qlora_ray.errors import ConfigError, GuardError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import add_adapter, trainable
-from qlora_ray.model.base import count_bytes, load_base
+from qlora_ray.model.base import count_bytes
 from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse, fused_layers, keep
 from qlora_ray.model.hub import local_folder
-from qlora_ray.model.load import Source, load_shares
+from qlora_ray.model.load import Source
 from qlora_ray.model.recompute import Choice
-from qlora_ray.planning.memory import loads_in_shares
 from qlora_ray.planning.plan import Plan, choose_recomputation
 from qlora_ray.rundir import names
 from qlora_ray.storage import SHARE_IT, Folder
+from qlora_ray.worker import base
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import Engine
@@ -149,10 +148,10 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     dtype = getattr(torch, plan.compute_dtype)
     log = logging.getLogger(__name__)
     log.info("base model: loading")
-    base, sources = _load_base(config, plan, device)
-    log.info("base model: loaded%s", ", each worker its share" if sources else "")
-    check_four_bit_share(count_bytes(base).four_bit_share, plan)
-    model = add_adapter(base, config.model, dtype, config.training.seed, plan.new_tokens)
+    loaded = base.load(run, team, device)
+    log.info("base model: loaded%s", ", each worker its share" if loaded.is_share else "")
+    check_four_bit_share(count_bytes(loaded.base).four_bit_share, plan)
+    model = add_adapter(loaded.base, config.model, dtype, config.training.seed, plan.new_tokens)
     _put_in_one_dtype(model, dtype)
     if resumed:
         for name, parameter in trainable(model).items():
@@ -168,28 +167,19 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items() if values.dim() == 2}
     if run.debug and team.rank == 0:
         log.info("parameters:\n%s", parameter_table(model, plan))
-    before = None if sources else _loss(model, sample)
+    before = None if loaded.is_share else _loss(model, sample)
     log.info("engine: starting")
     engine = Engine(model, config.training, plan.deepspeed)
     log.info("engine: started")
     if resumed:
         engine.load_state(resumed)
-    if before is None:
-        check_same_weights(sources, config.training.seed, team)
-    else:
+    check_same_weights(loaded.sources, config.training.seed, team)
+    if before is not None:
         check_same_loss(before, _loss(engine.module, sample), plan)
     if fused_layers(model):
         keep_what_fits(model, config, plan, device)
     engine.train()
     return engine
-
-
-def _load_base(config: Config, plan: Plan, device: torch.device) -> tuple[PreTrainedModel, list[Source]]:
-    """The base, and what its parameters were made of where each worker holds a share of them."""
-    if not loads_in_shares(config, plan.zero_stage, dist.get_world_size()):
-        return load_base(config.model, config.quantization, plan.compute_dtype, device), []
-    shares = patches.Shares(plan.deepspeed, getattr(torch, plan.compute_dtype))
-    return load_shares(config.model, config.quantization, plan.compute_dtype, device, shares)
 
 
 def keep_what_fits(model: torch.nn.Module, config: Config, plan: Plan, device: torch.device) -> Choice:

@@ -25,6 +25,7 @@ class Job:
     sections: dict[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 2
     is_loaded_whole: bool = False  # by each worker, before ZeRO takes it apart
+    place: str = ""  # of run and cache, where jobs share it
     fault: str = (
         ""  # "flip": the last worker holds a wrong byte of each weight; "cast": all hold packed bytes as numbers
     )
@@ -85,11 +86,11 @@ def work(folder: Path, job: Job) -> Held:
     """Set up as a worker does, and take steps."""
     from qlora_ray.errors import QloraRayError
     from qlora_ray.planning.memory import loads_in_shares
-    from qlora_ray.worker import deepspeed_patches, setup
+    from qlora_ray.worker import base, deepspeed_patches
     from tests.integration import engines, tiny_models
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    setup.loads_in_shares = (lambda *_: False) if job.is_loaded_whole else loads_in_shares
+    base.loads_in_shares = (lambda *_: False) if job.is_loaded_whole else loads_in_shares
     keep = deepspeed_patches.Shares.keep
 
     def keep_it(self, parameter, share):
@@ -148,7 +149,7 @@ def main(store: str, rank: int, size: int, jobs: list[Job]) -> list[Held]:
         return read_bytes(name, entry, start, stop)
 
     pieces.read_bytes = counting
-    return [work(Path(store).parent / f"{number}.{rank}", job) for number, job in enumerate(jobs)]
+    return [work(Path(store).parent / f"{job.place or number}.{rank}", job) for number, job in enumerate(jobs)]
 
 
 if __name__ == "__main__":
