@@ -8,6 +8,8 @@ Shapes are the real ones with four layers each, so that a case takes seconds. Wr
 import argparse
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from benchmarks.throughput import SHAPES, build_base
@@ -79,7 +81,6 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
     else:
         choice = memory.all_layers(known, Keep[kept.upper()])
     predicted = memory.peak_gib(memory.memory_gib(known, rows * length, choice))
-    before = torch.cuda.memory_allocated()
     model = add_adapter(build_base(shape, "cuda"), config.model, torch.bfloat16, 0)
     assert sum(parameter.numel() for parameter in trainable(model).values()) == known.num_trainable
     fuse(model)
@@ -94,7 +95,7 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
         engine.backward(sum_of_nats(engine, batch) / num_label_tokens(batch))
         engine.add_up(1)
         engine.step(1e-4)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30  # DeepSpeed never lets go of an earlier case's model
+    peak = torch.cuda.max_memory_allocated() / 2**30
     return {"shape": f"{name}, {LAYERS} layers", "rows": rows, "length": length, "rank": rank, "kept": str(choice),
             "stage": stage, "forecast_gib": predicted, "measured_gib": peak, "error": predicted / peak - 1}  # fmt: skip
 
@@ -103,24 +104,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/memory.json")
     parser.add_argument("--first", type=int, default=0, help="begin with this case")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    import gc
+    if arguments.one is not None:
+        _measure_alone(arguments.one)
+        return
+    results = []
+    print("| shape | rows x length | rank | kept | stage | forecast GiB | measured GiB | error |\n" + "|---" * 8 + "|")
+    for number in range(arguments.first, len(CASES)):  # each in a process: DeepSpeed never lets go of a model
+        command = [sys.executable, "-m", "benchmarks.memory", "--one", str(number)]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
+        if not found:
+            print(f"{CASES[number]}: failed\n{ran.stderr[-1500:]}", file=sys.stderr)
+            continue
+        r = json.loads(found[0].removeprefix("RESULT "))
+        results.append(r)
+        print(f"| {r['shape']} | {r['rows']} x {r['length']} | {r['rank']} | {r['kept']} | {r['stage']} | "
+              f"{r['forecast_gib']:.2f} | {r['measured_gib']:.2f} | {r['error']:+.1%} |", flush=True)  # fmt: skip
+    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.out).write_text(json.dumps(results, indent=1))
 
+
+def _measure_alone(number: int) -> None:
     import torch
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29532", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     torch.distributed.init_process_group("nccl")
-    results = []
-    print("| shape | rows x length | rank | kept | stage | forecast GiB | measured GiB | error |\n" + "|---" * 8 + "|")
-    for case in CASES[arguments.first :]:
-        r = measure(*case)
-        results.append(r)
-        print(f"| {r['shape']} | {r['rows']} x {r['length']} | {r['rank']} | {r['kept']} | {r['stage']} | "
-              f"{r['forecast_gib']:.2f} | {r['measured_gib']:.2f} | {r['error']:+.1%} |", flush=True)  # fmt: skip
-        gc.collect()
-        torch.cuda.empty_cache()
-    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.out).write_text(json.dumps(results, indent=1))
+    print("RESULT " + json.dumps(measure(*CASES[number])))
     torch.distributed.destroy_process_group()
 
 
