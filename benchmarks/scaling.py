@@ -29,7 +29,7 @@ def main() -> None:
     base = save_checkpoint(arguments.shape, arguments.folder, arguments.device)
     data = save_rows(arguments.folder, arguments.length)
     floor = floor_tokens_per_second(SHAPES[arguments.shape], arguments.length)
-    print("| workers | tokens/s | against one | of the floor | peak GiB | s of load | s to the first step |\n" + "|---" * 7 + "|")
+    print("| workers | tokens/s | against one | of the floor | peak GiB | load s | first step s |\n" + "|---" * 7 + "|")
     results: list[dict] = []
     for count in arguments.workers:
         settings = [
