@@ -293,7 +293,7 @@ class LoraProjection(torch.autograd.Function):
         y, z = single.forward(flat, drop)
         ctx.single, ctx.drop = single, drop
         ctx.save_for_backward(flat, *([] if z is None else [z]))
-        return y.view(*x.shape[:-1], -1)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # no view to autograd: falcon adds to it
 
     @staticmethod
     def backward(ctx, dy):
