@@ -4,6 +4,7 @@ tests/integration/test_deepspeed_patches.py holds that each has its effect: `pyt
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -94,6 +95,14 @@ class Shares:
         answers = torch.tensor(int(answer), device=self._init.local_device)
         dist.all_reduce(answers, dist.ReduceOp.MIN)
         return bool(answers)
+
+
+def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    """Within, these parameters are whole, where each worker has a share of them. Every worker must enter it."""
+    import deepspeed
+
+    shared = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(shared) if shared else nullcontext()
 
 
 KNOWN_PARAMETERS = Patch(

@@ -1,5 +1,6 @@
 """Under ZeRO-3 each worker reads, packs and keeps its share of the base: the bits of today's whole, for less."""
 
+import gc
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,7 @@ class OneOf:
 
 def peak_bytes(load: Callable[[], Any]) -> tuple[int, int]:
     """Bytes of tensors that there are at most while loading, and those that are left."""
+    gc.collect()  # else what was loaded before may be let go of within
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         loaded = load()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
