@@ -156,7 +156,8 @@ class _Maker:
         if self._stays_whole(model, name):
             made = torch.nn.Parameter(self._cut(value, 0, value.numel()).view(shape), requires_grad=False)
         else:
-            made = self._twin(model, name, value) or self._make(name, module, value, is_transposed)
+            twin = self._twin(model, name, value)
+            made = self._make(name, module, value, is_transposed) if twin is None else twin
         made._is_hf_initialized = True  # type: ignore[attr-defined]
         module._parameters[attribute] = made
         return None
