@@ -17,7 +17,7 @@ from qlora_ray.model.families import FAMILIES, Family
 from qlora_ray.model.head import make_head_return_nats
 from qlora_ray.model.layer import ACTIVATIONS, FusedLayer, Passed, activation_of, sight_of
 from qlora_ray.model.norm import norm_of
-from qlora_ray.model.projection import LoraProjection, Single, member, ops_for, why_not
+from qlora_ray.model.projection import LoraProjection, Single, Turn, member, ops_for, why_not
 from qlora_ray.model.recompute import Choice
 from qlora_ray.model.stash import HostStash
 
@@ -161,7 +161,7 @@ def _fuse_projection(module: torch.nn.Module, number: int, reasons: Counter[str]
         if args or more or module.disable_adapters or module.merged or x.dtype != single.member.base.compute_dtype:
             return plain(x, *args, **more)
         drop = drop_of(probability_of(module), torch.initial_seed(), FIRST_PLACE + number)
-        return LoraProjection.apply(x, single, drop, *single.parameters())
+        return LoraProjection.apply(x, single, Turn(drop), *single.parameters())
 
     module.fused, module.forward = single, forward
     return 1
