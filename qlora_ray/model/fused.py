@@ -32,8 +32,8 @@ OWN_FORWARD = Patch(
     delete_when="transformers' kernels interface takes a whole decoder layer with its backward",
 )  # fmt: skip
 LORA_LAYERS = Patch(
-    "peft", "0.21.2", "reads r, scaling, lora_A, lora_B, lora_dropout, lora_variant, merged and disable_adapters of "
-    "lora.Linear4bit, and replaces its forward",
+    "peft", "0.21.2", "reads r, scaling, lora_A, lora_B, lora_dropout, lora_variant, lora_magnitude_vector, merged and "
+    "disable_adapters of lora.Linear4bit, and replaces its forward",
     gains="base and LoRA in one product; PEFT adds them in passes of their own",
     delete_when="PEFT offers a hook for the arithmetic of a layer",
 )  # fmt: skip

@@ -91,6 +91,7 @@ class FusedLayer:
 
     def hold_weights(self) -> None:
         """Keep the dequantized weights between steps: the same values without the work, for 2 bytes a weight."""
+        assert not any(self.learns_lengths), "DoRA multiplies weights by other gains at each step"
         for part in (self.qkv, self.out, self.gate_up, self.down):
             part.hold_weights = True
 

@@ -129,11 +129,6 @@ class Group:
         """Those of each member in turn: the order of `backward`'s gradients."""
         return [parameter for m in self.members for parameter in m.parameters()]
 
-    @property
-    def has_magnitudes(self) -> bool:
-        """Whether a member learns with DoRA."""
-        return any(m.magnitude for m in self.members)
-
     def buffer(self, like: torch.Tensor) -> torch.Tensor:
         """Room for an input x and x A^T, side by side: (M, K + R)."""
         return like.new_empty(like.shape[0], self.inputs + self.rank)
