@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from qlora_ray.model.adapter import trainable
-from qlora_ray.model.dropout import drop_of, kept
+from qlora_ray.model.dropout import MASK_32, drop_of, kept, pcg
 from qlora_ray.model.families import FAMILIES
 from qlora_ray.model.fused import fuse, fused_layers, keep, leaf_modules
 from qlora_ray.model.layer import FusedLayer
@@ -83,6 +83,15 @@ def test_projections_outside_fused_layers_have_a_mask_each(folders, family):
     exact_nats, exact = fused_models.nats_and_gradients(reference, tiny_models.batch())
     assert nats == pytest.approx(exact_nats, rel=1e-6)
     assert fused_models.error(gradients, exact) < 1e-5
+
+
+def test_masks_are_those_of_the_hash_by_the_place():
+    drop = drop_of(0.3, 2**40 + 3, 17)
+    mask = kept(5, 7, drop, torch.device("cpu"))
+    for row in range(5):
+        for column in range(7):
+            word = pcg(pcg(row ^ drop.key) ^ pcg((column // 2) ^ (~drop.key & MASK_32)))
+            assert bool(mask[row, column]) == ((word >> 16 * (column % 2)) & 0xFFFF >= drop.threshold)
 
 
 def test_masks_keep_the_share_that_was_asked_for_and_differ_by_seed_and_place():
