@@ -32,6 +32,7 @@ class Sizes:
     num_workers: int  # the fewest: each then holds most
     layer: LayerShape | PlainShape
     trains_rows: bool  # of embedding and output layer: model.new_tokens
+    loads_in_shares: bool
 
 
 def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype: str) -> Sizes:
@@ -41,7 +42,16 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
     return Sizes(
         base, num_trainable, quantization.type != "none", quantization.double_quant, wide, stage,
         config.ray.min_workers, layer_shape(config, base, wide), bool(config.model.new_tokens),
+        loads_in_shares(config, stage, config.ray.min_workers),
     )  # fmt: skip
+
+
+def loads_in_shares(config: Config, stage: int, num_workers: int) -> bool:
+    """Whether each worker reads and packs its share of the base alone, or all of it before ZeRO takes it apart.
+
+    LoftQ and DoRA begin from whole weights.
+    """
+    return stage == 3 and num_workers > 1 and config.model.lora_variant in ("lora", "rslora")
 
 
 def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerShape | PlainShape:
@@ -114,11 +124,14 @@ def memory_gib(sizes: Sizes, num_tokens: int, choice: Choice) -> dict[str, float
 
 
 def loading_gib(sizes: Sizes) -> float:
-    """GiB of a worker while its base loads, whole."""
-    base = sizes.base
+    """GiB that a worker holds at most while it loads the base."""
+    base, wide = sizes.base, sizes.element_bytes
     quantized = base.num_linear_parameters if sizes.quantized else 0
-    rest = (base.num_parameters - quantized) * sizes.element_bytes
-    return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + rest) / GIB
+    if sizes.loads_in_shares:
+        largest = max((rows * columns for _, rows, columns in base.linear_shapes), default=0)
+        one = largest * (wide / sizes.num_workers + 2 * 4 / 64)  # its share, and float32 scales of all of it
+        return resident_gib(sizes)["base"] + one / GIB
+    return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB
 
 
 def peak_gib(forecast: dict[str, float]) -> float:

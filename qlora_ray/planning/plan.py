@@ -342,6 +342,12 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
     elif config.quantization.type != "none" and base.num_linear_parameters < 0.5 * base.num_parameters:
         share = 1 - base.num_linear_parameters / base.num_parameters
         notes.append(f"{share:.0%} of the base's weights are not linear layers (embeddings mostly): they stay 16-bit.")
+    if base.is_packed:
+        how = config.quantization
+        notes.append(
+            f"The base is stored in 4 bits, and trained on as it is: quantization.type={how.type}, "
+            f"double_quant={str(how.double_quant).lower()}."
+        )
     if base.context_length and config.training.max_length > base.context_length:
         notes.append(
             f"training.max_length={config.training.max_length} exceeds the base's context of {base.context_length}."
