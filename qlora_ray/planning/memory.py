@@ -60,7 +60,7 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
     family = FAMILIES.get(base.model_type)
     rank = max(model.lora_r, *model.rank_pattern.values(), 0)
     first = {name.split(".")[-1]: (rows, columns) for name, rows, columns in base.linear_shapes if ".0." in name}
-    can_fuse = model.lora_variant != "dora" and config.quantization.type != "none"
+    can_fuse = config.quantization.type != "none" and not (model.lora_variant == "dora" and model.lora_dropout)
     can_fuse = can_fuse and not set(model.modules_to_save) - BESIDE_LAYERS
     if family is None or not can_fuse or not {*family.qkv, "o_proj", *family.gate_up} <= first.keys():
         return _plain_shape(base, rank, element_bytes)
@@ -70,6 +70,7 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
         keys=(sum(first[name][0] for name in family.qkv) - queries) // 2,
         rank=rank, element_bytes=element_bytes, adapted=(len(family.qkv), 1, len(family.gate_up), 1),
         has_head_norms=bool(family.norm_of_heads), norms_after=family.num_norms_after,
+        is_dora=model.lora_variant == "dora",
         has_whole_logits=bool(model.new_tokens) or "lm_head" in model.modules_to_save,
     )  # fmt: skip
 
