@@ -277,10 +277,12 @@ class Single:
 
     def _weight(self, like: torch.Tensor, turn: Turn) -> torch.Tensor:
         """W, and rows for A below it: (N + R, K)."""
+        held = self._held
         if self._holder is not None and self._holder.held:
-            return self._holder.held[0][:, : self.shape[1]]
-        if self._held is not None:
-            return self._held
+            held = self._holder.held[0][:, : self.shape[1]]
+        if held is not None:
+            turn.gains[:] = [None]  # weights with gains are never held
+            return held
         weight = like.new_empty(self.shape[0] + self.member.rank, self.shape[1])
         ops_for(like.device).dequantize(self.member.base.weight, weight[: self.shape[0]])
         if not turn.gains:
