@@ -40,6 +40,9 @@ class ModelConfig(Section):
     revision: str | None = None
     """Commit, tag or branch of a hub id; with trust_remote_code the commit (40 digits), or of a folder the digest of
     its Python files, which the refusal without it prints."""
+    start_from: str | None = Field(None, min_length=1)
+    """An adapter to go on training instead of a new one: its folder, also one that plain PEFT wrote, or a run (its best
+    adapter). It stays as it is. Rank, scale, layers and variant must be its own. See docs/use.md."""
     lora_r: int = Field(16, ge=1, le=1024)
     """Rank of the LoRA matrices (PEFT `r`). Raise it for harder skills; memory grows with it."""
     lora_alpha: float = Field(32, gt=0)
@@ -68,12 +71,13 @@ class ModelConfig(Section):
     factory: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """package.module:function that makes the model of its config, for one that transformers does not have."""
 
-    @field_validator("base_model")
+    @field_validator("base_model", "start_from")
     @classmethod
-    def _folder_is_found_from_elsewhere(cls, base_model):
+    def _folder_is_found_from_elsewhere(cls, name):
         # Ray's workers start in a folder of their own, and an adapter's record is read from anywhere.
-        folder = Path(base_model).expanduser()
-        return str(folder.absolute()) if base_model != EMBEDDED_BASE and folder.is_dir() else base_model
+        if name in (None, EMBEDDED_BASE) or not Path(name).expanduser().is_dir():
+            return name
+        return str(Path(name).expanduser().absolute())
 
     @field_validator("new_tokens")
     @classmethod

@@ -31,6 +31,7 @@ def render(record: dict[str, Any]) -> str:
         "base": f"{name} ({base['model_type']}, {base['num_parameters']:,} parameters)",
         "base revision": base["commit"] or base["revision"] or "none: a local folder",
         "base weights": f"sample sha256 {base['sample_sha256']}",
+        **_of_start(record),
         "LoRA": _shown_lora(record["config"].get("model", {})),
         "quantization": f"{quantization['type']}{double}, computed in {quantization['compute_dtype']}",
         "data": f"{data['num_rows']:,} rows, {data['num_tokens']:,} tokens, {data['num_validation_rows']:,} rows held "
@@ -95,6 +96,16 @@ def render_merged(record: dict[str, Any], dtype: str, into: str) -> str:
             "",
         ]
     )
+
+
+def _of_start(record: dict[str, Any]) -> dict[str, str]:
+    """The adapters that this one was gone on from, the newest first; nothing where it began anew."""
+    shown, before = [], record.get("start_from")
+    while before:
+        name = f"{before['run_name']}, step {before['step']:,}" if "run_name" in before else "an adapter"
+        shown.append(f"{name} ({before['path']}, sha256 {before['sha256']})")
+        before = before.get("start_from")
+    return {"started from": ", which was started from ".join(shown)} if shown else {}
 
 
 def _of_rows(record: dict[str, Any]) -> dict[str, str]:

@@ -78,6 +78,7 @@ def about(run: Run, reached: dict[str, Any]) -> dict[str, Any]:
             config.model.base_model, config.model.revision, config.model.trust_remote_code, config.model.factory
         ),
         "quantization": {**config.quantization.model_dump(), "compute_dtype": plan.compute_dtype},
+        **({"start_from": manifest["start_from"]} if "start_from" in manifest else {}),
         "data": manifest["data"],
         "metrics": {name: reached[name] for name in RECORDED_METRICS if reached.get(name) is not None},
         "versions": manifest["versions"],
