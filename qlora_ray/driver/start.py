@@ -3,6 +3,7 @@
 import importlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_ray import storage
 from qlora_ray.cluster import connect
@@ -120,7 +121,7 @@ class Start:
             screen.show_done_before(found.state.step, run)
             return False
         changed = [resume.record(found)] if found and found.changes else []
-        around = {"versions": versions(), "hardware": hardware}
+        around: dict[str, dict[str, Any]] = {"versions": versions(), "hardware": hardware}
         ground = directory.Ground(identity, around, before, changed, lineage)
         storage.check_space(run, storage_bytes(config, plan.num_trainable_parameters))
         screen.show_plan(plan, config, data.stats, ready.facts, run)

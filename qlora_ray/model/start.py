@@ -132,7 +132,7 @@ def load_weights(model: Any, content: bytes, adapter_name: str) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load
 
-    found = set_peft_model_state_dict(model, load(content), adapter_name)
+    found: Any = set_peft_model_state_dict(model, load(content), adapter_name)
     missing = [name for name in found.missing_keys if f".{adapter_name}" in name]
     assert not missing and not found.unexpected_keys, (missing, found.unexpected_keys)
 

@@ -99,7 +99,7 @@ def make_plan(
     trainable = base.num_trainable_parameters
     quantized = base.num_linear_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
-    num_tokens = config.training.batch_size * min(config.training.max_length, data.longest_row)
+    num_tokens = config.training.batch_size * data.rows_of_tokens * min(config.training.max_length, data.longest_row)
     known = memory.sizes(config, base, trainable, stage, compute_dtype)
     recompute = _recompute(config, use_gpu, known)
     plan = Plan(
