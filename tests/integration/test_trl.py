@@ -62,7 +62,7 @@ def step(model, optimizer, loss: torch.Tensor) -> float:
 def same(model, other) -> None:
     ours, theirs = weights_of(model), weights_of(other)
     for name, value in ours.items():
-        assert float((value - theirs[name]).norm() / theirs[name].norm()) < 1e-4, name
+        assert float((value - theirs[name]).detach().norm() / theirs[name].detach().norm()) < 1e-4, name
 
 
 PAIRS = [
