@@ -59,6 +59,7 @@ def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
         worker, state, micro_batches = _load(run, team)
     if run.config.training.pairs:
         worker = replace(worker, preferences=reference.preferences(worker, watchdog, state.step))
+        worker.meter.skip_time("reference", state.step)
     plan, patience, meter = run.plan, run.config.training.early_stopping_patience, worker.meter
     deadline, stopping = watchdog.deadline("step"), False
     while not (stopping or state.has_ended(plan.num_steps, patience)):

@@ -103,10 +103,13 @@ class Meter:
         if self._writer:
             self._writer.flush()
 
-    def skip_time(self, phase: str) -> None:
-        """Do not count the time since the last step: it went into this phase, "evaluation" or "checkpoint"."""
+    def skip_time(self, phase: str, step: int | None = None) -> None:
+        """Do not count the time since the last step: it went into this phase, e.g. "evaluation" or "checkpoint".
+
+        Before the first step of a resumed run `step` says how many were done.
+        """
         now = time.perf_counter()
-        self.write(step=self._last_step, **{f"{phase}_seconds": round(now - self._last, 4)})
+        self.write(step=self._last_step if step is None else step, **{f"{phase}_seconds": round(now - self._last, 4)})
         self._began, self._last = self._began + now - self._last, now
         self.stopwatch.start()
 

@@ -48,8 +48,8 @@ def preferences(worker: Worker, watchdog: Watchdog, step: int) -> dict[str, Pref
 def fingerprint(run: Run, device: str) -> str:
     """Hex digest (32 digits) over what decides the reference's log-probabilities."""
     config, plan = run.config, run.plan
-    start = json.loads((run.folder / names.MANIFEST).read_bytes())["start_from"]["sha256"] \
-        if config.starts_as_reference else None  # fmt: skip
+    manifest = json.loads((run.folder / names.MANIFEST).read_bytes())
+    start = manifest["start_from"]["sha256"] if config.starts_as_reference else None
     parts = (
         run.rows.name, describe_base(config.model)["sample_sha256"], config.quantization.model_dump(),
         plan.compute_dtype, plan.micro_batch_size, start, device,

@@ -159,6 +159,7 @@ def test_figures_have_trls_names_and_margins_grow(storage):
     lines = [line for line in door.metrics(storage / "two") if "loss" in line]
     assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
             "logps/rejected"} <= lines[0].keys()  # fmt: skip
+    assert [line["step"] for line in door.metrics(storage / "two") if "reference_seconds" in line] == [0]
     assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert lines[-1]["rewards/margins"] > 0.1
     validations = [line for line in door.metrics(storage / "two") if "eval_loss" in line]
