@@ -72,7 +72,7 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
     if kept == "half":  # recompute: auto, with room for half of what keeping all takes
         leanest = sum(memory.memory_gib(known, rows * length, memory.all_layers(known, Keep.HOST)).values())
         whole = sum(memory.memory_gib(known, rows * length, memory.all_layers(known, Keep.ALL)).values())
-        loaded = memory.memory_gib(known, rows * length, None)["while_loading"]
+        loaded = memory.loading_gib(known)
         budget = (leanest + whole) / 2 - loaded
         room = (budget - sum(memory.resident_gib(known).values())) * 2**30
         choice = choose(known.layer, LAYERS, rows * length, facts.vocab_size, room, may_hold=True)

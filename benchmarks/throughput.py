@@ -42,6 +42,8 @@ SHAPES = {
                        num_attention_heads=16, num_key_value_heads=4, vocab_size=128256),
     "glm4-9b": dict(model_type="glm4", hidden_size=4096, intermediate_size=13696, num_hidden_layers=40,
                     num_attention_heads=32, num_key_value_heads=2, head_dim=128, vocab_size=151552),
+    "gpt2-medium": dict(model_type="gpt2", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                        num_attention_heads=16, num_key_value_heads=16, vocab_size=50257),
     "tiny": dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=3,
                  num_attention_heads=4, num_key_value_heads=2, vocab_size=2048),
 }  # fmt: skip

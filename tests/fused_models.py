@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict] = {
     "glm4": {"attention_bias": True},
     "gemma": {"head_dim": 16},
     "gemma3_text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }  # fmt: skip
 
 

@@ -57,6 +57,8 @@ class BaseFacts:
     num_embeddings: int | None = field(default=None, kw_only=True)  # rows of the input embedding
     num_positions: int | None = field(default=None, kw_only=True)  # where each has learned weights; no row is longer
     rope_limit: RopeLimit | None = field(default=None, kw_only=True)
+    experts_per_token: int = field(default=0, kw_only=True)
+    expert_width: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,8 @@ def read_facts(folder: str) -> BaseFacts:
         num_embeddings=_rows_of(shapes, EMBEDDING),
         num_positions=_rows_of(shapes, LEARNED_POSITIONS),
         rope_limit=_rope_limit(text),
+        experts_per_token=int(text.get("num_experts_per_tok") or 0),
+        expert_width=int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 0),
     )
 
 

@@ -25,7 +25,7 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     each = 2 if config.training.pairs else 1  # rows of tokens
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
-    loading = memory.memory_gib(known, length, None)["while_loading"]
+    loading = memory.loading_gib(known)
     lines = [
         f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters, LoRA r={config.model.lora_r}, "
         f"rows of {row} tokens, ZeRO stage {known.stage}, {workers} x {gib:g} GiB ({gpu})",
@@ -37,11 +37,11 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     for rows in BATCH_SIZES:
         room = (SHARE_OF_MEMORY * gib - resident) * GIB
         for choice in _choices(known, rows * each * length, room, may_hold_weights(config)):
-            peak = memory.peak_gib(memory.memory_gib(known, rows * each * length, choice, recompute_all=True))
+            peak = memory.peak_gib(memory.memory_gib(known, rows * each * length, choice))
             speed = memory.tokens_per_second(known, length, choice, gpu)
             shown = f"{workers * speed:,.0f}" if speed else "-"
             fits = "" if peak <= SHARE_OF_MEMORY * gib else "  does not fit"
-            lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice or 'layer inputs'}{fits}")
+            lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice}{fits}")
     return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
 
 
@@ -56,10 +56,7 @@ def _facts(config: Config) -> ModelFacts:
     return facts
 
 
-def _choices(known: memory.Sizes, num_tokens: int, room: float, may_hold: bool) -> list[Choice | None]:
-    if known.layer is None:
-        return [None]
-    layers, vocab = known.base.num_layers, known.base.vocab_size
-    auto = choose(known.layer, layers, num_tokens, vocab, room, may_hold)
+def _choices(known: memory.Sizes, num_tokens: int, room: float, may_hold: bool) -> list[Choice]:
     leanest = memory.all_layers(known, Keep.HOST)
+    auto = choose(known.layer, len(leanest.levels), num_tokens, known.base.vocab_size, room, may_hold)
     return [auto] if auto == leanest else [auto, leanest]

@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict] = {
 
 def save(family: str, folder: Path, **more: Any) -> str:
     """Write a random model of a family, with the embedded base's tokenizer; returns the folder."""
-    sizes = FAMILIES[family] if family == "gpt2" else {**SIZES, **FAMILIES[family], **more}
+    sizes = {**({} if family == "gpt2" else SIZES), **FAMILIES[family], **more}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     model.save_pretrained(folder)
