@@ -214,16 +214,16 @@ def test_reference_computed_anew_and_a_kill_end_with_the_same_bits(num_workers, 
 
 def test_run_from_an_adapter_measures_from_it_and_finds_it_again_once_the_cache_is_gone(storage, tmp_path):
     start = f"model.start_from={storage / 'two'}"
-    ended = door.run(*settings(tmp_path, "on", 1, start, "training.max_steps=3"))
+    ended = door.run(*settings(tmp_path, "further", 1, start, "training.max_steps=3"))
     assert ended.returncode == 0, ended.stderr
     first, of_base = (
-        next(line for line in door.metrics(run) if "loss" in line) for run in (tmp_path / "on", storage / "two")
+        next(line for line in door.metrics(run) if "loss" in line) for run in (tmp_path / "further", storage / "two")
     )
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert first["logps/chosen"] > of_base["logps/chosen"] + 1
     before = reference_file(tmp_path).read_bytes()
     shutil.rmtree(reference_file(tmp_path).parent)
-    ended = door.run(*settings(tmp_path, "on", 1, start, "training.max_steps=4"), "--resume")
+    ended = door.run(*settings(tmp_path, "further", 1, start, "training.max_steps=4"), "--resume")
     assert ended.returncode == 0, ended.stderr
     assert reference_file(tmp_path).read_bytes() == before
 
