@@ -180,6 +180,12 @@ def test_reference_is_the_base_computed_alone(storage):
     assert found[batch["places"]].tolist() == pytest.approx(expected.tolist(), abs=2e-4)
 
 
+def test_model_card_names_the_objective_and_what_its_losses_are_of(storage):
+    card = (storage / "two" / "adapter" / "README.md").read_text()
+    assert "dpo, beta 0.1, label_smoothing 0.0, rpo_alpha 1.0" in card
+    assert "validation loss (dpo, mean over pairs)" in card
+
+
 def test_adapter_is_judged_by_the_chosen_answers(storage, tmp_path):
     results = tmp_path / "results.json"
     run = str(storage / "two")

@@ -16,6 +16,7 @@ from qlora_ray.data.tokenize import IGNORE_INDEX
 from qlora_ray.data.work import encoder_of
 from qlora_ray.errors import BadRecord, ConfigError
 from qlora_ray.storage import open_folder
+from qlora_ray.sweep.space import mode_of, sweep_of
 
 ASKED = {"role": "user", "content": "Name a city."}
 LIMA, LIST = ({"role": "assistant", "content": text} for text in ("Lima", "- Lima\n- Rome"))
@@ -204,6 +205,16 @@ def encoder_of_the_embedded_base():
     return encoder_of(make_recipe(Config()))
 
 
+SWEEP = {"parameters": {"training.beta": {"choice": [0.1, 0.3]}}}
+
+
+def test_a_sweep_looks_for_the_highest_margin():
+    metric = "eval_rewards/margins"
+    training = {"objective": "dpo", "metric_for_best_model": metric}
+    config = Config.model_validate({"training": training, "sweep": {**SWEEP, "metric": metric}})
+    assert mode_of(sweep_of(config)) == "max"
+
+
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
@@ -214,6 +225,9 @@ def encoder_of_the_embedded_base():
         ({"training": {"objective": "dpo"}, "data": {"train_on": "everything"}}, "data.train_on=everything"),
         ({"training": {"objective": "dpo"}, "data": {"keep_thoughts": "all"}}, "data.keep_thoughts=all"),
         ({"training": {"objective": "dpo"}, "data": {"format": "text"}}, "data.format=text"),
+        ({"training": {"metric_for_best_model": "eval_rewards/margins"}}, "training.objective=sft has no pairs"),
+        ({"training": {"objective": "dpo"}, "sweep": {**SWEEP, "metric": "eval_perplexity"}}, "eval_perplexity"),
+        ({"training": {"objective": "dpo"}, "sweep": {**SWEEP, "metric": "eval_rewards/margins"}}, "Set both to the"),
     ],
 )
 def test_setting_that_the_objective_does_not_use_is_refused_by_name(sections, told):
