@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from qlora_ray.config import Config
 from qlora_ray.data.check import check_records
+from qlora_ray.data.delivery import Stream, rows_at
 from qlora_ray.data.faults import text_of
-from qlora_ray.data.order import NO_ROW
+from qlora_ray.data.order import NO_ROW, Order
 from qlora_ray.data.pairs import halves, to_pair, unused_fields
 from qlora_ray.data.prepare import prepare
 from qlora_ray.data.rows import Rows, as_pairs
@@ -17,6 +19,7 @@ from qlora_ray.data.work import encoder_of
 from qlora_ray.errors import BadRecord, ConfigError
 from qlora_ray.storage import open_folder
 from qlora_ray.sweep.space import mode_of, sweep_of
+from qlora_ray.worker.batches import to_tensors
 
 ASKED = {"role": "user", "content": "Name a city."}
 LIMA, LIST = ({"role": "assistant", "content": text} for text in ("Lima", "- Lima\n- Rome"))
@@ -160,6 +163,18 @@ def test_a_place_without_a_pair_is_read_and_counts_nothing(tmp_path):
     table = rows.gather(np.array([3, NO_ROW]))
     assert table["places"].to_pylist() == [[6], [7], [NO_ROW], [NO_ROW]]
     assert {label for row in (2, 3) for label in table["labels"][row].as_py()} == {IGNORE_INDEX}
+
+
+def test_a_micro_batch_cut_from_a_block_of_many_is_the_one_made_alone(tmp_path):
+    made = prepared(tmp_path, [say(i) for i in range(30)], packing=True)
+    order = Order(made.stats.num_rows, seed=0, micro_batch_size=2, micro_batches_per_step=1)
+    stream = Stream(made.entry, order, rank=0, num_workers=1, first_step=0, last_step=order.steps_per_epoch)
+    block = rows_at({"id": np.arange(order.steps_per_epoch)}, stream)
+    for step in range(order.steps_per_epoch):
+        cut, alone = block.slice(4 * step, 4), rows_at({"id": np.array([step])}, stream)
+        assert cut.equals(alone) and set(cut["step"].to_pylist()) == {step}
+        ours, theirs = (to_tensors(table, 0, torch.device("cpu")) for table in (cut, alone))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_weights_repeat_whole_pairs(tmp_path):
