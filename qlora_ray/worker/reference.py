@@ -8,11 +8,8 @@ runs on the same rows read them.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -96,13 +93,8 @@ def _of_cache(worker: Worker, watchdog: Watchdog, step: int) -> dict[str, torch.
     return found
 
 
-@contextlib.contextmanager
-def _start_weights(worker: Worker) -> Iterator[None]:
-    """Within, the adapter is the one that the run was started from. Every worker must enter and leave this."""
-    now: Any = worker.engine.state()
+def _start_weights(worker: Worker) -> contextlib.AbstractContextManager[None]:
+    """Within, the adapter is the one that the run was started from. Every worker must call this."""
     stored = safetensors.torch.load((worker.run.folder / names.START_FROM / WEIGHTS).read_bytes())
-    in_file = names_in_file(worker.engine.module, now.weights)
-    began = {name: stored[in_file[name]].float() for name in now.weights}
-    worker.engine.load_state(dataclasses.replace(now, weights=began))
-    yield
-    worker.engine.load_state(now)
+    in_file = names_in_file(worker.engine.module, worker.engine.weights())
+    return worker.engine.with_weights({name: stored[saved] for name, saved in in_file.items()})

@@ -22,7 +22,7 @@ from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.loss import log_probabilities
 from qlora_ray.worker.objectives import OBJECTIVES
 from qlora_ray.worker.preference import Preference
-from tests.integration import door, tiny_models
+from tests.integration import door, engines, tiny_models
 from tests.made_rows import make_rows
 
 CPU = torch.device("cpu")
@@ -255,3 +255,21 @@ def test_labels_are_of_answers_alone(tmp_path):
     for row, labels in enumerate(table["labels"].to_pylist()):
         number = sum(label != IGNORE_INDEX for label in labels)
         assert number == sum(samples()[place].num_labels for place in (row, row + 2))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_other_weights_are_computed_with_and_the_trained_ones_stay(stage, tmp_path, process_group):
+    base = tiny_models.save("llama", tmp_path / "base")
+    config = tiny_models.make_config(base, deepspeed={"zero_stage": stage})
+    engine = engines.build(config, tmp_path)
+    engines.train(engine, range(2))
+    engine.train(False)
+    first, weights = tiny_models.logits(engine.module), engine.weights()
+    engines.train(engine, range(2, 6))
+    engine.train(False)
+    trained = tiny_models.logits(engine.module)
+    with engine.with_weights(weights):
+        engine.train(False)
+        assert torch.equal(tiny_models.logits(engine.module), first)
+    assert torch.equal(tiny_models.logits(engine.module), trained) and not torch.equal(first, trained)
+    assert engines.train(engine, range(6, 8))[-1] < 8
