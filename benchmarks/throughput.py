@@ -96,7 +96,7 @@ def build_base(shape: dict, device: str):
 
 
 def ours(arguments, shape: dict):
-    """The product's model; with stage 0 or 3 in its engine too. Returns one step's function of a batch."""
+    """The product's model; with stage0 or stage3 in its engine too, with dora as DoRA. Returns a step's function."""
     import torch
 
     from qlora_ray.config import Config
@@ -105,14 +105,15 @@ def ours(arguments, shape: dict):
     from qlora_ray.model.recompute import Choice, Keep
     from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
-    config = Config.model_validate({"model": {"lora_r": RANK, "lora_alpha": RANK}})
+    variant = "dora" if "dora" in arguments.variant.split("_") else "lora"
+    config = Config.model_validate({"model": {"lora_r": RANK, "lora_alpha": RANK, "lora_variant": variant}})
     model = add_adapter(build_base(shape, arguments.device), config.model, torch.bfloat16, SEED)
     print(fuse(model))
     levels = [Keep[name.upper()] for name in arguments.keep if name != "weights"]
     num_layers = shape["num_hidden_layers"]
     keep(model, Choice(tuple((levels * num_layers)[:num_layers]), num_layers * ("weights" in arguments.keep)))
     model.train()
-    stage = arguments.variant.removeprefix("ours").removeprefix("_stage")
+    stage = next((part.removeprefix("stage") for part in arguments.variant.split("_") if "stage" in part), "")
     if not stage:
         optimizer = _adamw(model)
 
@@ -393,7 +394,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-8b"], choices=SHAPES)
     default = ["ours:all", "ours:host", "ours_stage3:all", "peft_liger:all"]
-    parser.add_argument("--variants", nargs="+", default=default, help="name:keep, e.g. ours:all, ours_stage3:host")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=default,
+        help="name:keep, e.g. ours:all, ours_stage3:host, ours_dora_stage3:all",
+    )
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=10)

@@ -66,6 +66,9 @@ class ModelConfig(Section):
     `modules_to_save`). Not those that are stored in 4 bits."""
     lora_variant: Literal["lora", "rslora", "dora", "loftq"] = "lora"
     """rslora scales by 1/sqrt(r); dora also learns magnitudes; loftq starts from the quantization error."""
+    cache_quantized: Literal["auto"] | bool = "auto"
+    """Keep the base's 4-bit weights under `ray.storage_path`, where other runs, trials and resumptions read them and
+    need not pack again. auto: where they take a GiB or more, and it is a folder with twice that free."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only with a pinned `revision`."""
     factory: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -615,6 +618,12 @@ def make_config(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
+
+
+def as_written(config: Config) -> dict[str, Any]:
+    """Nested values that make this config again: as asked, for a base that is stored in 4 bits decides what was not."""
+    quantization = config.quantization.model_dump(mode="json", exclude_unset=True)
+    return {**config.model_dump(mode="json"), "quantization": quantization}
 
 
 def bundled_root() -> Path:

@@ -2,7 +2,7 @@
 
 import importlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_ray import storage
@@ -12,11 +12,12 @@ from qlora_ray.console import console, say_note
 from qlora_ray.data.check import check_records
 from qlora_ray.data.prepare import Prepared, prepare
 from qlora_ray.driver import screen
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.model.start import copy_weights, open_start
 from qlora_ray.model.start import notes as start_notes
-from qlora_ray.planning.early import exact_facts, read_deepspeed_json, refuse_before_ray
+from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
 from qlora_ray.planning.tokens import check_vocabulary
 from qlora_ray.rundir import directory, names
@@ -52,12 +53,18 @@ class Start:
         refuse_before_ray(config)
         folder = storage.open_folder(config.ray.storage_path)
         storage.check_writable(folder)
+        if config.model.cache_quantized is True and not folder.is_local:
+            raise ConfigError(
+                f"model.cache_quantized=true: ray.storage_path={config.ray.storage_path} is no folder, and 4-bit "
+                "weights are read from one. Use auto, or a folder that all nodes share."
+            )
         run = directory.find_run(config, self.config_name, folder, self.resume)
         check_records(config)
         connect.set_environment(config, self.debug)
         ready = self._prepare(folder)
+        config = as_stored(config)  # its base is here now
         plan = make_plan(config, ready.data.stats, ready.facts, ready.hardware, read_deepspeed_json(config))
-        if not self._open(run, plan, ready):
+        if not replace(self, config=config)._open(run, plan, ready):
             return 0
         from qlora_ray.driver.run import Driver
         from qlora_ray.worker.messages import Run

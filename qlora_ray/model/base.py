@@ -11,9 +11,10 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
+from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.architecture import load_filled
-from qlora_ray.model.facts import loadable_folder, stored_quantization
+from qlora_ray.model.facts import loadable_folder, packed_weights, stored_quantization
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.whole import build_from_headers, refuse_unfilled
@@ -101,14 +102,14 @@ def count_bytes(model: torch.nn.Module) -> BytesByKind:
 
     four_bit = other = four_bit_parameters = parameters = 0
     for parameter in model.parameters():
-        size = parameter.numel() * parameter.element_size()
+        count = getattr(parameter, "ds_numel", parameter.numel())  # of which a worker may hold a share
+        size = count * parameter.element_size()
         if isinstance(parameter, Params4bit):
             four_bit += size
             count = parameter.quant_state.shape.numel()
             four_bit_parameters += count
         else:
             other += size
-            count = parameter.numel()
         parameters += count
     return BytesByKind(four_bit, other, four_bit_parameters, parameters)
 
@@ -158,9 +159,29 @@ def four_bit_modules(
 
 
 def count_parameters(model: PreTrainedModel, folder: str) -> tuple[int, int]:
-    """Parameters of the base in `folder`, built without weights, that load_base packs, and all. Packs it."""
-    packed = sum(layer.weight.numel() for layer in _pack(model, folder).values())
+    """Parameters of the base in `folder`, built without weights, that load_base packs, and all. Packs it.
+
+    Raises ConfigError where the files hold others in 4 bits than config.json says.
+    """
+    layers = _pack(model, folder)
+    if stored_quantization(folder):
+        _refuse_half_packed(folder, list(layers))
+    packed = sum(layer.weight.numel() for layer in layers.values())
     return packed, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _refuse_half_packed(folder: str, layers: list[str]) -> None:
+    stored, wanted = packed_weights(folder), [f"{name}.weight" for name in layers]
+    if len(stored) == len(wanted):
+        return
+    # A file's names may lack the model's prefix.
+    others = [name for name in wanted if not any(name.endswith(one) or one.endswith(name) for one in stored)]
+    others += [name for name in stored if not any(name.endswith(one) or one.endswith(name) for one in wanted)]
+    raise ConfigError(
+        f"model.base_model={folder}: config.json says of {len(wanted)} layers that they are stored in 4 bits, and the "
+        f"files hold {len(stored)} so; one that differs is {others[0]}. Name in llm_int8_skip_modules those that are "
+        "stored in 16 bits, or download the folder again."
+    )
 
 
 def build_without_weights(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> PreTrainedModel:

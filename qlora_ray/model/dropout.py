@@ -10,6 +10,7 @@ JCGT 9:3).
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 STEPS_OF_PROBABILITY = 2**16  # a value is kept or dropped by 16 bits
@@ -60,14 +61,21 @@ def pcg(value: int) -> int:
 
 def kept(rows: int, columns: int, drop: Drop, device: torch.device) -> torch.Tensor:
     """Which values of (rows, columns) are kept: bool. A word of the hash decides on two neighbours in a row."""
-    row = _pcg(torch.arange(rows, device=device) ^ drop.key)
-    column = _pcg(torch.arange(-(-columns // 2), device=device) ^ (~drop.key & MASK_32))
+    row = _pcg(np.arange(rows, dtype=np.uint32) ^ np.uint32(drop.key))
+    column = _pcg(np.arange(-(-columns // 2), dtype=np.uint32) ^ np.uint32(~drop.key & MASK_32))
     words = _pcg(row[:, None] ^ column[None, :])  # (rows, columns / 2)
-    bits = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(1)[:, :columns]
-    return bits >= drop.threshold
+    bits = words.astype("<u4", copy=False).view("<u2")  # the low half of a word first
+    return torch.from_numpy(bits[:, :columns] >= drop.threshold).to(device)
 
 
-def _pcg(value: torch.Tensor) -> torch.Tensor:
-    state = (value * 747796405 + 2891336453) & MASK_32  # int64 holds the product's low 32 bits
-    word = (((state >> ((state >> 28) + 4)) ^ state) * 277803737) & MASK_32
-    return (word >> 22) ^ word
+def _pcg(value: np.ndarray) -> np.ndarray:
+    value *= np.uint32(747796405)  # uint32 keeps a product's low 32 bits; in place, for the whole mask is a lot
+    value += np.uint32(2891336453)
+    word = value >> np.uint32(28)
+    word += np.uint32(4)
+    np.right_shift(value, word, out=word)
+    word ^= value
+    word *= np.uint32(277803737)
+    np.right_shift(word, np.uint32(22), out=value)
+    word ^= value
+    return word

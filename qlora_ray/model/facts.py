@@ -57,6 +57,7 @@ class BaseFacts:
     num_embeddings: int | None = field(default=None, kw_only=True)  # rows of the input embedding
     num_positions: int | None = field(default=None, kw_only=True)  # where each has learned weights; no row is longer
     rope_limit: RopeLimit | None = field(default=None, kw_only=True)
+    is_packed: bool = field(default=False, kw_only=True)  # stored in bitsandbytes' 4 bits
     experts_per_token: int = field(default=0, kw_only=True)
     expert_width: int = field(default=0, kw_only=True)
 
@@ -97,6 +98,7 @@ def read_facts(folder: str) -> BaseFacts:
         num_embeddings=_rows_of(shapes, EMBEDDING),
         num_positions=_rows_of(shapes, LEARNED_POSITIONS),
         rope_limit=_rope_limit(text),
+        is_packed=_quantization_of(config) is not None,
         experts_per_token=int(text.get("num_experts_per_tok") or 0),
         expert_width=int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 0),
     )
@@ -215,6 +217,12 @@ def read_shapes(folder: str, is_tied: bool) -> dict[str, tuple[int, ...]]:
     embeddings = [entry for name, entry in entries.items() if is_tied and EMBEDDING.search(name)]
     twice = [n for n, e in entries.items() if HEAD.search(n) and any(_is_same(e, other) for other in embeddings)]
     return {name: shape for name, shape in shapes.items() if name not in twice}
+
+
+def packed_weights(folder: str) -> list[str]:
+    """Names of the weights that a local folder's files hold in bitsandbytes' 4 bits. Raises ConfigError."""
+    entries = _read_entries(Path(folder), f"model.base_model={folder}")
+    return [name.partition(PACKED_STATE)[0] for name in entries if PACKED_STATE in name]
 
 
 def stored_quantization(folder: str) -> dict[str, Any] | None:

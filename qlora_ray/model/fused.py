@@ -17,7 +17,7 @@ from qlora_ray.model.families import FAMILIES, Family
 from qlora_ray.model.head import make_head_return_nats
 from qlora_ray.model.layer import ACTIVATIONS, FusedLayer, Passed, activation_of, sight_of
 from qlora_ray.model.norm import norm_of
-from qlora_ray.model.projection import LoraProjection, Single, member, ops_for, why_not
+from qlora_ray.model.projection import LoraProjection, Single, Turn, member, ops_for, why_not
 from qlora_ray.model.recompute import Choice
 from qlora_ray.model.stash import HostStash
 
@@ -32,8 +32,8 @@ OWN_FORWARD = Patch(
     delete_when="transformers' kernels interface takes a whole decoder layer with its backward",
 )  # fmt: skip
 LORA_LAYERS = Patch(
-    "peft", "0.21.2", "reads r, scaling, lora_A, lora_B, lora_dropout, lora_variant, merged and disable_adapters of "
-    "lora.Linear4bit, and replaces its forward",
+    "peft", "0.21.2", "reads r, scaling, lora_A, lora_B, lora_dropout, lora_variant, lora_magnitude_vector, merged and "
+    "disable_adapters of lora.Linear4bit, and replaces its forward",
     gains="base and LoRA in one product; PEFT adds them in passes of their own",
     delete_when="PEFT offers a hook for the arithmetic of a layer",
 )  # fmt: skip
@@ -161,7 +161,7 @@ def _fuse_projection(module: torch.nn.Module, number: int, reasons: Counter[str]
         if args or more or module.disable_adapters or module.merged or x.dtype != single.member.base.compute_dtype:
             return plain(x, *args, **more)
         drop = drop_of(probability_of(module), torch.initial_seed(), FIRST_PLACE + number)
-        return LoraProjection.apply(x, single, drop, *single.parameters())
+        return LoraProjection.apply(x, single, Turn(drop), *single.parameters())
 
     module.fused, module.forward = single, forward
     return 1

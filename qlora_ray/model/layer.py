@@ -6,17 +6,17 @@ but activations is kept between forward and backward, and of those only what `Ke
 """
 
 # B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from qlora_ray.model.attention import Sight, attend
-from qlora_ray.model.dropout import NOTHING, Drop, drop_of, probability_of
+from qlora_ray.model.dropout import drop_of, probability_of
 from qlora_ray.model.families import Family
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.ops_plain import Angles
-from qlora_ray.model.projection import Group, Single, member, ops_for
+from qlora_ray.model.projection import Group, Single, Turn, member, ops_for
 from qlora_ray.model.recompute import Keep
 from qlora_ray.model.stash import HostStash
 
@@ -27,16 +27,16 @@ class Kept:
 
     x: torch.Tensor | None  # (M, D)
     n1: torch.Tensor | None = None  # (M, D + R) what q, k, v read, with its LoRA
-    heads: torch.Tensor | None = None  # (M, H of q and k, E) as projected, where a norm follows
+    heads: torch.Tensor | None = None  # (M, H of q and k, E) as projected, where a norm follows or DoRA learns
     attention: tuple[torch.Tensor, ...] | None = None  # q, k, v and the output, each (B, H, T, E), with their graph
     z_o: torch.Tensor | None = None  # (M, R)
-    given1: torch.Tensor | None = None  # (M, D) of o_proj, where a norm follows
+    given1: torch.Tensor | None = None  # (M, D) of o_proj, in the same cases
     x1: torch.Tensor | None = None  # (M, D)
     n2: torch.Tensor | None = None  # (M, D + R) what gate and up read, with its LoRA
     gate_up: torch.Tensor | None = None  # (M, 2 I)
     z_down: torch.Tensor | None = None  # (M, R)
-    given2: torch.Tensor | None = None  # (M, D) of down, where a norm follows
-    drops: tuple[Drop, ...] = (NOTHING,) * 4  # of what the LoRAs of q k v, o, gate up, down read
+    given2: torch.Tensor | None = None  # (M, D) of down, in the same cases
+    turns: tuple[Turn, ...] = field(default_factory=lambda: tuple(Turn() for _ in range(4)))  # q k v, o, gate up, down
     places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
 
     def rows(self, whole: torch.Tensor) -> torch.Tensor:
@@ -72,6 +72,8 @@ class FusedLayer:
         self.down = Group([member(mlp.down_proj)], spare_rows=member(mlp.down_proj).rank)
         self.down_back = Single(member(mlp.down_proj), held_by=self.down)
         groups = (self.qkv, self.out, self.gate_up, self.down)
+        self.learns_lengths = [any(m.magnitude for m in group.members) for group in groups]
+        self.keeps_given = [bool(norm) or self.learns_lengths[i] for norm, i in zip(self.after, (1, 3), strict=True)]
         self.loras = [next((m.lora for m in group.members if m.lora), None) for group in groups]
         self.head_dim, self.sight = attention.head_dim, sight_of(attention)
         many = self.out.shape[1] // self.head_dim
@@ -89,6 +91,7 @@ class FusedLayer:
 
     def hold_weights(self) -> None:
         """Keep the dequantized weights between steps: the same values without the work, for 2 bytes a weight."""
+        assert not any(self.learns_lengths), "DoRA multiplies weights by other gains at each step"
         for part in (self.qkv, self.out, self.gate_up, self.down):
             part.hold_weights = True
 
@@ -96,10 +99,10 @@ class FusedLayer:
         """x (B, T, D), cos and sin (B or 1, T, E) -> (B, T, D), or (1, L, D) of `places`."""
         return _Layer.apply(x, self, cos, sin, mask, torch.is_grad_enabled(), *self.parameters())
 
-    def draw(self) -> tuple[Drop, ...]:
+    def draw(self) -> tuple[Turn, ...]:
         """Which values the LoRAs of each group shall not see in this micro-batch."""
         seed = torch.initial_seed()
-        return tuple(drop_of(probability_of(lora), seed, 4 * self.index + i) for i, lora in enumerate(self.loras))
+        return tuple(Turn(drop_of(probability_of(lora), seed, 4 * self.index + i)) for i, lora in enumerate(self.loras))
 
     def angles(self, cos: torch.Tensor, sin: torch.Tensor) -> Angles | None:
         """How queries and keys are rotated; None where this layer does not."""
@@ -109,15 +112,17 @@ class FusedLayer:
     def attention_part(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask, with_graph: bool) -> None:
         """Fill in n1, heads and attention."""
         if kept.n1 is None:
-            kept.n1 = self._read(0, kept.x, None, kept.drops[0])
+            kept.n1 = self._read(0, kept.x, None, kept.turns[0])
         if kept.attention is not None:
             return
-        qkv = self.qkv.forward(kept.n1).unflatten(1, (-1, self.head_dim))  # (M, all heads, E)
+        qkv = self.qkv.forward(kept.n1, kept.turns[0]).unflatten(1, (-1, self.head_dim))  # (M, all heads, E)
         turning = qkv[:, : -self.num_heads[2]]
         if self.head_norms:
             kept.heads, turning = turning, torch.empty_like(turning, memory_format=torch.contiguous_format)
             for norm, part, out in self._norms_of_heads(kept.heads, turning):
                 ops_for(part.device).norm_groups(part, norm, out)
+        elif self.learns_lengths[0]:
+            kept.heads = turning.clone()
         if angles is not None:
             ops_for(qkv.device).rotate(turning, angles)
         rows = (part.view(*shape[:2], *part.shape[1:]).transpose(1, 2) for part in (turning, qkv))  # (B, H, T, E)
@@ -144,23 +149,23 @@ class FusedLayer:
         if kept.x1 is None:
             if kept.given1 is None:
                 output = kept.rows(kept.attention[3].detach().transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
-                kept.given1, kept.z_o = self.out.forward(output, kept.drops[1])
+                kept.given1, kept.z_o = self.out.forward(output, kept.turns[1])
             added = self._given(0, kept.given1)
-            if self.after[0] is None:
+            if not self.keeps_given[0]:
                 kept.given1 = None
         if kept.n2 is None:
-            kept.n2 = self._read(1, kept.rows(kept.x) if added is not None else kept.x1, added, kept.drops[2])
+            kept.n2 = self._read(1, kept.rows(kept.x) if added is not None else kept.x1, added, kept.turns[2])
         if added is not None:
             kept.x1 = added
 
     def mlp_part(self, kept: Kept) -> torch.Tensor:
         """Fill in gate_up, z_down and given2; return the layer's output (M, D)."""
-        kept.gate_up = self.gate_up.forward(kept.n2)
+        kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2])
         h = self._hidden(kept)
-        kept.given2 = self.down.forward(h)
+        kept.given2 = self.down.forward(h, kept.turns[3])
         kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
         y = self._given(1, kept.given2)
-        if self.after[1] is None:
+        if not self.keeps_given[1]:
             kept.given2 = None
         return y.add_(kept.x1)
 
@@ -168,16 +173,18 @@ class FusedLayer:
         """What down reads, with its LoRA: (M, I + R)."""
         h = self.down.buffer(kept.gate_up)
         ops_for(h.device).glu(kept.gate_up, self.is_gelu, h[:, : self.down.inputs])
-        self.down.fill(h, kept.drops[3])
+        self.down.fill(h, kept.turns[3])
         return h
 
     def _given(self, which: int, given: torch.Tensor) -> torch.Tensor:
-        """What is added to the residual stream of what attention or MLP gives: (M, D), in place without a norm."""
+        """What is added to the residual stream of what attention or MLP gives: (M, D), in place if that is not kept."""
         norm = self.after[which]
         if norm is not None:
             out = torch.empty_like(given)
             ops_for(given.device).rms_norm(given, None, norm_of(norm, self.family), out)
             given = out
+        elif self.keeps_given[which]:
+            given = given.clone()
         return given if self.multiplier == 1 else given.mul_(self.multiplier)
 
     def complete(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask) -> None:
@@ -185,9 +192,9 @@ class FusedLayer:
         self.attention_part(kept, shape, angles, mask, with_graph=True)
         self.residual_part(kept)
         if kept.gate_up is None:
-            kept.gate_up = self.gate_up.forward(kept.n2)
-        if kept.given2 is None and self.after[1] is not None:
-            kept.given2 = self.down.forward(self._hidden(kept))
+            kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2])
+        if kept.given2 is None and self.keeps_given[1]:
+            kept.given2 = self.down.forward(self._hidden(kept), kept.turns[3])
 
     def thin_out(self, kept: Kept) -> None:
         """Drop what `keep` does not name."""
@@ -209,19 +216,24 @@ class FusedLayer:
         ops = ops_for(dy.device)
         width, buffer = dy.shape[1], self._with_room(dy)
         d_given = self._back_to_given(1, kept.given2, buffer)
+        self._learn_from(3, kept, kept.given2)
         kept.given2 = None
-        h, dz = self.down_back.input_gradient(d_given, kept.drops[3])  # dh (M, I)
+        h, dz = self.down_back.input_gradient(d_given, kept.turns[3])  # dh (M, I)
+        self._learn_from(2, kept, kept.gate_up.clone() if self.learns_lengths[2] else None)
         ops.glu_backward(h, kept.gate_up, self.is_gelu)  # dh becomes h, gate_up its gradient
-        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, kept.drops[3])
+        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, kept.turns[3])
+        kept.turns[3].given = None
         del h, dz, d_given, buffer
         of_gate_up, buffer1 = self._through_group(1, kept, kept.gate_up, dy)
         kept.gate_up = kept.n2 = kept.x1 = None
         d_given = self._back_to_given(0, kept.given1, buffer1)
+        self._learn_from(1, kept, kept.given1)
         kept.given1 = None
         q, k, v, output = kept.attention
         flat = kept.rows(output.detach().transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
-        d_output, dz = self.out.input_gradient(d_given, kept.drops[1])
-        of_out = self.out.parameter_gradients(d_given[:, :width], dz, flat, kept.z_o, kept.drops[1])
+        d_output, dz = self.out.input_gradient(d_given, kept.turns[1])
+        of_out = self.out.parameter_gradients(d_given[:, :width], dz, flat, kept.z_o, kept.turns[1])
+        kept.turns[1].given = None
         del d_given, dz
         d_output = kept.all_rows(d_output, shape[0] * shape[1])
         d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
@@ -232,12 +244,20 @@ class FusedLayer:
             d_heads = d_qkv.unflatten(1, (-1, self.head_dim))[:, : -self.num_heads[2]]
             for norm, grad, part in self._norms_of_heads(d_heads, kept.heads):
                 ops.norm_groups_backward(grad, part, norm)
+        if self.learns_lengths[0]:
+            values = v.detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H of v x E)
+            self._learn_from(0, kept, torch.cat((kept.heads.flatten(1), values), 1))
         del q, k, v, output, flat, d_output, dq, dk, dv
         kept.attention = kept.heads = None
         past = kept.all_rows(buffer1[:, :width], shape[0] * shape[1])
         of_qkv, buffer = self._through_group(0, kept, d_qkv, past)
         self.passed.buffer = buffer if self.index else None
         return buffer[:, :width], *of_qkv, *of_out, *of_gate_up, *of_down
+
+    def _learn_from(self, which: int, kept: Kept, given: torch.Tensor | None) -> None:
+        """Hand what a group's projections gave to the gradient of their lengths, where they learn those."""
+        if self.learns_lengths[which]:
+            kept.turns[which].given = given
 
     def _back_to_given(self, which: int, given: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
         """Gradient of what attention or MLP gives, with room, of that of what it adds: the same without norm or factor.
@@ -267,7 +287,7 @@ class FusedLayer:
         buffer[:, :width] = dy
         return buffer
 
-    def _read(self, which: int, x: torch.Tensor, added: torch.Tensor | None, drop: Drop) -> torch.Tensor:
+    def _read(self, which: int, x: torch.Tensor, added: torch.Tensor | None, turn: Turn) -> torch.Tensor:
         """What attention or MLP reads of x + added, with its LoRA: (M, D + R). `added` becomes x + added."""
         norm, group = self.before[which], (self.qkv, self.gate_up)[which]
         buffer = group.buffer(x)
@@ -276,16 +296,17 @@ class FusedLayer:
             ops_for(x.device).rms_norm(x, added, norm_of(norm, self.family), out)
         else:
             out.copy_(x if added is None else added.add_(x))
-        group.fill(buffer, drop)
+        group.fill(buffer, turn)
         return buffer
 
     def _through_group(self, which: int, kept: Kept, d_out: torch.Tensor, residual: torch.Tensor):
         """Back through the projections behind a norm, and the norm: (LoRA gradients, gradient of x with room)."""
         group, room = ((self.qkv, self.down_back.room), (self.gate_up, self.out.room))[which]
         x, buffer = ((kept.x, kept.n1), (kept.x1, kept.n2))[which]
-        drop, norm = kept.drops[2 * which], self.before[which]
-        both = group.backward(d_out, drop)
-        gradients = group.parameter_gradients(d_out, both[:, group.inputs :], buffer, drop)
+        turn, norm = kept.turns[2 * which], self.before[which]
+        both = group.backward(d_out, turn)
+        gradients = group.parameter_gradients(d_out, both[:, group.inputs :], buffer, turn)
+        turn.given = None
         dx = x.new_empty(x.shape[0], x.shape[1] + room)
         back, out = both[:, : group.inputs], dx[:, : group.inputs]
         if norm is None:
@@ -316,7 +337,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fused: FusedLayer, cos, sin, mask, with_graph: bool, *parameters):
         angles = fused.angles(cos, sin)
-        kept = Kept(x.reshape(-1, x.shape[-1]), drops=fused.draw(), places=fused.places)
+        kept = Kept(x.reshape(-1, x.shape[-1]), turns=fused.draw(), places=fused.places)
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
         y = fused.mlp_part(kept)

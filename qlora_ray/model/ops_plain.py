@@ -152,6 +152,11 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int,
     return nats
 
 
+def column_dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """<one, other> of each column of two (M, n), over the rows: (n,) float32."""
+    return (one.float() * other.float()).sum(0)
+
+
 def lora_in(x: torch.Tensor, a: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
     """out (M, R) = what is kept of x (M, K), times A^T; a (R, K)."""
     torch.mm(_dropped(x, drop), a.t(), out=out)

@@ -392,6 +392,36 @@ def _cross_entropy(logits, labels, nats, stride, ignore_index, scale, width: tl.
         tl.store(logits + place, (kept * scale * gradient).to(logits.dtype.element_ty), mask=place < width)
 
 
+def column_dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """<one, other> of each column of two (M, n), over the rows: (n,) float32."""
+    rows, columns = one.shape
+    one, other = (part if part.stride(1) == 1 else part.contiguous() for part in (one, other))
+    per_program, width = 512, 128
+    parts = triton.cdiv(rows, per_program)
+    sums = torch.empty(parts, columns, dtype=torch.float32, device=one.device)
+    _column_dots[(triton.cdiv(columns, width), parts)](
+        one, other, sums, rows, columns, one.stride(0), other.stride(0), per_program, 32, width
+    )
+    return sums.sum(0)
+
+
+@triton.jit
+def _column_dots(
+    one, other, sums, rows, columns, one_stride, other_stride,
+    ROWS: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for start in range(0, ROWS, AT_ONCE):
+        row = (part * ROWS + start + tl.arange(0, AT_ONCE)).to(tl.int64)
+        there = (row < rows)[:, None] & (column < columns)[None, :]
+        a = tl.load(one + row[:, None] * one_stride + column[None, :], mask=there, other=0.0).to(tl.float32)
+        b = tl.load(other + row[:, None] * other_stride + column[None, :], mask=there, other=0.0).to(tl.float32)
+        total += tl.sum(a * b, 0)
+    tl.store(sums + part * columns + column, total, mask=column < columns)
+
+
 def lora_in(x: torch.Tensor, a: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
     """out (M, R) = what is kept of x (M, K), times A^T; a (R, K)."""
     (rows, width), rank = x.shape, a.shape[0]

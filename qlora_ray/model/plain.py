@@ -4,6 +4,7 @@ Stands on an internal of transformers: LAYER_CHECKPOINTS.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,10 @@ LAYER_CHECKPOINTS = Patch(
     gains="layers keep their activations as far as memory goes, instead of all or none",
     delete_when="activation checkpointing of transformers takes what each layer shall keep",
 )  # fmt: skip
+
+
+# Within what it returns, these parameters are whole.
+Gathered = Callable[[list[torch.nn.Parameter]], AbstractContextManager[Any]]
 
 
 def plain_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -55,24 +60,28 @@ def _parked(stash: HostStash, slot: int, forward: Callable[..., Any], hidden: to
         return _again(forward, hidden, *others)
 
 
-def measure_whole_bytes(model: Any, input_ids: torch.Tensor) -> int:
+def measure_whole_bytes(model: Any, input_ids: torch.Tensor, gathered: Gathered) -> int:
     """The most that autograd keeps of a plain layer, in bytes for each token of `input_ids` (B, T).
 
-    Runs the layers forward, one at a time: never more than one layer's activations are there.
+    Runs the layers forward, one at a time: never more than one layer's activations are there, nor its weights where
+    each worker has a share of them, which `gathered` puts together. Every worker must call this.
     """
-    layers, weights = plain_layers(model), {_address(p) for p in (*model.parameters(), *model.buffers())}
-    found: list[int] = []
+    layers, found = plain_layers(model), list[int]()
+    of_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    beside = [parameter for parameter in model.parameters() if id(parameter) not in of_layers]
     for layer in layers:
         layer.gradient_checkpointing = True  # type: ignore[assignment]
-        layer._gradient_checkpointing_func = partial(_count, found, weights)  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = partial(_count, found, layer, gathered)  # type: ignore[assignment]
     model.train()
-    with torch.no_grad():
+    with torch.no_grad(), gathered(beside):
         model.get_base_model().base_model(input_ids=input_ids, use_cache=False)
     keep_plain(layers, (Keep.ALL,) * len(layers), None)
     return max(found) // input_ids.numel()
 
 
-def _count(found: list[int], weights: set[int], forward: partial, hidden: torch.Tensor, *others: Any) -> Any:
+def _count(
+    found: list[int], layer: torch.nn.Module, gathered: Gathered, forward: partial, hidden: torch.Tensor, *others: Any
+) -> Any:
     of_all = {_address(x) for x in tree_leaves((others, forward.keywords)) if isinstance(x, torch.Tensor)}
     kept: dict[int, int] = {}
 
@@ -80,8 +89,10 @@ def _count(found: list[int], weights: set[int], forward: partial, hidden: torch.
         kept[_address(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-        given = forward(hidden.detach().requires_grad_(), *others)
+    with gathered(list(layer.parameters())):
+        weights = {_address(one) for one in (*layer.parameters(), *layer.buffers())}
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+            given = forward(hidden.detach().requires_grad_(), *others)
     found.append(sum(size for address, size in kept.items() if address not in weights | of_all))
     return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, given)
 

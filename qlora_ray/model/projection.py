@@ -1,19 +1,21 @@
 """A frozen 4-bit projection with its LoRA, forward and backward written out: y = x W^T + s (x A^T) B^T.
 
-Arithmetic is that of PEFT's lora.Linear4bit on bitsandbytes: W is dequantized to the compute dtype, once in forward and
-again in backward. Weights are read from their modules each time and never kept: under ZeRO-3 what was gathered for
-forward is released after it, and backward reads what was gathered again.
+With DoRA (model/dora.py) rows of [W, s B] are multiplied by gains, and all else stays as it is. Arithmetic is that of
+PEFT's lora.Linear4bit on bitsandbytes: W is dequantized to the compute dtype, once in forward and again in backward.
+Weights are read from their modules each time and never kept: under ZeRO-3 what was gathered for forward is released
+after it, and backward reads what was gathered again.
 """
 
 # M tokens, K inputs, N outputs (of all members), R the members' LoRA ranks together
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import ModuleType
 
 import torch
 
 from qlora_ray.model.adapter import ADAPTER_NAME
+from qlora_ray.model.dora import Magnitude, is_dora
 from qlora_ray.model.dropout import NOTHING, Drop
 
 
@@ -35,6 +37,7 @@ class Member:
 
     base: torch.nn.Module  # bitsandbytes Linear4bit
     lora: torch.nn.Module | None  # peft Linear4bit
+    magnitude: Magnitude | None = None  # of DoRA
 
     @property
     def rank(self) -> int:
@@ -56,6 +59,20 @@ class Member:
         """B, (n, rank)."""
         return self.lora.lora_B[ADAPTER_NAME].weight  # (n, rank)
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained of it: A and B, and with DoRA the magnitude; the order of `backward`'s gradients."""
+        magnitude = [self.magnitude.parameter] if self.magnitude else []
+        return [self.a, self.b, *magnitude] if self.lora else []
+
+
+@dataclass
+class Turn:
+    """What one micro-batch has of a group of projections of its own."""
+
+    drop: Drop = NOTHING
+    gains: list[torch.Tensor | None] = field(default_factory=list)  # of DoRA: each member's (n,), once forward has them
+    given: torch.Tensor | None = None  # (M, N) what they gave, where magnitudes need it for their gradient
+
 
 def why_not(module: torch.nn.Module) -> str | None:
     """Why a projection cannot take the fused path; None if it can."""
@@ -70,8 +87,10 @@ def why_not(module: torch.nn.Module) -> str | None:
         return None
     if list(lora.active_adapters) != [ADAPTER_NAME] or list(lora.lora_A) != [ADAPTER_NAME]:
         return "it has several adapters"
-    if lora.lora_variant:
+    if lora.lora_variant and not is_dora(lora):
         return f"it is a {type(lora.lora_variant[ADAPTER_NAME]).__name__}"
+    if lora.lora_variant and isinstance(lora.lora_dropout[ADAPTER_NAME], torch.nn.Dropout):
+        return "it is DoRA with dropout"
     if lora.lora_B[ADAPTER_NAME].bias is not None:
         return "its LoRA has a bias"
     dtypes = {lora.lora_A[ADAPTER_NAME].weight.dtype, lora.lora_B[ADAPTER_NAME].weight.dtype, base.compute_dtype}
@@ -82,7 +101,9 @@ def member(module: torch.nn.Module) -> Member:
     """The layer, taken out of its LoRA if it has one."""
     from peft.tuners.lora import Linear4bit
 
-    return Member(module.get_base_layer(), module) if isinstance(module, Linear4bit) else Member(module, None)
+    if not isinstance(module, Linear4bit):
+        return Member(module, None)
+    return Member(module.get_base_layer(), module, Magnitude(module) if is_dora(module) else None)
 
 
 class Group:
@@ -105,22 +126,22 @@ class Group:
         self.held: list[torch.Tensor] = []
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """A and B of each adapted member in turn: the order of `backward`'s gradients."""
-        return [parameter for m in self.adapted for parameter in (m.a, m.b)]
+        """Those of each member in turn: the order of `backward`'s gradients."""
+        return [parameter for m in self.members for parameter in m.parameters()]
 
     def buffer(self, like: torch.Tensor) -> torch.Tensor:
         """Room for an input x and x A^T, side by side: (M, K + R)."""
         return like.new_empty(like.shape[0], self.inputs + self.rank)
 
-    def fill(self, buffer: torch.Tensor, drop: Drop = NOTHING) -> None:
+    def fill(self, buffer: torch.Tensor, turn: Turn) -> None:
         """Write x A^T into the last R columns, of what is kept of the x in the first K."""
         if self.rank:
-            _lora_in(buffer[:, : self.inputs], self._a(), drop, buffer[:, self.inputs :])
+            _lora_in(buffer[:, : self.inputs], self._a(), turn.drop, buffer[:, self.inputs :])
 
-    def forward(self, buffer: torch.Tensor) -> torch.Tensor:
+    def forward(self, buffer: torch.Tensor, turn: Turn) -> torch.Tensor:
         """(M, N) of a filled buffer."""
         y, row = buffer.new_empty(buffer.shape[0], sum(self.rows)), 0
-        for number, weight in enumerate(self._weights(buffer)):
+        for number, weight in enumerate(self._weights(buffer, turn)):
             out, bias = y[:, row : row + len(weight)], self._bias(self.products[number])
             if bias is None:
                 torch.mm(buffer, weight.t(), out=out)
@@ -129,37 +150,39 @@ class Group:
             row += len(weight)
         return y
 
-    def backward(self, dy: torch.Tensor, drop: Drop = NOTHING) -> torch.Tensor:
+    def backward(self, dy: torch.Tensor, turn: Turn) -> torch.Tensor:
         """Gradients of the input (M, K) and of x A^T (M, R), side by side. Adding the LoRA's share is included."""
         both, row = dy.new_empty(dy.shape[0], self.inputs + self.rank), 0
-        for weight in self._weights(dy):
+        for weight in self._weights(dy, turn):
             both.addmm_(dy[:, row : row + len(weight)], weight, beta=1 if row else 0)
             row += len(weight)
         if self.rank:
-            _add_lora_back(both[:, self.inputs :], self._a(), drop, both[:, : self.inputs])
+            _add_lora_back(both[:, self.inputs :], self._a(), turn.drop, both[:, : self.inputs])
         return both
 
     def parameter_gradients(
-        self, dy: torch.Tensor, dz: torch.Tensor, buffer: torch.Tensor, drop: Drop = NOTHING
+        self, dy: torch.Tensor, dz: torch.Tensor, buffer: torch.Tensor, turn: Turn
     ) -> list[torch.Tensor]:
-        """Of A and B of each adapted member in turn. dy (M, N), dz (M, R), buffer as forward left it."""
+        """In the order of `parameters`. dy (M, N), dz (M, R), buffer as forward left it."""
         if not self.rank:
             return []
-        da = _lora_in_gradient(dz, buffer[:, : self.inputs], drop)  # (R, K)
+        da = _lora_in_gradient(dz, buffer[:, : self.inputs], turn.drop)  # (R, K)
         gradients, row, column = [], 0, 0
-        for m, n in zip(self.members, self.rows, strict=True):
+        for number, (m, n) in enumerate(zip(self.members, self.rows, strict=True)):
             if m.lora:
                 z = buffer[:, self.inputs + column : self.inputs + column + m.rank]
-                gradients += [da[column : column + m.rank], _scaled_product(m.scale, dy[:, row : row + n].t(), z)]
+                given = None if turn.given is None else turn.given[:, row : row + n]
+                gradients.append(da[column : column + m.rank])
+                gradients += _gradients_of_rows(m, dy[:, row : row + n], z, turn.gains[number], given)
             row, column = row + n, column + m.rank
         return gradients
 
     def _a(self) -> torch.Tensor:
         return self.adapted[0].a.data if len(self.adapted) == 1 else torch.cat([m.a.data for m in self.adapted])
 
-    def _weights(self, like: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _weights(self, like: torch.Tensor, turn: Turn) -> Iterator[torch.Tensor]:
         """[W, s B] of each product: (n, K + R), members one under the other, each member's B in its own columns."""
-        column = 0
+        column, count = 0, 0
         for number, members in enumerate(self.products):
             is_new = number >= len(self.held)
             rows = sum(m.base.out_features for m in members)
@@ -176,7 +199,11 @@ class Group:
                 if self.rank:
                     b = m.b.data if m.lora else None
                     ops_for(like.device).place(b, m.scale if m.lora else 0.0, column, part[:, self.inputs :])
-                row, column = row + m.base.out_features, column + m.rank
+                if count == len(turn.gains):
+                    turn.gains.append(m.magnitude.gain(part[:, : self.inputs]) if m.magnitude else None)
+                if (gain := turn.gains[count]) is not None:
+                    part.mul_(gain[:, None])
+                row, column, count = row + m.base.out_features, column + m.rank, count + 1
             if self.hold_weights and is_new:
                 self.held.append(whole)
             yield weight
@@ -204,50 +231,51 @@ class Single:
         self._holder = held_by
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """A and B, if there are any: the order of `backward`'s gradients."""
-        return [self.member.a, self.member.b] if self.member.lora else []
+        """What is trained of it: the order of `backward`'s gradients."""
+        return self.member.parameters()
 
-    def forward(self, x: torch.Tensor, drop: Drop = NOTHING) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(M, N), and x A^T (M, R) for backward."""
-        weight, bias = self._weight(x)[: self.shape[0]], self.member.base.bias
+        weight, bias = self._weight(x, turn)[: self.shape[0]], self.member.base.bias
         y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         if not self.member.lora:
             return y, None
         z = x.new_empty(x.shape[0], self.member.rank)
-        _lora_in(x, self.member.a.data, drop, z)
-        return y.addmm_(z, self.member.b.data.t(), alpha=self.member.scale), z
+        _lora_in(x, self.member.a.data, turn.drop, z)
+        return y.addmm_(z, self._b(turn).t(), alpha=self.member.scale), z
 
-    def input_gradient(self, buffer: torch.Tensor, drop: Drop = NOTHING) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def input_gradient(self, buffer: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradient of x (M, K); and s dy B (M, R), written beside dy. buffer (M, N + room) holds dy."""
-        rows, rank, weight = self.shape[0], self.member.rank, self._weight(buffer)
+        rows, rank, weight = self.shape[0], self.member.rank, self._weight(buffer, turn)
         dy, dz = buffer[:, :rows], buffer[:, rows : rows + rank]
         if rank:
-            torch.addmm(dz, dy, self.member.b.data, beta=0, alpha=self.member.scale, out=dz)
-        if rank and drop.probability:  # what the LoRA adds has a mask of its own
+            torch.addmm(dz, dy, self._b(turn), beta=0, alpha=self.member.scale, out=dz)
+        if rank and turn.drop.probability:  # what the LoRA adds has a mask of its own
             dx = torch.mm(dy, weight[:rows])
-            _add_lora_back(dz, self.member.a.data, drop, dx)
+            _add_lora_back(dz, self.member.a.data, turn.drop, dx)
             return dx, dz
         if rank:
             weight[rows:] = self.member.a.data
         return torch.mm(buffer[:, : rows + rank], weight), dz if rank else None
 
     def parameter_gradients(
-        self, dy: torch.Tensor, dz: torch.Tensor | None, x: torch.Tensor, z: torch.Tensor | None, drop: Drop = NOTHING
+        self, dy: torch.Tensor, dz: torch.Tensor | None, x: torch.Tensor, z: torch.Tensor | None, turn: Turn
     ) -> list[torch.Tensor]:
-        """Of A and B."""
+        """In the order of `parameters`."""
         if dz is None or z is None:
             return []
-        return [_lora_in_gradient(dz, x, drop), _scaled_product(self.member.scale, dy.t(), z)]
+        of_rows = _gradients_of_rows(self.member, dy, z, turn.gains[0], turn.given)
+        return [_lora_in_gradient(dz, x, turn.drop), *of_rows]
 
-    def backward(self, dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, drop: Drop = NOTHING):
-        """Gradients of x (M, K) and of A and B, of a dy (M, N) without room."""
-        dx, dz = torch.mm(dy, self._weight(dy)[: self.shape[0]]), None
+    def backward(self, dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, turn: Turn):
+        """Gradients of x (M, K) and of what is trained, of a dy (M, N) without room."""
+        dx, dz = torch.mm(dy, self._weight(dy, turn)[: self.shape[0]]), None
         if self.member.lora:
-            dz = _scaled_product(self.member.scale, dy, self.member.b.data)
-            _add_lora_back(dz, self.member.a.data, drop, dx)
-        return dx, self.parameter_gradients(dy, dz, x, z, drop)
+            dz = _scaled_product(self.member.scale, dy, self._b(turn))
+            _add_lora_back(dz, self.member.a.data, turn.drop, dx)
+        return dx, self.parameter_gradients(dy, dz, x, z, turn)
 
-    def _weight(self, like: torch.Tensor) -> torch.Tensor:
+    def _weight(self, like: torch.Tensor, turn: Turn) -> torch.Tensor:
         """W, and rows for A below it: (N + R, K)."""
         if self._holder is not None and self._holder.held:
             return self._holder.held[0][:, : self.shape[1]]
@@ -255,9 +283,31 @@ class Single:
             return self._held
         weight = like.new_empty(self.shape[0] + self.member.rank, self.shape[1])
         ops_for(like.device).dequantize(self.member.base.weight, weight[: self.shape[0]])
+        if not turn.gains:
+            turn.gains.append(self.member.magnitude.gain(weight[: self.shape[0]]) if self.member.magnitude else None)
+        if (gain := turn.gains[0]) is not None:
+            weight[: self.shape[0]].mul_(gain[:, None])
         if self.hold_weights:
             self._held = weight
         return weight
+
+    def _b(self, turn: Turn) -> torch.Tensor:
+        gain = turn.gains[0] if turn.gains else None
+        return self.member.b.data if gain is None else self.member.b.data * gain[:, None].to(self.member.b.dtype)
+
+
+def _gradients_of_rows(
+    m: Member, dy: torch.Tensor, z: torch.Tensor, gain: torch.Tensor | None, given: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Of B, and with DoRA of the magnitude: dy and given (M, n), z (M, r)."""
+    of_b = _scaled_product(m.scale, dy.t(), z)
+    if m.magnitude is None:
+        return [of_b]
+    assert gain is not None and given is not None, "a magnitude's gradient needs what its projection gave"
+    dots = ops_for(dy.device).column_dots(dy, given)
+    if m.base.bias is not None:
+        dots -= m.base.bias.float() * dy.float().sum(0)
+    return [of_b.mul_(gain[:, None]), m.magnitude.gradient(dots)]
 
 
 def _scaled_product(scale: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -287,17 +337,21 @@ class LoraProjection(torch.autograd.Function):
     """`Single` for autograd: what a lora.Linear4bit outside a fused layer computes."""
 
     @staticmethod
-    def forward(ctx, x, single: Single, drop: Drop, *parameters):
+    def forward(ctx, x, single: Single, turn: Turn, *parameters):
         """x (..., K) -> (..., N)."""
         flat = x.reshape(-1, x.shape[-1])
-        y, z = single.forward(flat, drop)
-        ctx.single, ctx.drop = single, drop
-        ctx.save_for_backward(flat, *([] if z is None else [z]))
+        y, z = single.forward(flat, turn)
+        ctx.single, ctx.turn = single, turn
+        kept = [z] if z is not None else []
+        if single.member.magnitude:
+            kept.append(y.clone())  # the model may add to y
+        ctx.save_for_backward(flat, *kept)
         return y.resize_(*x.shape[:-1], y.shape[-1])  # and not a view of y, to which no model could add: falcon does
 
     @staticmethod
     def backward(ctx, dy):
-        """Gradients of x and of A and B."""
-        flat, *z = ctx.saved_tensors
-        dx, gradients = ctx.single.backward(dy.reshape(-1, dy.shape[-1]), flat, z[0] if z else None, ctx.drop)
+        """Gradients of x and of what is trained."""
+        flat, *kept = ctx.saved_tensors
+        turn = replace(ctx.turn, given=kept[1] if len(kept) > 1 else None)
+        dx, gradients = ctx.single.backward(dy.reshape(-1, dy.shape[-1]), flat, kept[0] if kept else None, turn)
         return dx.view(*dy.shape[:-1], -1), None, None, *gradients

@@ -28,6 +28,7 @@ class LayerShape:
     adapted: tuple[int, int, int, int] = (3, 1, 2, 1)  # projections with a LoRA among q k v, o, gate up, down
     has_head_norms: bool = False  # queries and keys are kept before their norm, too
     norms_after: int = 0  # of what attention and MLP give: each keeps what it reads
+    is_dora: bool = False  # lengths learn from what projections give, which is kept, or copied in backward
     has_whole_logits: bool = False  # the output layer is not fused with its loss
 
     @property
@@ -46,7 +47,8 @@ class LayerShape:
         elements = of_down + (self.hidden if level < Keep.HOST else 0)
         if level < Keep.INPUT:  # q, k, v, the attention's output and its sums, what o_proj's LoRA read, x1
             elements += 2 * self.queries + 2 * self.keys + self.queries // 64 + of_out + self.hidden
-            elements += (self.queries + self.keys) * self.has_head_norms + self.hidden * self.norms_after
+            elements += (self.queries + self.keys) * (self.has_head_norms or self.is_dora)
+            elements += self.hidden * (2 if self.is_dora else self.norms_after)
         if level < Keep.ATTENTION:
             elements += 2 * self.inner
         if level < Keep.PRODUCTS:
@@ -56,14 +58,15 @@ class LayerShape:
     def passing_bytes(self, num_tokens: int) -> int:
         """The most that one layer's backward holds beyond what was or is kept: gradients, one dequantized weight."""
         weight = self.inner * (self.hidden + 2 * self.rank)
-        return (num_tokens * (self.hidden + self.inner) + weight) * self.element_bytes
+        copied = 2 * self.inner * self.is_dora
+        return (num_tokens * (self.hidden + self.inner + copied) + weight) * self.element_bytes
 
     def repeated_flops(self, level: Keep, length: int) -> float:
         """Computed a second time, for each token."""
         weights = 2.0 * self.hidden * 2 * self.inner if level >= Keep.ATTENTION else 0.0
         if level >= Keep.INPUT:
             weights += 2.0 * self.hidden * (2 * self.queries + 2 * self.keys) + 2.0 * length * self.queries
-            weights += 2.0 * self.hidden * self.inner * (self.norms_after == 2)
+            weights += 2.0 * self.hidden * self.inner * (self.norms_after == 2 or self.is_dora)
         return weights
 
     def measured(self, whole_bytes: int) -> "PlainShape":

@@ -44,18 +44,7 @@ class TensorFiles:
         import torch
 
         entry = self.entries[name]
-        with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            content = bytearray(entry.size)
-            view, done = memoryview(content), 0
-            while done < entry.size:
-                count = file.readinto(view[done:])  # type: ignore[arg-type]
-                if not count:
-                    raise ConfigError(f"{entry.file}: ends inside the tensor {name}. Download or copy it again.")
-                done += count
-        if not content:
-            return torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype]))
-        return torch.frombuffer(content, dtype=getattr(torch, DTYPES[entry.dtype])).reshape(entry.shape)
+        return read_bytes(name, entry, 0, entry.size).view(getattr(torch, DTYPES[entry.dtype])).reshape(entry.shape)
 
     def sample_sha256(self) -> str:
         """Digest (16 hex digits) of each tensor's name, shape and first 4 KiB: tells bases of one shape apart."""
@@ -67,6 +56,22 @@ class TensorFiles:
                 file.seek(entry.offset)
                 digest.update(file.read(min(SAMPLE_BYTES, entry.size)))
         return digest.hexdigest()[:16]
+
+
+def read_bytes(name: str, entry: Entry, start: int, stop: int) -> "torch.Tensor":
+    """Some bytes of a tensor, read from the disk into memory of their own: uint8. Raises ConfigError."""
+    import torch
+
+    content = torch.empty(stop - start, dtype=torch.uint8)
+    view, done = memoryview(content.numpy()), 0  # type: ignore[arg-type]
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.offset + start)
+        while done < len(view):
+            count = file.readinto(view[done:])  # type: ignore[arg-type]
+            if not count:
+                raise ConfigError(f"{entry.file}: ends inside the tensor {name}. Download or copy it again.")
+            done += count
+    return content
 
 
 def read_header(file: Path, key: str) -> dict[str, Entry]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.architecture import build_empty
-from qlora_ray.model.facts import BUFFERS, read_shapes
+from qlora_ray.model.facts import BUFFERS, packed_weights, read_shapes
 
 logger = getLogger(__name__)
 SHOWN = 3  # names of each kind
@@ -31,7 +32,9 @@ def build_from_headers(folder: str, trust_remote_code: bool = False, factory: st
     with torch.device("meta"):
         empty: Any = build_empty(folder, trust_remote_code, factory)
         is_tied = bool(getattr(empty.config.get_text_config(), "tie_word_embeddings", False))
-        weights = {name: torch.empty(shape) for name, shape in read_shapes(folder, is_tied).items()}
+        turned = _turned_as_packed(empty, folder)
+        shapes = read_shapes(folder, is_tied).items()
+        weights = {name: torch.empty(shape[::-1] if name in turned else shape) for name, shape in shapes}
     try:
         with _silence():
             model, found = type(empty).from_pretrained(
@@ -42,6 +45,12 @@ def build_from_headers(folder: str, trust_remote_code: bool = False, factory: st
         raise ConfigError(f"{key}: its weights are not those of a {type(empty).__name__}: {error} {WAY_OUT}") from error
     refuse_unfilled(key, model, found)
     return model
+
+
+def _turned_as_packed(model: PreTrainedModel, folder: str) -> set[str]:
+    """Names of the weights that bitsandbytes turned when it packed them: those of GPT-2's kind of layer."""
+    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    return {one for one in packed_weights(folder) if any(name.endswith(one) for name in names)} if names else set()
 
 
 def refuse_unfilled(key: str, model: PreTrainedModel, found: dict[str, Any]) -> None:

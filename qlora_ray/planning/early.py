@@ -101,6 +101,22 @@ def facts_at_hand(config: Config) -> ModelFacts | None:
     return exact_facts(config, folder)
 
 
+def as_stored(config: Config) -> Config:
+    """The config with the 4-bit settings of a base that is on this machine and stored in 4 bits: its own win."""
+    from qlora_ray.model.hub import folder_at_hand
+
+    folder = folder_at_hand(config.model.base_model, config.model.revision)
+    stored = stored_quantization(folder) if folder else None
+    if stored is None:
+        return config
+    return config.model_copy(update={"quantization": config.quantization.model_copy(update=_settings_of(stored))})
+
+
+def _settings_of(stored: dict[str, Any]) -> dict[str, Any]:
+    is_double = bool(stored.get("bnb_4bit_use_double_quant"))
+    return {"type": stored.get("bnb_4bit_quant_type", "fp4"), "double_quant": is_double}
+
+
 def _check_base(config: Config, folder: str) -> None:
     """Raise ConfigError for a folder that lacks what a base needs, or is stored otherwise than the config asks."""
     check_folder(folder)
@@ -111,14 +127,12 @@ def _check_base(config: Config, folder: str) -> None:
         return
     if config.model.lora_variant == "loftq":
         raise ConfigError(f"model.lora_variant=loftq: needs the unquantized weights, and {key} is stored in 4 bits.")
-    is_double = bool(stored.get("bnb_4bit_use_double_quant"))
-    holds = {"type": stored.get("bnb_4bit_quant_type", "fp4"), "double_quant": is_double}
-    for name, value in holds.items():
+    for name, value in _settings_of(stored).items():
         asked = getattr(config.quantization, name)
-        if asked != value:
+        if name in config.quantization.model_fields_set and asked != value:
             raise ConfigError(
-                f"quantization.{name}={str(asked).lower()}: {key} is stored in 4 bits with {str(value).lower()}. Set "
-                f"quantization.{name}={str(value).lower()}, or name the model that it was quantized from."
+                f"quantization.{name}={str(asked).lower()}: {key} is stored in 4 bits with {str(value).lower()}. "
+                "Leave the setting out, or name the model that it was quantized from."
             )
     storage = stored.get("bnb_4bit_quant_storage", "uint8")
     if storage != "uint8":

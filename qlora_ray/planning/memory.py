@@ -32,6 +32,7 @@ class Sizes:
     num_workers: int  # the fewest: each then holds most
     layer: LayerShape | PlainShape
     trains_rows: bool  # of embedding and output layer: model.new_tokens
+    loads_in_shares: bool
 
 
 def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype: str) -> Sizes:
@@ -41,7 +42,16 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
     return Sizes(
         base, num_trainable, quantization.type != "none", quantization.double_quant, wide, stage,
         config.ray.min_workers, layer_shape(config, base, wide), bool(config.model.new_tokens),
+        loads_in_shares(config, stage, config.ray.min_workers),
     )  # fmt: skip
+
+
+def loads_in_shares(config: Config, stage: int, num_workers: int) -> bool:
+    """Whether each worker reads and packs its share of the base alone, or all of it before ZeRO takes it apart.
+
+    LoftQ and DoRA begin from whole weights.
+    """
+    return stage == 3 and num_workers > 1 and config.model.lora_variant in ("lora", "rslora")
 
 
 def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerShape | PlainShape:
@@ -50,7 +60,7 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
     family = FAMILIES.get(base.model_type)
     rank = max(model.lora_r, *model.rank_pattern.values(), 0)
     first = {name.split(".")[-1]: (rows, columns) for name, rows, columns in base.linear_shapes if ".0." in name}
-    can_fuse = model.lora_variant != "dora" and config.quantization.type != "none"
+    can_fuse = config.quantization.type != "none" and not (model.lora_variant == "dora" and model.lora_dropout)
     can_fuse = can_fuse and not set(model.modules_to_save) - BESIDE_LAYERS
     if family is None or not can_fuse or not {*family.qkv, "o_proj", *family.gate_up} <= first.keys():
         return _plain_shape(base, rank, element_bytes)
@@ -60,6 +70,7 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
         keys=(sum(first[name][0] for name in family.qkv) - queries) // 2,
         rank=rank, element_bytes=element_bytes, adapted=(len(family.qkv), 1, len(family.gate_up), 1),
         has_head_norms=bool(family.norm_of_heads), norms_after=family.num_norms_after,
+        is_dora=model.lora_variant == "dora",
         has_whole_logits=bool(model.new_tokens) or "lm_head" in model.modules_to_save,
     )  # fmt: skip
 
@@ -113,11 +124,14 @@ def memory_gib(sizes: Sizes, num_tokens: int, choice: Choice) -> dict[str, float
 
 
 def loading_gib(sizes: Sizes) -> float:
-    """GiB of a worker while its base loads, whole."""
-    base = sizes.base
+    """GiB that a worker holds at most while it loads the base."""
+    base, wide = sizes.base, sizes.element_bytes
     quantized = base.num_linear_parameters if sizes.quantized else 0
-    rest = (base.num_parameters - quantized) * sizes.element_bytes
-    return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + rest) / GIB
+    if sizes.loads_in_shares:
+        largest = max((rows * columns for _, rows, columns in base.linear_shapes), default=0)
+        one = largest * (wide / sizes.num_workers + 2 * 4 / 64)  # its share, and float32 scales of all of it
+        return resident_gib(sizes)["base"] + one / GIB
+    return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB
 
 
 def peak_gib(forecast: dict[str, float]) -> float:

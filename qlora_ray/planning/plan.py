@@ -203,9 +203,10 @@ def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, budget_by
 def may_hold_weights(config: Config) -> bool:
     """Whether fused layers may keep their weights dequantized between steps, where there is room.
 
-    Several workers share the base: each holding all of it would undo that.
+    Several workers share the base: each holding all of it would undo that. DoRA changes their lengths at each step.
     """
-    return config.training.dequantized_weights == "auto" and config.ray.max_workers == 1
+    is_frozen = config.model.lora_variant != "dora"
+    return is_frozen and config.training.dequantized_weights == "auto" and config.ray.max_workers == 1
 
 
 def _recompute(config: Config, use_gpu: bool) -> str:
@@ -321,10 +322,12 @@ def zero_stage(config: Config) -> int:
     """The ZeRO stage of the run. Raises ConfigError where a setting does not go with it."""
     ds = config.deepspeed
     stage = ds.zero_stage if ds.zero_stage != "auto" else (3 if config.ray.max_workers > 1 else 0)
-    if config.model.lora_variant == "dora" and stage == 3 and config.quantization.type != "none":
+    is_left_to_peft = config.model.lora_variant == "dora" and config.model.lora_dropout > 0
+    if is_left_to_peft and stage == 3 and config.quantization.type != "none":
         raise ConfigError(
-            "model.lora_variant=dora: PEFT's DoRA reads the base weight in backward, when ZeRO-3 has released it. "
-            "Set deepspeed.zero_stage: 2 (each worker then holds the whole 4-bit base), or use lora or rslora."
+            f"model.lora_dropout={config.model.lora_dropout:g} with model.lora_variant=dora: is left to PEFT, which "
+            "reads the base weight in backward, when ZeRO-3 has released it. Set model.lora_dropout: 0, or "
+            "deepspeed.zero_stage: 2 (each worker then holds the whole 4-bit base)."
         )
     if ds.offload_params != "none" and stage != 3:
         raise ConfigError(
@@ -346,6 +349,12 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
     elif config.quantization.type != "none" and base.num_linear_parameters < 0.5 * base.num_parameters:
         share = 1 - base.num_linear_parameters / base.num_parameters
         notes.append(f"{share:.0%} of the base's weights are not linear layers (embeddings mostly): they stay 16-bit.")
+    if base.is_packed:
+        how = config.quantization
+        notes.append(
+            f"The base is stored in 4 bits, and trained on as it is: quantization.type={how.type}, "
+            f"double_quant={str(how.double_quant).lower()}."
+        )
     if base.context_length and config.training.max_length > base.context_length:
         notes.append(
             f"training.max_length={config.training.max_length} exceeds the base's context of {base.context_length}."

@@ -16,11 +16,11 @@ def speed_notes(config: Config, base: BaseFacts) -> list[str]:
     model = config.model
     if config.quantization.type == "none":
         return ["quantization.type=none: nothing is fused; how much that costs was not measured."]
-    if model.lora_variant == "dora":
+    if model.lora_variant == "dora" and model.lora_dropout:
         return [
-            f"model.lora_variant=dora: its layers are left to PEFT. Plain LoRA that was left to PEFT ran at "
-            f"{LEFT_TO_PEFT / FUSED:.2f} of the speed of fused layers (Llama-3.1-8B shape, one H100); DoRA's own work "
-            "comes on top."
+            f"model.lora_dropout={model.lora_dropout:g} with model.lora_variant=dora: its layers are left to PEFT. "
+            f"Plain LoRA that was left to PEFT ran at {LEFT_TO_PEFT / FUSED:.2f} of the speed of fused layers "
+            "(Llama-3.1-8B shape, one H100); DoRA's own work comes on top. model.lora_dropout=0 is fused."
         ]
     if base.model_type not in FAMILIES:
         return [
@@ -39,6 +39,8 @@ def speed_notes(config: Config, base: BaseFacts) -> list[str]:
             f"model.lora_dropout={model.lora_dropout:g}: {WITH_DROPOUT / FUSED:.2f} of the speed of none "
             "(Llama-3.1-8B shape, one H100)."
         )
+    if model.lora_variant == "dora":
+        notes.append("model.lora_variant=dora: fused; what its lengths cost beside lora was not measured.")
     if model.new_tokens:
         notes.append(
             "model.new_tokens: the embedding is copied at each forward pass, and the output layer is not fused with "

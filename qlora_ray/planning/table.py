@@ -5,7 +5,7 @@ from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import Choice, Keep, choose
 from qlora_ray.planning import memory
-from qlora_ray.planning.early import facts_at_hand
+from qlora_ray.planning.early import as_stored, facts_at_hand
 from qlora_ray.planning.memory import GIB
 from qlora_ray.planning.plan import may_hold_weights, shown_layers, zero_stage
 from qlora_ray.planning.speed import speed_notes
@@ -19,7 +19,7 @@ def answer(config: Config, gib: float, gpu: str) -> str:
 
     Raises ConfigError where the base is neither a local folder nor in the hub's cache.
     """
-    base = _facts(config)
+    base, config = _facts(config), as_stored(config)
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     length, workers = config.training.max_length, config.ray.max_workers
     each = 2 if config.training.pairs else 1  # rows of tokens

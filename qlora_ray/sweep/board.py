@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from qlora_ray.cluster import connect
+from qlora_ray.config import as_written
 from qlora_ray.console import console
 from qlora_ray.rundir import names
 from qlora_ray.rundir.metrics import read_lines
@@ -73,7 +74,7 @@ class Session:
         address = next(one["NodeManagerAddress"] for one in ray.nodes() if one["NodeID"] == context.get_node_id())
         job = {
             "run": str(self._run),
-            "config": self._config.model_dump(mode="json"),
+            "config": as_written(self._config),
             "address": context.gcs_address,
             "cwd": str(Path.cwd()),
             "submitted": submitted_job(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from qlora_ray.config import Config, SweepConfig
+from qlora_ray.config import Config, SweepConfig, as_written
 from qlora_ray.rundir import names
 from qlora_ray.rundir.metrics import read_lines
 from qlora_ray.rundir.record import read_json
@@ -68,7 +68,8 @@ def promote(run: Path, config: Config, best: Best) -> str | None:
     unfinished.mkdir()
     for file in source.iterdir():  # not copytree, which turns a full disk into an error without its number
         shutil.copy2(file, unfinished)
-    values = config_of(config, best.parameters).model_dump(mode="json", exclude={"sweep"})
+    values = as_written(config_of(config, best.parameters))
+    del values["sweep"]
     (unfinished / "train_config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
     shutil.rmtree(run / "adapter", ignore_errors=True)
     unfinished.rename(run / "adapter")

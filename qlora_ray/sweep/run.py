@@ -13,13 +13,13 @@ import yaml
 
 from qlora_ray import storage
 from qlora_ray.cluster import connect
-from qlora_ray.config import Config
+from qlora_ray.config import Config, as_written
 from qlora_ray.console import chatter_goes_to, console
 from qlora_ray.data.check import check_records
 from qlora_ray.data.prepare import prepare
 from qlora_ray.data.spread import run_on_cores, run_on_ray
 from qlora_ray.errors import ConfigError
-from qlora_ray.planning.early import exact_facts, read_deepspeed_json, refuse_before_ray
+from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
 from qlora_ray.rundir import directory, names
 from qlora_ray.sweep import board, capacity, exploit, page, results, screen, space
@@ -93,7 +93,7 @@ def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware, inlin
         base = repr(one.model)
         if base not in bases:
             bases[base] = exact_facts(one)
-        facts = bases[base]
+        one, facts = as_stored(one), bases[base]
         packing = packs(one, facts)
         key = repr(
             (
@@ -163,7 +163,7 @@ def open_ledger(config: Config, run: Path, trials: list[Trial]) -> Ledger:
             f"--resume: {run} was begun with another {changed}. Restore the old setting, or start a new sweep."
         )
     (storage.open_folder(str(run)) / names.CONFIG).write_bytes(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+        yaml.safe_dump(as_written(config), sort_keys=False).encode()
     )
     for trial in trials:
         if trial.name not in ledger.trials:

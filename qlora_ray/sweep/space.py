@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_ray.config import OF_PAIRS, Config, Parameter, SweepConfig, make_config
+from qlora_ray.config import OF_PAIRS, Config, Parameter, SweepConfig, as_written, make_config
 from qlora_ray.errors import ConfigError
 
 NUM_TRIALS = 8  # of a random search or optuna that does not say
@@ -111,7 +111,8 @@ def varied(sweep: SweepConfig, key: str) -> list[dict[str, Any]]:
 
 def config_of(config: Config, parameters: dict[str, Any]) -> Config:
     """The config of a trial: the base with its parameters, and no sweep. Raises ConfigError."""
-    values = config.model_dump(mode="json", exclude={"sweep"})
+    values = as_written(config)
+    del values["sweep"]
     for key, value in parameters.items():
         *sections, name = key.split(".")
         place = values

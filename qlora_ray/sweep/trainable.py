@@ -9,7 +9,7 @@ from typing import Any
 
 from ray import tune
 
-from qlora_ray.config import Config
+from qlora_ray.config import Config, as_written
 from qlora_ray.errors import BrokenCheckpoint
 from qlora_ray.rundir import checkpoints, names
 from qlora_ray.storage import DISK_IS_FULL
@@ -31,7 +31,8 @@ class TrialActor(tune.Trainable):
         told = {key: value for key, value in config.items() if key != "trial"}  # by pbt and optuna
         self._parameters = told or job["parameters"][self._name]
         base = Config.model_validate(job["config"])
-        values = space.config_of(base, self._parameters).model_dump(mode="json", exclude={"sweep"})
+        values = as_written(space.config_of(base, self._parameters))
+        del values["sweep"]
         values["ray"] |= {
             "address": job["address"], "storage_path": str(self._run / names.TRIALS), "run_name": self._name,
             "allow_unauthenticated": True,  # the cluster that runs this actor: the sweep has asked it

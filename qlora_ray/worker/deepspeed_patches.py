@@ -4,6 +4,7 @@ tests/integration/test_deepspeed_patches.py holds that each has its effect: `pyt
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from qlora_ray.libraries import Patch
 from qlora_ray.model.fused import leaf_modules
 from qlora_ray.model.plain import plain_layers
+from qlora_ray.model.shares import Share
 from qlora_ray.worker.state import MOMENTS
 from qlora_ray.worker.stopwatch import Stopwatch
 
@@ -29,6 +31,78 @@ def use_gloo_on_cpus() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def begin() -> None:
+    """Start DeepSpeed on the process group that is there."""
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        use_gloo_on_cpus()
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def for_each_micro_batch(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what the engine does itself: sum, norm and clipping, in an order of its own."""
+    config = {**deepspeed_config, "gradient_clipping": 0.0, "gradient_accumulation_steps": 1}
+    config.pop("train_batch_size", None)  # of all workers that there may be; elastic runs have fewer
+    return config
+
+
+BORN_IN_SHARES = Patch(
+    "deepspeed", READ_IN, "zero.Init's _convert_to_deepspeed_param takes a parameter without memory, and ds_tensor, "
+    "ds_numel_aligned, ds_status and data are set as its _partition_param sets them",
+    gains="no worker holds a whole base while loading; zero.Init partitions what is whole on each",
+    delete_when="DeepSpeed makes parameters of shares, or transformers enters zero.Init for quantized models",
+)  # fmt: skip
+
+
+class Shares:
+    """Makes ZeRO-3's parameters of what this worker has of them: model/load.py's Keeper."""
+
+    def __init__(self, deepspeed_config: dict[str, Any], dtype: torch.dtype):
+        import deepspeed
+
+        begin()
+        self.share = Share(dist.get_rank(), dist.get_world_size())
+        self._init = deepspeed.zero.Init(config_dict_or_path=for_each_micro_batch(deepspeed_config), dtype=dtype)
+
+    def keep(self, parameter: Any, share: torch.Tensor) -> None:
+        """Make of a parameter of the whole shape, without memory, one of which this worker holds `share`."""
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+
+        init = self._init
+        init._convert_to_deepspeed_param(parameter)
+        held: Any = share.to(parameter.device if parameter.ds_persist else init.remote_device)
+        if init.pin_memory and not parameter.ds_persist:
+            held = get_accelerator().pin_memory(held)
+        held.ds_numel, held.status, held.final_location = held.numel(), PartitionedParamStatus.AVAILABLE, None
+        parameter.ds_tensor, parameter.ds_numel_aligned = held, held.numel() * self.share.size
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+    def whole(self, parameter: Any) -> torch.Tensor:
+        """What all workers hold of it together."""
+        return whole_of(parameter)
+
+    def take_largest(self, values: torch.Tensor) -> None:
+        """Put the largest of all workers' values in the place of each."""
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+
+    def is_everywhere(self, answer: bool) -> bool:
+        """Whether the answer is yes on every worker."""
+        answers = torch.tensor(int(answer), device=self._init.local_device)
+        dist.all_reduce(answers, dist.ReduceOp.MIN)
+        return bool(answers)
+
+
+def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    """Within, these parameters are whole, where each worker has a share of them. Every worker must enter it."""
+    import deepspeed
+
+    shared = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(shared) if shared else nullcontext()
 
 
 KNOWN_PARAMETERS = Patch(
@@ -231,6 +305,19 @@ SHARD_MARKS = Patch(
 def has_shards(parameter: torch.nn.Parameter) -> bool:
     """Whether DeepSpeed's safe_get_full_fp32_param and its like know the parameter."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def whole_of(parameter: Any) -> torch.Tensor:
+    """A copy of what the workers hold together. Every worker must call this."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    is_released = has_shards(parameter) and parameter.ds_status != ZeroParamStatus.AVAILABLE
+    if is_released:
+        parameter.all_gather([parameter])
+    whole = parameter.detach().clone()
+    if is_released:
+        parameter.partition([parameter])
+    return whole
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:

@@ -32,9 +32,7 @@ class Engine:
     def __init__(self, model: torch.nn.Module, training: TrainingConfig, deepspeed_config: dict[str, Any]):
         import deepspeed
 
-        if not torch.cuda.is_available():
-            patches.use_gloo_on_cpus()
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        patches.begin()
         groups = parameter_groups(trainable(model), training)
         self._flat = FlatLora(model, [group.pop("names") for group in groups], dist.get_world_size())
         self._parameters = self._flat.parameters
@@ -52,9 +50,8 @@ class Engine:
         self._lr_ratios = [group.pop("lr_ratio") for group in optimizer.param_groups]
         # Sum, norm and clipping are done here, in an order that does not depend on the number of workers.
         self._max_grad_norm = deepspeed_config.get("gradient_clipping")
-        deepspeed_config = {**deepspeed_config, "gradient_clipping": 0.0, "gradient_accumulation_steps": 1}
-        deepspeed_config.pop("train_batch_size", None)  # of all workers that there may be; elastic runs have fewer
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+        config = patches.for_each_micro_batch(deepspeed_config)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self._is_sharded:
             patches.keep_resident(self._engine.optimizer, wholes)
             patches.walk_past_leaves(self._engine)

@@ -13,6 +13,7 @@ from qlora_ray.model.plain import keep_plain, measure_whole_bytes, plain_layers
 from qlora_ray.model.recompute import Choice, Keep
 from qlora_ray.model.stash import HostStash
 from qlora_ray.planning.plan import Plan, choose_recomputation
+from qlora_ray.worker import deepspeed_patches as patches
 
 SHARE_OF_FREE_MEMORY = 0.9  # that recompute=auto fills: the rest is for the allocator's rounding and libraries
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def prepare(model: Any, plan: Plan, device: torch.device) -> Plan:
     if plan.recompute == "all" or fused or not plain:
         return plan
     row = torch.arange(plan.tokens_per_row, device=device) % model.config.vocab_size
-    measured = measure_whole_bytes(model, row[None])
+    measured = measure_whole_bytes(model, row[None], patches.gathered)
     logger.info("a layer keeps %d bytes a token, the plan said %d", measured, plan.layer_shape.kept_bytes(Keep.ALL))
     return replace(plan, layer_shape=plan.layer_shape.measured(measured))
 

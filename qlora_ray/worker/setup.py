@@ -5,6 +5,7 @@ Stands on internals of torch and transformers: WORKSPACE and NOISE.
 
 import logging
 import os
+import random
 import sys
 
 import numpy as np
@@ -16,15 +17,17 @@ from qlora_ray.data.tokenize import open_tokenizer, with_template
 from qlora_ray.errors import ConfigError, GuardError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
-from qlora_ray.model.base import count_bytes, load_base
+from qlora_ray.model.base import count_bytes
 from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse
 from qlora_ray.model.hub import local_folder
+from qlora_ray.model.load import Source
 from qlora_ray.model.start import WEIGHTS, load_weights
 from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import names
 from qlora_ray.storage import SHARE_IT, Folder
-from qlora_ray.worker import recomputation
+from qlora_ray.worker import base, recomputation
+from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
@@ -134,7 +137,7 @@ def num_rows(rows: Folder) -> int:
 
 
 def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, resumed: AdapterState | None) -> Engine:
-    """4-bit base, LoRA, DeepSpeed; resumed where there is a checkpoint; checked against the unsharded model.
+    """4-bit base, LoRA, DeepSpeed; resumed where there is a checkpoint; checked against the unsharded base.
 
     Every worker must call this. Raises ConfigError where the base cannot be loaded, and GuardError where it is not
     what the plan says, or sharding changed it.
@@ -143,10 +146,10 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     dtype = getattr(torch, plan.compute_dtype)
     log = logging.getLogger(__name__)
     log.info("base model: loading")
-    base = load_base(config.model, config.quantization, plan.compute_dtype, device)
-    log.info("base model: loaded")
-    check_four_bit_share(count_bytes(base).four_bit_share, plan)
-    model = add_adapter(base, config.model, dtype, config.training.seed, plan.new_tokens)
+    loaded = base.load(run, team, device)
+    log.info("base model: loaded%s", ", each worker its share" if loaded.is_share else "")
+    check_four_bit_share(count_bytes(loaded.base).four_bit_share, plan)
+    model = add_adapter(loaded.base, config.model, dtype, config.training.seed, plan.new_tokens)
     _put_in_one_dtype(model, dtype)
     if resumed:
         for name, parameter in trainable(model).items():
@@ -161,13 +164,15 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items() if values.dim() == 2}
     if run.debug and team.rank == 0:
         log.info("parameters:\n%s", parameter_table(model, plan))
-    before = _loss(model, sample)
+    before = None if loaded.is_share else _loss(model, sample)
     log.info("engine: starting")
     engine = Engine(model, config.training, plan.deepspeed)
     log.info("engine: started")
     if resumed:
         engine.load_state(resumed)
-    check_same_loss(before, _loss(engine.module, sample), plan)
+    check_same_weights(loaded.sources, config.training.seed, team)
+    if before is not None:
+        check_same_loss(before, _loss(engine.module, sample), plan)
     recomputation.keep_what_fits(model, config, plan, device)
     engine.train()
     return engine
@@ -191,6 +196,25 @@ def check_same_loss(before: float, after: float, plan: Plan) -> None:
             f"the weights. Likely cause: packed 4-bit bytes were cast to {plan.compute_dtype} (bnb_4bit_quant_storage "
             "must be uint8), or a DeepSpeed option re-quantizes them. The run was stopped before step 1."
         )
+
+
+def check_same_weights(sources: list[Source], seed: int, team: Team) -> None:
+    """Raise GuardError where the workers do not hold together what the files hold: of a layer in 4 bits and another.
+
+    Those are chosen by seed; rank 0 reads and packs them anew. Every worker must call this.
+    """
+    generator = random.Random(seed)
+    packed = [one for one in sources if hasattr(one.parameter, "quant_state")]
+    others = [one for one in sources if not hasattr(one.parameter, "quant_state")]
+    for source in [generator.choice(kind) for kind in (packed, others) if kind]:
+        whole = patches.whole_of(source.parameter)
+        is_held = team.gather(team.rank > 0 or source.is_held(whole))[0]
+        if not is_held:
+            raise GuardError(
+                f"{source.name}: what the workers hold together is not what the base's files give. Likely cause: "
+                "packed 4-bit bytes were cast (bnb_4bit_quant_storage must be uint8), a DeepSpeed option re-quantizes "
+                "them, or the workers do not read the same files. The run was stopped before step 1."
+            )
 
 
 def parameter_table(model: torch.nn.Module, plan: Plan) -> str:

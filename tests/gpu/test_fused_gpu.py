@@ -157,6 +157,18 @@ def test_dropout_of_what_a_lora_reads_and_its_gradients(dtype, rows, width, rank
     assert torch.equal(ops_triton.lora_in_gradient(dz, x, drop), outcomes[0][1])  # the same bits each time
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows, width, room", [(70, 1000, 0), (8192, 4096, 16), (1, 129, 8), (1025, 64, 0)])
+def test_dots_of_columns(dtype, rows, width, room):
+    from qlora_ray.model import ops_plain, ops_triton
+
+    one, other = random(rows, width + room, dtype=dtype)[:, :width], random(rows, width, dtype=dtype)
+    ours, plain = ops_triton.column_dots(one, other), ops_plain.column_dots(one, other)
+    assert ours.dtype == torch.float32
+    assert (ours - plain).norm() < 1e-5 * plain.norm()
+    assert torch.equal(ours, ops_triton.column_dots(one, other))  # the same bits each time
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {family: fused_models.save(family, tmp_path_factory.mktemp(family)) for family in (*FAMILIES, "gemma2")}
@@ -179,6 +191,16 @@ def test_places_without_a_label_are_left_out_where_they_cannot_matter(folders, f
     model = fused_models.build(folders[family], torch.float32, "cuda")
     nats, gradients = fused_models.nats_and_gradients(model, fused_models.with_places(tiny_models.batch()))
     reference = fused_models.build_reference(folders[family], "cuda")
+    exact_nats, exact = fused_models.nats_and_gradients(reference, tiny_models.batch())
+    assert nats == pytest.approx(exact_nats, rel=1e-5)
+    assert fused_models.error(gradients, exact) < 1e-4
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_gradients_with_dora_are_those_of_peft_in_float64(folders, family):
+    model = fused_models.build(folders[family], torch.float32, "cuda", lora_variant="dora")
+    nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
+    reference = fused_models.build_reference(folders[family], "cuda", lora_variant="dora")
     exact_nats, exact = fused_models.nats_and_gradients(reference, tiny_models.batch())
     assert nats == pytest.approx(exact_nats, rel=1e-5)
     assert fused_models.error(gradients, exact) < 1e-4
@@ -213,9 +235,10 @@ def test_rounding_in_16_bit_is_no_worse_than_pefts(folders, family, dtype):
 
 
 @pytest.mark.parametrize("level", Keep)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
-def test_what_is_kept_for_backward_changes_no_bit(folders, family, level):
-    model = fused_models.build(folders[family], torch.bfloat16, "cuda")
+def test_what_is_kept_for_backward_changes_no_bit(folders, family, variant, level):
+    model = fused_models.build(folders[family], torch.bfloat16, "cuda", lora_variant=variant)
     nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
     keep(model, Choice((level,) * 2))
     for _ in range(2):

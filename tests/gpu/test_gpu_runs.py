@@ -36,6 +36,7 @@ def run(tmp_path, name, *more):
         "fused_float16": ["model.lora_dropout=0", "quantization.compute_dtype=float16"],
         "fused_leanest": ["model.lora_dropout=0", "training.recompute=all"],
         "fused_stage0": ["model.lora_dropout=0", "deepspeed.zero_stage=0"],
+        "dora": ["model.lora_dropout=0", "model.lora_variant=dora"],
         "fused_offload_cpu": ["model.lora_dropout=0", "deepspeed.offload_params=cpu"],
         "deepspeed_json": ["--deepspeed", "configs/deepspeed_config.json"],
     }.items(),

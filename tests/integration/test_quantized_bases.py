@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_ray import evaluate, export, generate
-from qlora_ray.config import base_model_path
+from qlora_ray import evaluate, export, generate, train
+from qlora_ray.config import as_written, base_model_path, make_config
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.facts import read_facts
-from qlora_ray.planning.early import exact_facts
+from qlora_ray.planning.early import as_stored, exact_facts
 from qlora_ray.planning.plan import storage_bytes
-from tests.integration import adapters, own_models, tiny_models
+from tests.integration import adapters, engines, own_models, tiny_models
 
 EMBEDDED = base_model_path("embedded")
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -22,7 +22,7 @@ NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 def save(folder: Path, **more) -> str:
     """The embedded base in 4 bits."""
-    how = BitsAndBytesConfig(load_in_4bit=True, **NF4, **more)
+    how = BitsAndBytesConfig(load_in_4bit=True, **{**NF4, **more})
     AutoModelForCausalLM.from_pretrained(EMBEDDED, quantization_config=how).save_pretrained(folder)
     AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
     return str(folder)
@@ -47,6 +47,28 @@ def test_layers_that_the_folder_keeps_in_16_bits_are_counted_so(tmp_path):
     facts, found = exact_facts(tiny_models.make_config(folder)), count_bytes(load(folder))
     assert (facts.num_linear_parameters, facts.num_parameters) == (found.four_bit_parameters, found.parameters)
     assert found.four_bit_parameters < exact_facts(tiny_models.make_config(EMBEDDED)).num_linear_parameters
+
+
+def test_settings_of_the_folder_win_where_the_config_says_none_and_the_plan_says_so(tmp_path, refused):
+    folder = save(tmp_path / "base", bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
+    config = as_stored(tiny_models.make_config(folder))
+    assert (config.quantization.type, config.quantization.double_quant) == ("fp4", False)
+    planned = engines.plan_of(config, engines.rows_of_batch(tmp_path / "rows"))
+    assert any("trained on as it is: quantization.type=fp4, double_quant=false" in note for note in planned.notes)
+    assert as_stored(config) == config and exact_facts(config)  # as its run directory has it
+    written = make_config(as_written(tiny_models.make_config(folder, training={"max_length": 64})))
+    assert as_stored(written).quantization == config.quantization  # of a sweep's trial
+    for asked in ("quantization.type=nf4", "quantization.double_quant=true"):
+        message = refused(train, f"model.base_model={folder}", asked)
+        assert f"{asked}: model.base_model=" in message and "Leave the setting out" in message
+
+
+def test_folder_that_holds_other_layers_in_4_bits_than_its_config_says_is_refused(tmp_path):
+    folder = save(tmp_path / "base", llm_int8_skip_modules=["lm_head", "down_proj"])
+    stored = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
+    own_models.change(Path(folder), quantization_config={**stored, "llm_int8_skip_modules": ["lm_head"]})
+    with pytest.raises(ConfigError, match="one that differs is model.layers.*down_proj.weight. Name in llm_int8_skip"):
+        exact_facts(tiny_models.make_config(folder))
 
 
 def test_4_bit_base_computes_in_the_dtype_of_the_plan_whatever_it_was_saved_with(tmp_path):

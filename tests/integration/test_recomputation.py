@@ -5,8 +5,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_ray.config import Config
+from qlora_ray.model.adapter import add_adapter
+from qlora_ray.model.base import load_base
+from qlora_ray.model.load import load_shares
 from qlora_ray.model.plain import keep_plain, measure_whole_bytes, plain_layers
 from qlora_ray.model.recompute import Keep
+from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker import recomputation
 from tests import fused_models
 from tests.integration import engines, tiny_models
@@ -92,7 +96,7 @@ def test_bytes_that_a_layer_keeps_are_measured(family, tmp_path):
     model = fused_models.build(tiny_models.save(family, tmp_path), torch.bfloat16)
     model.enable_input_require_grads()
     batch = tiny_models.batch()
-    measured = measure_whole_bytes(model, batch["input_ids"])
+    measured = measure_whole_bytes(model, batch["input_ids"], patches.gathered)
     assert not model.is_gradient_checkpointing
     whole, again = (saved_bytes(model, batch, levels) for levels in ((Keep.ALL,) * 2, (Keep.INPUT, Keep.ALL)))
     tokens, width = batch["input_ids"].numel(), 64 * 2
@@ -109,13 +113,29 @@ def test_layers_that_are_not_fused_keep_what_fits_as_measured(tmp_path, process_
     measured = recomputation.prepare(model, plan, torch.device("cpu"))
     whole = measured.layer_shape.kept_bytes(Keep.ALL)
     assert whole != plan.layer_shape.kept_bytes(Keep.ALL) and whole == measure_whole_bytes(
-        model, torch.arange(24)[None]
+        model, torch.arange(24)[None], patches.gathered
     )
     for room, kept in ((0.0, {Keep.HOST}), (1e9, {Keep.ALL})):
         monkeypatch.setattr(recomputation, "_room_for_activations", lambda *_, room=room: room)
         choice = recomputation.keep_what_fits(model, config, measured, torch.device("cpu"))
         assert set(choice.levels) == kept
         assert [layer.gradient_checkpointing for layer in plain_layers(model)] == [kept != {Keep.ALL}] * 2
+
+
+def test_a_base_that_is_held_in_shares_is_measured_as_a_whole_one(tmp_path, process_group):
+    config = tiny_models.make_config(tiny_models.save("opt", tmp_path / "base"))
+    plan, cpu = engines.plan_of(config, engines.rows_of_batch(tmp_path / "cache")), torch.device("cpu")
+    whole = load_base(config.model, config.quantization, "float32", cpu)
+    shares = patches.Shares(plan.deepspeed, torch.float32)
+    shared, _ = load_shares(config.model, config.quantization, "float32", cpu, shares)
+    assert all(parameter.numel() == 0 for parameter in shared.parameters())
+    ids = torch.arange(24)[None]
+    one, other = (
+        measure_whole_bytes(add_adapter(base, config.model, torch.float32, 0), ids, patches.gathered)
+        for base in (whole, shared)
+    )
+    assert one == other > 0
+    assert all(parameter.numel() == 0 for parameter in shared.parameters() if not parameter.requires_grad)
 
 
 def test_recompute_auto_on_a_gpu_is_for_every_family(tmp_path):

@@ -195,8 +195,8 @@ def test_base_in_bitsandbytes_4_bit_is_planned_trained_on_and_answered_with(tmp_
     ("section", "said"),
     [
         ({"quantization": {"type": "none"}}, "quantization.type=none: model.base_model="),
-        ({"quantization": {"type": "fp4"}}, "Set quantization.type=nf4"),
-        ({"quantization": {"double_quant": False}}, "Set quantization.double_quant=true"),
+        ({"quantization": {"type": "fp4"}}, "quantization.type=fp4: model.base_model="),
+        ({"quantization": {"double_quant": False}}, "quantization.double_quant=false: model.base_model="),
         ({"model": {"lora_variant": "loftq"}}, "model.lora_variant=loftq: needs the unquantized weights"),
     ],
 )

@@ -74,9 +74,9 @@ def test_families_whose_layers_are_not_fused_have_a_plain_shape(tmp_path):
 
     llama, gemma = (read_facts(tiny_models.save(family, tmp_path / family)) for family in ("llama", "gemma2"))
     assert isinstance(memory.layer_shape(Config(), llama, 2), LayerShape)
-    dropout, dora = ({"model": {name: value}} for name, value in (("lora_dropout", 0.1), ("lora_variant", "dora")))
-    assert isinstance(memory.layer_shape(Config.model_validate(dropout), llama, 2), LayerShape)
-    assert isinstance(memory.layer_shape(Config.model_validate(dora), llama, 2), PlainShape)
+    dropout, dora = {"lora_dropout": 0.1}, {"lora_variant": "dora"}
+    for model, shape in ((dropout, LayerShape), (dora, LayerShape), (dropout | dora, PlainShape)):
+        assert isinstance(memory.layer_shape(Config.model_validate({"model": model}), llama, 2), shape)
     assert isinstance(memory.layer_shape(Config(), gemma, 2), PlainShape)
 
 

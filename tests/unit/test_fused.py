@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from qlora_ray.model.adapter import trainable
-from qlora_ray.model.dropout import drop_of, kept
+from qlora_ray.model.dropout import MASK_32, drop_of, kept, pcg
 from qlora_ray.model.families import FAMILIES
 from qlora_ray.model.fused import fuse, fused_layers, keep, leaf_modules
 from qlora_ray.model.layer import FusedLayer
@@ -85,6 +85,15 @@ def test_projections_outside_fused_layers_have_a_mask_each(folders, family):
     assert fused_models.error(gradients, exact) < 1e-5
 
 
+def test_masks_are_those_of_the_hash_by_the_place():
+    drop = drop_of(0.3, 2**40 + 3, 17)
+    mask = kept(5, 7, drop, torch.device("cpu"))
+    for row in range(5):
+        for column in range(7):
+            word = pcg(pcg(row ^ drop.key) ^ pcg((column // 2) ^ (~drop.key & MASK_32)))
+            assert bool(mask[row, column]) == ((word >> 16 * (column % 2)) & 0xFFFF >= drop.threshold)
+
+
 def test_masks_keep_the_share_that_was_asked_for_and_differ_by_seed_and_place():
     for probability in (0.05, 0.1, 0.5):
         mask = kept(512, 1001, drop_of(probability, 3, 5), torch.device("cpu")).double()
@@ -97,10 +106,14 @@ def test_masks_keep_the_share_that_was_asked_for_and_differ_by_seed_and_place():
         assert 0.4 < float((masks[a] == masks[b]).double().mean()) < 0.6
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("family", [*FUSED, "gemma2", "gpt2"])
-def test_rounding_in_bfloat16_is_no_worse_than_pefts(folders, family):
-    fused, plain = (fused_models.build(folders[family], torch.bfloat16, fused=fused) for fused in (True, False))
-    reference = fused_models.build_reference(folders[family])
+def test_rounding_in_bfloat16_is_no_worse_than_pefts(folders, family, variant):
+    fused, plain = (
+        fused_models.build(folders[family], torch.bfloat16, fused=fused, lora_variant=variant)
+        for fused in (True, False)
+    )
+    reference = fused_models.build_reference(folders[family], lora_variant=variant)
     ours = pefts = 0.0  # of one batch alone the roundings of a few small gradients would decide
     for seed in range(4):
         exact = fused_models.nats_and_gradients(reference, tiny_models.batch(seed))[1]
@@ -111,9 +124,10 @@ def test_rounding_in_bfloat16_is_no_worse_than_pefts(folders, family):
 
 
 @pytest.mark.parametrize("level", Keep)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("family", FUSED)
-def test_what_is_kept_for_backward_changes_no_bit(folders, family, level):
-    model = fused_models.build(folders[family], torch.bfloat16)
+def test_what_is_kept_for_backward_changes_no_bit(folders, family, variant, level):
+    model = fused_models.build(folders[family], torch.bfloat16, lora_variant=variant)
     nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
     keep(model, Choice((level,) * 2))
     again, others = fused_models.nats_and_gradients(model, tiny_models.batch())
@@ -186,17 +200,57 @@ def test_generation_and_disabled_adapters_take_pefts_own_path(folders):
         assert torch.equal(tiny_models.logits(fused), tiny_models.logits(plain))
 
 
-@pytest.mark.parametrize(
-    "setting, reason",
-    [({"lora_variant": "dora"}, "it is a DoraLinearVariant")],
-)
-def test_what_the_fused_path_cannot_do_is_left_to_peft_with_a_line(folders, setting, reason, caplog):
-    model = fused_models.build(folders["llama"], torch.float32, fused=False, **setting)
+def test_what_the_fused_path_cannot_do_is_left_to_peft_with_a_line(folders, caplog):
+    model = fused_models.build(folders["llama"], torch.float32, fused=False, lora_variant="dora", lora_dropout=0.1)
     with caplog.at_level("INFO"):
         line = fuse(model)
     assert line in caplog.text
-    assert line == f"fused: 0 decoder layers, 0 other projections; left to PEFT: 14 x {reason}"
+    assert line == "fused: 0 decoder layers, 0 other projections; left to PEFT: 14 x it is DoRA with dropout"
     assert leaf_modules(model) == []
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
+@pytest.mark.parametrize("family", [*FUSED, *PLAIN])
+def test_gradients_with_dora_are_those_of_peft_in_float64(folders, family, targets):
+    if targets != "all-linear" and family != "llama":
+        pytest.skip("partly adapted layers: one family is enough")
+    dora = {"lora_variant": "dora", "target_modules": targets}
+    model = fused_models.build(folders[family], torch.float32, **dora)
+    assert bool(fused_layers(model)) == (family in FUSED)
+    nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
+    assert any("lora_magnitude_vector" in name for name in gradients)
+    exact_nats, exact = fused_models.nats_and_gradients(
+        fused_models.build_reference(folders[family], **dora), tiny_models.batch()
+    )
+    assert nats == pytest.approx(exact_nats, rel=1e-6)
+    assert fused_models.error(gradients, exact) < 1e-5
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_places_without_a_label_are_left_out_with_dora_too(folders, family):
+    nats, gradients = fused_models.nats_and_gradients(
+        fused_models.build(folders[family], torch.float32, lora_variant="dora"),
+        fused_models.with_places(tiny_models.batch()),
+    )
+    exact_nats, exact = fused_models.nats_and_gradients(
+        fused_models.build_reference(folders[family], lora_variant="dora"), tiny_models.batch()
+    )
+    assert nats == pytest.approx(exact_nats, rel=1e-6)
+    assert fused_models.error(gradients, exact) < 1e-5
+
+
+def test_lengths_of_dora_follow_the_weights_of_each_step(folders):
+    model, reference = (build(folders["llama"], *some, lora_variant="dora") for build, some in (
+        (fused_models.build, (torch.float32,)), (fused_models.build_reference, ())
+    ))  # fmt: skip
+    for _ in range(2):
+        nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
+        exact_nats, exact = fused_models.nats_and_gradients(reference, tiny_models.batch())
+        assert nats == pytest.approx(exact_nats, rel=1e-6)
+        assert fused_models.error(gradients, exact) < 1e-5
+        for trained in (trainable(model), trainable(reference)):
+            for parameter in trained.values():  # an optimizer step
+                parameter.data.mul_(1.5)
 
 
 def test_padding_on_the_right_needs_no_mask(folders):

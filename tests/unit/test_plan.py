@@ -252,7 +252,11 @@ def test_plan_says_where_bits_are_not_promised():
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"model": {"lora_variant": "dora"}, "deepspeed": {"zero_stage": 2}}, "dora: its layers are left to PEFT"),
+        ({"model": {"lora_variant": "dora"}}, "dora: fused"),
+        (
+            {"model": {"lora_variant": "dora", "lora_dropout": 0.1}, "deepspeed": {"zero_stage": 2}},
+            "dora: its layers are left to PEFT",
+        ),
         ({"model": {"lora_dropout": 0.1}}, "model.lora_dropout=0.1: 0.97 of the speed"),
         ({"model": {"new_tokens": ["<a>"]}}, "model.new_tokens: the embedding is copied"),
         ({"model": {"modules_to_save": ["norm"]}}, "decoder layers with a norm that is trained are not fused"),

@@ -1,0 +1,94 @@
+"""How a worker gets the base: whole or its share, and its 4-bit weights from the cache or into it."""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_ray.model.base import load_base
+from qlora_ray.model.facts import read_facts, stored_quantization
+from qlora_ray.model.hub import local_folder
+from qlora_ray.model.load import Cache, Source, Whole, files_of, load_shares
+from qlora_ray.model.packed_cache import Cached, Writer, cached
+from qlora_ray.planning.memory import BYTES_PER_WEIGHT, GIB, loads_in_shares
+from qlora_ray.worker import deepspeed_patches as patches
+from qlora_ray.worker.messages import Run, Warned
+from qlora_ray.worker.team import Team
+
+WORTH_KEEPING_GIB = 1.0
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """The base on this worker."""
+
+    base: PreTrainedModel
+    sources: list[Source]  # what can be read again
+    is_share: bool
+
+
+def load(run: Run, team: Team, device: torch.device) -> Loaded:
+    """Load the base. Every worker must call this. Raises ConfigError where it, or its cache, cannot be read."""
+    config, plan = run.config, run.plan
+    is_share = loads_in_shares(config, plan.zero_stage, team.size)
+    place = _cache_of(run, device)
+    if not is_share and place is None:
+        return Loaded(load_base(config.model, config.quantization, plan.compute_dtype, device), [], False)
+    keeper = patches.Shares(plan.deepspeed, getattr(torch, plan.compute_dtype)) if is_share else Whole()
+
+    def load_with(cache: Cache) -> Loaded:
+        how = config.model, config.quantization, plan.compute_dtype, device, keeper, cache
+        return Loaded(*load_shares(*how), is_share)
+
+    if place is None:
+        return load_with(Cache())
+    with contextlib.ExitStack() as stack:
+        # What rank 0 finds is so for all: elsewhere the files of the base may have another date.
+        what, folder = team.gather(_look(place, stack) if team.rank == 0 else None)[0]
+        logger.info("4-bit weights: %s %s", what, folder)
+        if what == "reads":
+            return load_with(Cache(dataclasses.replace(place, folder=Path(folder)).read()))
+        if what == "waits for nobody at":
+            return load_with(Cache())
+        writer = Writer(Path(folder), team.rank, team.size)
+        loaded = load_with(Cache(writer=writer))
+        failed = [why for why in team.gather(writer.close()) if why]
+        if team.rank == 0 and failed:
+            shutil.rmtree(folder, ignore_errors=True)
+            team.tell(Warned(f"the 4-bit weights could not be kept in {place.folder.parent}: {failed[0]}"))
+        elif team.rank == 0:
+            place.finish(Path(folder))
+        return loaded
+
+
+def _look(place: Cached, stack: contextlib.ExitStack) -> tuple[str, str]:
+    """What is done with the cache, and the folder."""
+    if place.is_there():
+        return "reads", str(place.folder)
+    if not stack.enter_context(place.lock()):
+        return "waits for nobody at", str(place.folder)  # another run writes it
+    if place.is_there():  # since it was looked for
+        return "reads", str(place.folder)
+    return "writes", str(place.begin())
+
+
+def _cache_of(run: Run, device: torch.device) -> Cached | None:
+    """Where the run keeps the packed weights; None where it does not."""
+    model, quantization, storage = run.config.model, run.config.quantization, run.folder.parent
+    folder = local_folder(model.base_model, model.revision)
+    is_packed_here = quantization.type != "none" and stored_quantization(folder) is None
+    if not (model.cache_quantized and is_packed_here and storage.is_local):
+        return None
+    if model.cache_quantized == "auto":
+        bytes_of_it = read_facts(folder).num_linear_parameters * BYTES_PER_WEIGHT[quantization.double_quant]
+        is_worth_it = bytes_of_it >= WORTH_KEEPING_GIB * GIB
+        if not (is_worth_it and shutil.disk_usage(storage.path).free >= 2 * bytes_of_it):
+            return None
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    settings = quantization.model_dump()
+    return cached(Path(storage.path) / "cache", files_of(model), settings, run.plan.compute_dtype, kind)

@@ -1,0 +1,157 @@
+"""Workers of sharded runs, each a process of its own on gloo, without Ray: their own set-up, what they hold and learn.
+
+`python -m tests.integration.ranks STORE RANK SIZE JOBS` prints what each job left, as JSON; JOBS is a JSON list.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the workers do."""
+
+    base: str
+    sections: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steps: int = 2
+    is_loaded_whole: bool = False  # by each worker, before ZeRO takes it apart
+    place: str = ""  # of run and cache, where jobs share it
+    fault: str = (
+        ""  # "flip": the last worker holds a wrong byte of each weight; "cast": all hold packed bytes as numbers
+    )
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a worker tells."""
+
+    shares: dict[str, str] = dataclasses.field(default_factory=dict)  # digest of each, without padding
+    scales: dict[str, str] = dataclasses.field(default_factory=dict)
+    persistent: list[str] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    adapter: str = ""  # digest
+    bytes_read: int = 0
+    error: str = ""
+
+
+class Team:
+    """The workers as seen by one of them."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def tell(self, message: Any) -> None:
+        pass
+
+    def gather(self, value: Any) -> list[Any]:
+        gathered = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+
+def run(size: int, folder: Path, *jobs: Job) -> list[list[Held]]:
+    """Run the jobs on so many workers, one after the other; what each left, by worker."""
+    folder.mkdir(parents=True)
+    text = json.dumps([vars(job) for job in jobs])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.ranks", folder / "store", str(rank), str(size), text],
+            stdout=subprocess.PIPE, stderr=(folder / f"{rank}.log").open("w"), text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    said = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers), (folder / "0.log").read_text()[-3000:]
+    by_worker = [[Held(**held) for held in json.loads(one.splitlines()[-1])] for one in said]
+    return list(map(list, zip(*by_worker, strict=True)))
+
+
+def digest(*tensors: torch.Tensor | None) -> str:
+    """Of the bytes of some tensors."""
+    parts = (one.detach().contiguous().view(-1).view(torch.uint8).numpy() for one in tensors if one is not None)
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
+
+
+def work(folder: Path, job: Job) -> Held:
+    """Set up as a worker does, and take steps."""
+    from qlora_ray.errors import QloraRayError
+    from qlora_ray.planning.memory import loads_in_shares
+    from qlora_ray.worker import base, deepspeed_patches
+    from tests.integration import engines, tiny_models
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    base.loads_in_shares = (lambda *_: False) if job.is_loaded_whole else loads_in_shares
+    keep = deepspeed_patches.Shares.keep
+
+    def keep_it(self, parameter, share):
+        if job.fault == "flip" and rank == size - 1:
+            share.view(torch.uint8)[0] ^= 1
+        if job.fault == "cast":
+            share = share.to(torch.bfloat16)
+        keep(self, parameter, share)
+
+    deepspeed_patches.Shares.keep = keep_it  # type: ignore[method-assign]
+    config = tiny_models.make_config(job.base, **job.sections, ray={"num_workers": size})
+    reads.clear()
+    try:
+        engine = engines.build(config, folder)
+    except QloraRayError as error:
+        return Held(error=str(error))
+    finally:
+        deepspeed_patches.Shares.keep = keep  # type: ignore[method-assign]
+    shares, scales, persistent, bytes_read = {}, {}, [], sum(reads)
+    for name, parameter in engine.module.named_parameters():
+        share = getattr(parameter, "ds_tensor", None)
+        if "lora" in name or share is None:
+            continue
+        held = max(0, min(share.numel(), parameter.ds_numel - rank * share.numel()))
+        shares[name] = f"{share.dtype} {tuple(parameter.ds_shape)} {share.numel()} {digest(share[:held])}"
+        persistent += [name] * parameter.ds_persist
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            of_scales = state.state2.absmax if state.nested else None
+            values = digest(state.absmax, state.code, state.offset, of_scales)
+            scales[name] = f"{state.dtype} {tuple(state.shape)} {state.blocksize} {state.quant_type} {values}"
+    losses = engines.train(engine, range(job.steps))
+    return Held(shares, scales, persistent, losses, digest(*engine.state().weights.values()), bytes_read)
+
+
+reads: list[int] = []  # bytes of each read of a tensor
+
+
+def main(store: str, rank: int, size: int, jobs: list[Job]) -> list[Held]:
+    """All jobs on one process group."""
+    from deepspeed.accelerator import get_accelerator
+
+    from qlora_ray.model import pieces
+    from tests.integration import engines
+
+    torch.set_num_threads(1)
+    os.environ.update(LOCAL_RANK="0", RANK=str(rank), WORLD_SIZE=str(size))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    engines.Alone = Team  # type: ignore[misc, assignment]
+    # DeepSpeed refuses float16 on CPUs, where PyTorch computes with it all the same.
+    get_accelerator().is_fp16_supported = lambda: True
+    read_bytes = pieces.read_bytes
+
+    def counting(name, entry, start, stop):
+        reads.append(stop - start)
+        return read_bytes(name, entry, start, stop)
+
+    pieces.read_bytes = counting
+    return [work(Path(store).parent / f"{job.place or number}.{rank}", job) for number, job in enumerate(jobs)]
+
+
+if __name__ == "__main__":
+    told = main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), [Job(**one) for one in json.loads(sys.argv[4])])
+    print(json.dumps([vars(held) for held in told]))
