@@ -66,7 +66,7 @@ class ModelConfig(Section):
     `modules_to_save`). Not those that are stored in 4 bits."""
     lora_variant: Literal["lora", "rslora", "dora", "loftq"] = "lora"
     """rslora scales by 1/sqrt(r); dora also learns magnitudes; loftq starts from the quantization error."""
-    cache_quantized: Literal["auto"] | bool = "auto"
+    cache_quantized: Literal["auto"] | bool = False
     """Keep the base's 4-bit weights under `ray.storage_path`, where other runs, trials and resumptions read them and
     need not pack again. auto: where they take a GiB or more, and it is a folder with twice that free."""
     trust_remote_code: bool = False
