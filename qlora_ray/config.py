@@ -40,6 +40,9 @@ class ModelConfig(Section):
     revision: str | None = None
     """Commit, tag or branch of a hub id; with trust_remote_code the commit (40 digits), or of a folder the digest of
     its Python files, which the refusal without it prints."""
+    start_from: str | None = Field(None, min_length=1)
+    """An adapter to go on training instead of a new one: its folder, also one that plain PEFT wrote, or a run (its best
+    adapter). It stays as it is. Rank, scale, layers and variant must be its own. See docs/use.md."""
     lora_r: int = Field(16, ge=1, le=1024)
     """Rank of the LoRA matrices (PEFT `r`). Raise it for harder skills; memory grows with it."""
     lora_alpha: float = Field(32, gt=0)
@@ -71,12 +74,13 @@ class ModelConfig(Section):
     factory: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """package.module:function that makes the model of its config, for one that transformers does not have."""
 
-    @field_validator("base_model")
+    @field_validator("base_model", "start_from")
     @classmethod
-    def _folder_is_found_from_elsewhere(cls, base_model):
+    def _folder_is_found_from_elsewhere(cls, name):
         # Ray's workers start in a folder of their own, and an adapter's record is read from anywhere.
-        folder = Path(base_model).expanduser()
-        return str(folder.absolute()) if base_model != EMBEDDED_BASE and folder.is_dir() else base_model
+        if name in (None, EMBEDDED_BASE) or not Path(name).expanduser().is_dir():
+            return name
+        return str(Path(name).expanduser().absolute())
 
     @field_validator("new_tokens")
     @classmethod
@@ -121,9 +125,39 @@ class QuantizationConfig(Section):
     """dtype of activations and products; auto: bfloat16 on GPUs that have it, float16 on older, float32 on CPU."""
 
 
-class TrainingConfig(Section):
-    """Steps, optimizer, rows, and what is kept in memory."""
+# What each objective reads of training's settings of objectives; the others must be left as they are.
+OBJECTIVES = {
+    "sft": (),
+    "dpo": ("beta", "label_smoothing", "rpo_alpha", "reference"),
+    "ipo": ("beta", "rpo_alpha", "reference"),
+    "orpo": ("beta",),
+    "simpo": ("beta", "label_smoothing", "simpo_gamma", "rpo_alpha"),
+    "cpo": ("beta", "label_smoothing", "cpo_alpha"),
+}
+# Figures of a validation of pairs that can decide between adapters: more is better.
+OF_PAIRS = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_rewards/chosen", "eval_logps/chosen")
+OF_OBJECTIVES = ("beta", "label_smoothing", "simpo_gamma", "rpo_alpha", "cpo_alpha", "reference")
 
+
+class TrainingConfig(Section):
+    """Steps, objective, optimizer, rows, and what is kept in memory."""
+
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "cpo"] = "sft"
+    """sft: answers are learnt. Others: of the two answers of a pair, chosen and rejected, one is preferred. See
+    docs/preferences.md."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of a preference (TRL `beta`); of orpo the weight of its odds ratio. simpo wants 2 to 10."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the pairs whose answers may be the wrong way round: dpo, simpo, cpo."""
+    simpo_gamma: float = Field(0.5, ge=0)
+    """Margin that simpo wants between the answers' mean log-probabilities, times beta."""
+    rpo_alpha: float = Field(0.0, ge=0)
+    """Weight of the chosen answer's own loss, nats a token, beside dpo, ipo or simpo."""
+    cpo_alpha: float = Field(1.0, ge=0)
+    """The same of cpo."""
+    reference: Literal["auto", "base", "start"] = "auto"
+    """Whose log-probabilities dpo and ipo measure from: the base's, or of the adapter in model.start_from. auto: start
+    where there is one."""
     num_epochs: float = Field(3, gt=0)
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
@@ -162,12 +196,43 @@ class TrainingConfig(Section):
     """Decides data order, LoRA initialization, dropout and noise."""
     eval_every_steps: int | None = Field(None, ge=1)
     """Validate every so many steps; default: five times a run."""
+    metric_for_best_model: Literal[
+        "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_rewards/chosen", "eval_logps/chosen"
+    ] = "eval_loss"
+    """What decides which validation is the best: the lowest eval_loss, of the others (for pairs) the highest."""
     early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop after so many validations in a row without a better eval_loss."""
+    """Stop after so many validations in a row that were not better (metric_for_best_model)."""
     deterministic: bool = False
     """Only kernels that add in a fixed order, on GPUs too: the same bits each time, for some speed (docs/speed.md)."""
     max_skipped_steps: int = Field(5, ge=1)
     """A step whose gradient is not finite is skipped on all workers; after so many in a row the run ends."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether records are pairs of answers, chosen and rejected."""
+        return self.objective != "sft"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective needs log-probabilities of another model than the one that is trained."""
+        return "reference" in OBJECTIVES[self.objective]
+
+    @model_validator(mode="after")
+    def _settings_are_of_the_objective(self):
+        for name in OF_OBJECTIVES:
+            value = getattr(self, name)
+            if name not in OBJECTIVES[self.objective] and value != type(self).model_fields[name].default:
+                users = ", ".join(objective for objective, used in OBJECTIVES.items() if name in used)
+                raise ValueError(
+                    f"training.{name}={value}: training.objective={self.objective} does not use it ({users}). "
+                    "Leave it out."
+                )
+        if self.metric_for_best_model in OF_PAIRS and not self.pairs:
+            raise ValueError(
+                f"training.metric_for_best_model={self.metric_for_best_model}: training.objective={self.objective} has "
+                "no pairs. Use eval_loss."
+            )
+        return self
 
 
 class DataSource(Section):
@@ -439,8 +504,11 @@ class SweepConfig(Section):
 
     parameters: dict[str, Parameter] = Field(min_length=1)
     """Any dotted key of this file to grid, choice, uniform, loguniform or randint."""
-    metric: Literal["eval_loss", "eval_perplexity", "loss", "exact_match_adapter"] = "eval_loss"
-    """What decides between trials: the lowest, of exact_match_adapter the highest."""
+    metric: Literal[
+        "eval_loss", "eval_perplexity", "loss", "exact_match_adapter", "eval_rewards/accuracies",
+        "eval_rewards/margins", "eval_rewards/chosen", "eval_logps/chosen",
+    ] = "eval_loss"  # fmt: skip
+    """What decides between trials: the lowest loss or perplexity, of the others the highest."""
     search: Literal["random", "grid", "optuna"] = "random"
     """random and grid know all trials from the start; optuna (extra "optuna") learns from those that ended."""
     num_trials: int | None = Field(None, ge=1)
@@ -495,6 +563,36 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     sweep: SweepConfig | None = None
     """Only for python -m qlora_ray.tune: which settings vary, and what decides between the trials."""
+
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether the reference is the adapter that the run is started from, and not the base."""
+        asked = self.training.reference
+        return self.training.has_reference and (asked == "start" or (asked == "auto" and bool(self.model.start_from)))
+
+    @model_validator(mode="after")
+    def _objective_fits(self):
+        training, data = self.training, self.data
+        if training.reference == "start" and not self.model.start_from:
+            raise ValueError("training.reference=start: there is no model.start_from. Name an adapter, or use base.")
+        decides = training.metric_for_best_model
+        if self.sweep and self.sweep.metric in OF_PAIRS and self.sweep.metric != decides:
+            raise ValueError(
+                f"sweep.metric={self.sweep.metric}: each trial keeps its best adapter by "
+                f"training.metric_for_best_model={decides}. Set both to the same."
+            )
+        if not training.pairs:
+            return self
+        which = f"training.objective={training.objective} compares the answers of pairs"
+        if self.sweep and self.sweep.metric == "eval_perplexity":
+            raise ValueError(f"sweep.metric=eval_perplexity: {which}, which has none. Use eval_loss.")
+        if data.train_on == "everything":
+            raise ValueError(f"data.train_on=everything: {which}. Leave it out.")
+        if data.keep_thoughts == "all":
+            raise ValueError(f"data.keep_thoughts=all: makes several samples of a conversation, and {which}.")
+        if data.format == "text":
+            raise ValueError(f"data.format=text: {which}. Bring records with chosen and rejected.")
+        return self
 
     @model_validator(mode="after")
     def _lora_variant_fits(self):

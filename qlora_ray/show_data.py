@@ -142,27 +142,48 @@ def _show(data: dict[str, Any]) -> None:
         bar = "█" * -(-40 * one["samples"] // most)
         console.print(f"{one['from']:>7,} to {one['to']:>6,}  {bar} {one['samples']:,}")
     for number, row in enumerate(data["rows"]):
+        console.print(f"\n[bold]row {number}[/]: {row['num_tokens']:,} tokens, {row['num_label_tokens']:,} trained on "
+                      "([bold green]green[/])")  # fmt: skip
+        if "pairs" in row:
+            _show_pairs(row["pairs"])
+            continue
         text = Text()
         for i, piece in enumerate(row["pieces"]):
             if i and piece["sample"] != row["pieces"][i - 1]["sample"]:
                 text.append("\n┄┄ next sample, which does not see the one above ┄┄\n", style="cyan")
             text.append(_visible(piece["text"]), style="bold green" if piece["trained"] else "dim")
-        console.print(f"\n[bold]row {number}[/]: {row['num_tokens']:,} tokens, {row['num_label_tokens']:,} trained on "
-                      "([bold green]green[/])")  # fmt: skip
         console.print(text)
+
+
+def _show_pairs(pairs: list[dict[str, Any]]) -> None:
+    """Pairs side by side; what differs between the answers is underlined."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("prompt", "chosen", "rejected", show_lines=True)
+    for pair in pairs:
+        answers = []
+        for name in ("chosen", "rejected"):
+            pieces = ((one, "underline" if one["differs"] else "") for one in pair[name])
+            answers.append(Text.assemble(*((_visible(one["text"]), f"bold green {style}") for one, style in pieces)))
+        table.add_row(Text(_visible(pair["prompt"]), style="dim"), *answers)
+    console.print(table)
 
 
 def _lines(data: dict[str, Any]) -> dict[str, str]:
     rejected = "; ".join(f"{count:,} {reason}" for reason, count in data["rejected"].items()) or "none"
     rows = f"{data['num_rows']:,} of {data['max_length']:,} tokens"
-    packed = f"{rows}, {data['packing_efficiency']:.1%} full, {data['num_samples'] / data['num_rows']:.1f} samples each"
+    what = "pair" if data["pairs"] else "sample"
+    per_row = data["num_samples"] / data["num_rows"]
+    held = f"{per_row / 2:.1f} pairs each, in two rows of tokens" if data["pairs"] else f"{per_row:.1f} samples each"
+    packed = f"{rows}, {data['packing_efficiency']:.1%} full, {held}"
     return {
         "records": f"{data['num_records']:,} read, {data['num_rejected']:,} rejected, {data['num_truncated']:,} cut "
         f"to max_length",
         "formats": ", ".join(f"{name} ({count:,})" for name, count in data["formats"].items()),
         "samples": f"{data['num_samples']:,} an epoch, median {data['median_length']:,.0f} tokens, longest "
         f"{data['longest_sample']:,}",
-        "rows": packed if data["packed"] else f"{data['num_rows']:,}, one sample each, padded",
+        "rows": packed if data["packed"] else f"{data['num_rows']:,}, one {what} each, padded",
         "tokens": f"{data['num_tokens']:,} an epoch, {data['num_label_tokens']:,} of them ({data['label_share']:.1%}) "
         "trained on",
         "held out": f"{data['num_validation_samples']:,} samples in {data['num_validation_rows']:,} rows, "

@@ -14,7 +14,9 @@ from qlora_ray.data.work import PART_SCHEMA, to_record_batch
 from qlora_ray.storage import Folder, open_folder
 
 
-def make_entry(folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True) -> Folder:
+def make_entry(
+    folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: bool = False
+) -> Folder:
     """An entry whose train and validation splits have these rows of sample numbers, in parts of three samples."""
     cache = open_folder(str(folder))
     parts = []
@@ -36,11 +38,13 @@ def make_entry(folder: Path, samples: list[Sample], rows: list[list[int]], packe
         of_rows = write_rows(cache / "rows", split, offsets, np.concatenate(rows), index)
     stats = DataStats(
         "rows", len(samples), 0, 0, len(rows), len(rows), int(of_rows.sum()), int(labels.sum()), int(of_rows.max()),
-        packed=packed,
+        packed=packed, pairs=pairs,
     )  # fmt: skip
     write_stats(cache / "rows", stats, {"train": ["samples"], "validation": ["samples"]}, None)
     return cache / "rows"
 
 
-def make_rows(folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True) -> Rows:
-    return Rows(make_entry(folder, samples, rows, packed), "train")
+def make_rows(
+    folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: bool = False
+) -> Rows:
+    return Rows(make_entry(folder, samples, rows, packed, pairs), "train")

@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Iterator
 
 from qlora_ray.config import Config
-from qlora_ray.data.formats import FORMATS, convert, load_function
+from qlora_ray.data.formats import FORMATS, load_function
 from qlora_ray.data.mask import CALL, NAME, THOUGHT, TOLD, TOOLS
+from qlora_ray.data.pairs import convert
 from qlora_ray.data.read import BLANK, DamagedFile, cut, place_unit, read
 from qlora_ray.data.samples import INLINE_BYTES
 from qlora_ray.data.sources import Source, find_sources
@@ -35,21 +36,22 @@ def check_records(config: Config) -> None:
         for source in find_sources(config, key, download=False):
             is_small = source.num_bytes <= INLINE_BYTES
             rejected = Rejected()
-            records = itertools.islice(messages_of(source, config.data.format), None if is_small else PEEKED_RECORDS)
+            found = messages_of(source, config.data.format, config.training.pairs)
+            records = itertools.islice(found, None if is_small else PEEKED_RECORDS)
             for where, made in records:
                 rejected.count(where, made)
             limit = config.data.max_bad_fraction if is_small else 1.0
             refuse_too_many(source, rejected.num_records, rejected.by_reason, limit)
 
 
-def messages_of(source: Source, format: str) -> Iterator[tuple[str, Messages | BadRecord]]:
+def messages_of(source: Source, format: str, pairs: bool = False) -> Iterator[tuple[str, Messages | BadRecord]]:
     """(place, messages or why there are none) of each record of a source. Raises ConfigError for a damaged file."""
     for file in source.files:
         unit, of_file = place_unit(file), f" of {file.name}" if len(source.files) > 1 else ""
         try:
             for place, record in itertools.chain.from_iterable(map(read, cut(file))):
                 if record is not BLANK:
-                    yield f"{unit} {place}{of_file}", _messages(record, format)
+                    yield f"{unit} {place}{of_file}", _messages(record, format, pairs)
         except DamagedFile as error:
             raise source.damaged(file, str(error)) from error
 
@@ -97,10 +99,10 @@ def refuse_missing(source: Source, num_records: int, missing: dict[str, tuple[in
             )
 
 
-def _messages(record: object, format: str) -> Messages | BadRecord:
+def _messages(record: object, format: str, pairs: bool) -> Messages | BadRecord:
     if isinstance(record, BadRecord):
         return record
     try:
-        return convert(record, format)[0]
+        return convert(record, format, pairs)[0]
     except BadRecord as reason:
         return reason

@@ -46,8 +46,9 @@ class Stream:
 def deliver(stream: Stream) -> Iterator[pa.Table]:
     """Yield one table of B rows (step, micro_batch, and the columns of Rows.gather) per micro-batch of the stream.
 
-    Ray Data needs seconds to its first block: until it has caught up, the same function is called here instead. The
-    first MICRO_BATCHES_PER_TASK are never asked of it, so that a short stream does not start it at all.
+    Of pairs 2 B rows. Ray Data needs seconds to its first block: until it has caught up, the same function is called
+    here instead. The first MICRO_BATCHES_PER_TASK are never asked of it, so that a short stream does not start it at
+    all.
     """
     carried = _Carried(stream)
     try:
@@ -62,9 +63,10 @@ def rows_at(batch: dict[str, np.ndarray], stream: Stream) -> pa.Table:
     """Rows of the micro-batches at the given stream positions, B after B."""
     places = [stream.place(int(position)) for position in batch["id"]]
     rows = np.concatenate([stream.order.rows_of_micro_batch(step, micro) for step, micro in places])
-    table = open_rows(stream.entry, "train").gather(rows)
+    held = open_rows(stream.entry, "train")
+    table = held.gather(rows)
     for name, column in (("micro_batch", 1), ("step", 0)):
-        values = np.repeat([place[column] for place in places], stream.order.micro_batch_size)
+        values = np.repeat([place[column] for place in places], stream.order.micro_batch_size * held.rows_of_tokens)
         table = table.add_column(0, name, pa.array(values))
     return table
 
@@ -114,7 +116,7 @@ class _Carried:
 def _stream_of_ray(stream: Stream) -> Iterator[pa.Table]:
     import ray
 
-    size = stream.order.micro_batch_size
+    size = stream.order.micro_batch_size * open_rows(stream.entry, "train").rows_of_tokens
     for first in range(MICRO_BATCHES_PER_TASK, stream.num_micro_batches, MICRO_BATCHES_AT_ONCE):
         count = min(MICRO_BATCHES_AT_ONCE, stream.num_micro_batches - first)
         for block in _made_by_ray(stream, first, count):

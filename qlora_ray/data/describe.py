@@ -48,10 +48,16 @@ def histogram(lengths: np.ndarray, max_length: int) -> list[dict[str, int]]:
 
 
 def show_rows(made: Prepared, tokenizer, count: int) -> list[dict[str, Any]]:
-    """The first rows of training: their tokens' text in pieces, each of one sample and either trained on or not."""
+    """The first rows of training: their tokens' text in pieces, each of one sample and either trained on or not.
+
+    Of rows of pairs: each pair's prompt, and the pieces of its two answers, which say what differs.
+    """
     rows = Rows(made.entry, "train")
+    table = rows.gather(np.arange(min(count, len(rows)))).to_pylist()
+    if rows.pairs:
+        return [_show_pairs(*both, tokenizer) for both in zip(table[::2], table[1::2], strict=True)]
     shown = []
-    for row in rows.gather(np.arange(min(count, len(rows)))).to_pylist():
+    for row in table:
         ids = np.array(row["input_ids"])
         trained = np.array(row["labels"]) != IGNORE_INDEX
         positions = np.array(row.get("position_ids") or range(len(ids)))
@@ -62,4 +68,42 @@ def show_rows(made: Prepared, tokenizer, count: int) -> list[dict[str, Any]]:
             for a, b in zip([0, *is_border], [*is_border, len(ids)], strict=True)
         ]
         shown.append({"num_tokens": len(ids), "num_label_tokens": int(trained.sum()), "pieces": pieces})
+    return shown
+
+
+def _show_pairs(chosen: dict[str, list[int]], rejected: dict[str, list[int]], tokenizer) -> dict[str, Any]:
+    """Both rows of tokens of a row of pairs."""
+    both = (chosen, rejected)
+    pairs = [
+        {"prompt": tokenizer.decode(ids[:start]), **_show_answers(ids[start:], other_ids[other_start:], tokenizer)}
+        for (ids, start), (other_ids, other_start) in zip(*map(_samples_of, both), strict=True)
+    ]
+    return {
+        "num_tokens": sum(len(row["input_ids"]) for row in both),
+        "num_label_tokens": sum(label != IGNORE_INDEX for row in both for label in row["labels"]),
+        "pairs": pairs,
+    }
+
+
+def _samples_of(row: dict[str, list[int]]) -> list[tuple[list[int], int]]:
+    """(token ids, where the answer begins) of each sample of a row of tokens."""
+    ids = row["input_ids"]
+    starts = [i for i, position in enumerate(row.get("position_ids") or range(len(ids))) if position == 0]
+    trained = np.array(row["labels"]) != IGNORE_INDEX
+    return [(ids[a:b], int(trained[a:b].argmax())) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+def _show_answers(chosen: list[int], rejected: list[int], tokenizer) -> dict[str, Any]:
+    """Pieces of two answers: the beginning and the end that they share, and between these what differs."""
+    shorter = min(len(chosen), len(rejected))
+    begin = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    end = next((i for i in range(shorter - begin) if chosen[-1 - i] != rejected[-1 - i]), shorter - begin)
+    shown = {}
+    for name, ids in (("chosen", chosen), ("rejected", rejected)):
+        edges = [0, begin, len(ids) - end, len(ids)]
+        shown[name] = [
+            {"differs": number == 1, "text": tokenizer.decode(ids[a:b])}
+            for number, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+            if a < b
+        ]
     return shown

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_ray.data.pairs import halves
 from qlora_ray.data.tokenize import Encoder, Sample, prompt_ids
 from qlora_ray.data.turns import Messages
 
@@ -47,7 +48,12 @@ def faults_of(messages: Messages, samples: list[Sample], base: Base) -> Iterator
         ids = sorted(unseen.intersection(*(sample.input_ids for sample in samples[:1])))[:3]
         yield "unseen_token", " ".join(base.encoder.tokenizer.convert_ids_to_tokens(ids))
     if messages[0]["role"] != "text":
-        yield from _faults_of_answers(messages, samples, base)
+        both = halves(messages)
+        found: dict[str, str] = {}  # of a record each once
+        for number, half in enumerate(both):
+            of_half = samples if len(both) == 1 else samples[number : number + 1]
+            found = dict(_faults_of_answers(half, of_half, base)) | found
+        yield from found.items()
 
 
 def _said(turn: dict[str, Any]) -> Iterator[str]:
@@ -56,6 +62,8 @@ def _said(turn: dict[str, Any]) -> Iterator[str]:
         yield f"{call['function']['name']} {json.dumps(call['function']['arguments'], ensure_ascii=False)}"
     for field in ("reasoning_content", "name"):
         yield turn.get(field, "")
+    for other in turn.get("turns", ()):
+        yield from _said(other)
     for tool in turn.get("tools", ()):
         yield json.dumps(tool, ensure_ascii=False)
 

@@ -170,14 +170,19 @@ def load_function(name: str) -> tuple[Callable[[dict[str, Any]], Messages], Modu
     return function, module
 
 
-def _by_function(record: dict[str, Any], name: str) -> Messages:
+def call(record: dict[str, Any], name: str) -> Any:
+    """What the function `package.module:function` makes of a record. Raises BadRecord for what it cannot."""
     function, _ = load_function(name)
     try:
-        made: Any = function(record)
+        return function(record)
     except BadRecord:
         raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise BadRecord(f"{name} raises {type(error).__name__}", str(error)) from error
+
+
+def _by_function(record: dict[str, Any], name: str) -> Messages:
+    made = call(record, name)
     if isinstance(made, dict):  # {messages, tools}
         return check_turns(made.get("messages"), name, tools_of(made))
     if isinstance(made, list) and made and all(isinstance(turn, dict) for turn in made):
@@ -192,7 +197,8 @@ def _by_function(record: dict[str, Any], name: str) -> Messages:
 def _refuse_other_kinds(record: dict[str, Any]) -> None:
     if record.get("rejected") is not None or record.get("rejected_response") is not None:
         raise BadRecord(
-            "a preference record (chosen, rejected): only single answers can be trained on; keep the chosen"
+            "a preference record (chosen, rejected): training.objective=sft takes single answers; set dpo, or keep the "
+            "chosen"
         )
     if isinstance(record.get("label"), bool) and record.get("completion") is not None:
         raise BadRecord("a preference record (completion with a label true or false): only answers can be trained on")

@@ -15,7 +15,7 @@ from qlora_ray.data.check import refuse_missing, refuse_too_many
 from qlora_ray.data.deal import Share, deal
 from qlora_ray.data.order import longest_first
 from qlora_ray.data.pack import pack, pack_in_order
-from qlora_ray.data.rows import find, write_rows, write_stats
+from qlora_ray.data.rows import as_pairs, find, write_rows, write_stats
 from qlora_ray.data.samples import INLINE_BYTES, Runner, Samples, Tell, fingerprint, run_inline, samples_of
 from qlora_ray.data.sources import Source, find_sources
 from qlora_ray.data.stats import DataStats
@@ -79,7 +79,7 @@ def make_recipe(config: Config) -> Recipe:
         base=base_model_path(model.base_model), revision=model.revision, trust_remote_code=model.trust_remote_code,
         chat_template=find_template(data.chat_template), format=data.format, train_on=data.train_on,
         max_length=config.training.max_length, keep_thoughts=data.keep_thoughts,
-        new_tokens=tuple(model.new_tokens),
+        new_tokens=tuple(model.new_tokens), pairs=config.training.pairs,
     )  # fmt: skip
 
 
@@ -118,11 +118,12 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
     """Write an entry of rows: which samples each holds, and the held-out prompts."""
     max_length = config.training.max_length
     train, held = deal(config, sources, done)
-    lengths_of_rows = {}
+    lengths_of_rows, longest = {}, {}
     for split, share in (("train", train), ("validation", held)):
-        lengths = share.index.num_tokens[share.samples]
-        offsets, places = _rows_of(lengths, config, packing, config.data.order if split == "train" else "shuffled")
-        lengths_of_rows[split] = write_rows(entry, split, offsets, share.samples[places], share.index)
+        order = config.data.order if split == "train" else "shuffled"
+        offsets, samples = _samples_of_rows(config, share, packing, order)
+        lengths_of_rows[split] = write_rows(entry, split, offsets, samples, share.index)
+        longest[split] = _longest_row(share.index.num_tokens[samples], offsets, recipe.pairs)
     stats = DataStats(
         fingerprint=entry.name,
         num_records=sum(samples.num_records for samples in done["train_file"]),
@@ -132,7 +133,7 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
         num_validation_rows=len(lengths_of_rows["validation"]),
         num_tokens=int(lengths_of_rows["train"].sum()),
         num_label_tokens=int(train.index.num_label_tokens[train.samples].sum()),
-        longest_row=int(lengths_of_rows["train"].max()),
+        longest_row=longest["train"],
         num_samples=len(train.samples),
         num_validation_samples=len(held.samples),
         packed=packing,
@@ -142,6 +143,7 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
         unused=_sum([samples.unused for samples in done["train_file"]]),
         template_notes=encoder_of(recipe).notes(),
         date=recipe.date,
+        pairs=recipe.pairs,
     )
     held_key = "validation_file" if done["validation_file"] else "train_file"
     prompts = _prompts(recipe, done[held_key], held)
@@ -150,6 +152,25 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
     entries = {split: [samples.entry.name for samples in made] for split, made in names.items()}
     write_stats(entry, stats, entries, encoder_of(recipe).tokenizer.chat_template)
     return stats
+
+
+def _samples_of_rows(config: Config, share: Share, packing: bool, order: str) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, samples): row r holds samples[offsets[r]:offsets[r+1]], of pairs chosen and then rejected ones."""
+    lengths = share.index.num_tokens
+    if not config.training.pairs:
+        offsets, places = _rows_of(lengths[share.samples], config, packing, order)
+        return offsets, share.samples[places]
+    chosen = share.samples[share.samples % 2 == 0]  # each record has made two, the chosen one first
+    longer = np.maximum(lengths[chosen], lengths[chosen + 1])
+    offsets, places = _rows_of(longer, config, packing, order)
+    return as_pairs(offsets, chosen[places])
+
+
+def _longest_row(lengths: np.ndarray, offsets: np.ndarray, pairs: bool) -> int:
+    """Tokens of the longest row of tokens; 0 where there is none."""
+    edges = np.unique(np.concatenate([offsets, (offsets[:-1] + offsets[1:]) // 2])) if pairs else offsets
+    before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return int(np.diff(before[edges]).max(initial=0))
 
 
 def _rows_of(lengths: np.ndarray, config: Config, packing: bool, order: str) -> tuple[np.ndarray, np.ndarray]:

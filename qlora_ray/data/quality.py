@@ -13,9 +13,9 @@ import numpy as np
 
 from qlora_ray.config import Config
 from qlora_ray.data.faults import Base, can_tell_mojibake, faults_of, text_of
-from qlora_ray.data.formats import convert
 from qlora_ray.data.near import Groups, NearGroups, can_be_near, normalised
 from qlora_ray.data.order import held_out
+from qlora_ray.data.pairs import convert, halves
 from qlora_ray.data.read import BLANK, cut, place_unit, read
 from qlora_ray.data.sources import Source
 from qlora_ray.data.turns import Messages
@@ -152,7 +152,7 @@ class Quality:
         try:
             if isinstance(record, BadRecord):
                 raise record
-            yield place, convert(record, self._config.data.format)[0]
+            yield place, convert(record, self._config.data.format, self._config.training.pairs)[0]
         except BadRecord as reason:
             self._reject(place, reason, "" if isinstance(record, BadRecord) else str(record))
 
@@ -164,7 +164,8 @@ class Quality:
         number = len(self._places)
         self._places.append(place)
         text = text_of(messages)
-        like = [self._same.add(normalised(text)), self._prompts.add(normalised(text_of(messages[:-1]) or text))]
+        prompt = text_of(halves(messages)[0][:-1]) or text
+        like = [self._same.add(normalised(text)), self._prompts.add(normalised(prompt))]
         if self._near:
             spoken = [turn for turn in messages if turn["role"] not in ("system", "tools")]  # what differs by record
             like.append(self._near.add(normalised(text_of(spoken)), like[0]))

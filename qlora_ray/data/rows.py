@@ -5,7 +5,8 @@ cache/<fingerprint>/
     prompts.json                     held-out questions with their answers
     stats.json                       DataStats, the names of the samples' entries, the chat template; written last
 
-A sample's number counts through the sources of its split, in their order.
+A sample's number counts through the sources of its split, in their order. A row of pairs holds the samples of chosen
+answers, then those of the rejected ones in the same order; it is read as two rows of tokens.
 """
 
 import hashlib
@@ -52,6 +53,20 @@ def write_rows(entry: Folder, split: str, offsets: np.ndarray, samples: np.ndarr
     return num_tokens
 
 
+def as_pairs(offsets: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, samples) of rows of pairs: row r has the chosen samples chosen[offsets[r]:offsets[r+1]].
+
+    The rejected sample of a pair is the one after the chosen one.
+    """
+    sizes = np.diff(offsets)
+    inside = np.arange(len(chosen)) - np.repeat(offsets[:-1], sizes)
+    firsts = np.repeat(2 * offsets[:-1], sizes) + inside
+    samples = np.empty(2 * len(chosen), np.int64)
+    samples[firsts] = chosen
+    samples[firsts + np.repeat(sizes, sizes)] = chosen + 1
+    return 2 * offsets, samples
+
+
 def write_stats(entry: Folder, stats: DataStats, samples: dict[str, list[str]], chat_template: str | None) -> None:
     """Close an entry of rows: from here on it is whole."""
     known = {"stats": asdict(stats), "samples": samples, "chat_template": chat_template}
@@ -76,6 +91,8 @@ class Rows:
         self.num_samples = np.diff(self._offsets)
         known = json.loads((entry / STATS).read_bytes())
         self._packed = known["stats"]["packed"]
+        self.pairs = known["stats"].get("pairs", False)
+        self.rows_of_tokens = 2 if self.pairs else 1  # that each row is read as
         self._store = _Store([entry.parent / name for name in known["samples"][split]])
 
     def __len__(self) -> int:
@@ -90,9 +107,11 @@ class Rows:
         """The given rows: input_ids, labels and, where rows are packed, position_ids (list<int32> each).
 
         Positions start at 0 with each sample. A sample's first token is never a label. NO_ROW becomes a row without
-        labels, which is read but never trained on.
+        labels, which is read but never trained on. A row of pairs becomes two, chosen and rejected, with `places`
+        (list<int64>): for each sample its place among those of the split, NO_ROW where it does not count.
         """
         taken = np.where(rows == NO_ROW, 0, rows)
+        per_row = np.repeat(self.num_samples[taken] // self.rows_of_tokens, self.rows_of_tokens)  # of rows of tokens
         samples = self.samples_of(taken)
         pieces = [self._store.sample(int(number)) for number in samples]
         lengths = np.array([len(ids) for ids, _ in pieces], np.int64)
@@ -103,12 +122,19 @@ class Rows:
         np.add.at(edge, edges[0::2], 1)
         np.add.at(edge, edges[1::2], -1)
         is_trained = np.cumsum(edge[:-1]) > 0
-        offsets = np.concatenate([[0], np.cumsum(self.num_tokens[taken])]).astype(np.int32)
-        is_trained &= np.repeat(rows != NO_ROW, np.diff(offsets))
+        firsts = np.concatenate([[0], np.cumsum(per_row)])
+        offsets = np.append(starts, len(ids))[firsts].astype(np.int32)
+        counts = np.repeat(rows != NO_ROW, self.rows_of_tokens)  # of rows of tokens
+        is_trained &= np.repeat(counts, np.diff(offsets))
         labels = np.where(is_trained, ids, IGNORE_INDEX).astype(np.int32)
         positions = (np.arange(len(ids)) - np.repeat(starts, lengths)).astype(np.int32)
         columns = {"input_ids": ids, "labels": labels} | ({"position_ids": positions} if self._packed else {})
-        return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+        table = pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+        if not self.pairs:
+            return table
+        places = np.concatenate([np.arange(self._offsets[row], self._offsets[row + 1]) for row in taken])
+        places = np.where(np.repeat(counts, per_row), places, NO_ROW).astype(np.int64)
+        return table.append_column("places", pa.ListArray.from_arrays(firsts.astype(np.int32), places))
 
 
 @lru_cache(maxsize=4)

@@ -99,7 +99,7 @@ def recipe_hash(recipe: Recipe) -> bytes:
     files: list[bytes | str] = [path.read_bytes() for path in tokenizer_files(recipe.base, recipe.revision)]
     files = files or [recipe.base, str(recipe.revision)]
     settings = [recipe.format, recipe.train_on, str(recipe.max_length), recipe.chat_template or "",
-                recipe.keep_thoughts, recipe.date or "", *recipe.new_tokens]  # fmt: skip
+                recipe.keep_thoughts, recipe.date or "", *recipe.new_tokens, *(["pairs"] * recipe.pairs)]  # fmt: skip
     if recipe.format not in FORMATS and recipe.format != "auto":
         source = load_function(recipe.format)[1].__file__
         if source:

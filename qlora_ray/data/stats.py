@@ -25,11 +25,17 @@ class DataStats:
     unused: dict[str, int] = field(default_factory=dict)  # training records, by field that no format reads
     template_notes: tuple[str, ...] = ()
     date: str | None = None  # that the chat template prints
+    pairs: bool = False  # a row is two of tokens: one with chosen answers, one with as many rejected ones
+
+    @property
+    def rows_of_tokens(self) -> int:
+        """Rows of tokens that each row is read as."""
+        return 2 if self.pairs else 1
 
     @property
     def packing_efficiency(self) -> float:
         """Share of the rows' room that tokens fill."""
-        return self.num_tokens / (self.num_rows * self.max_length) if self.num_rows and self.max_length else 0.0
+        return self.num_tokens / room if (room := self.num_rows * self.rows_of_tokens * self.max_length) else 0.0
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from qlora_ray.data.borders import Borders, Tokens
 from qlora_ray.data.formats import RAW_ROLES
 from qlora_ray.data.mask import ChatTemplate, Rendered
+from qlora_ray.data.pairs import halves
 from qlora_ray.data.template import fit_template
 from qlora_ray.data.turns import Messages
 from qlora_ray.errors import BadRecord, ConfigError
@@ -135,6 +136,7 @@ def prompt_ids(tokenizer, messages: Messages) -> list[int]:
 
 def prompt_of(tokenizer, messages: Messages) -> dict[str, Any] | None:
     """The question, its token ids, and the expected answer: the last assistant turn. None for a plain text."""
+    messages = halves(messages)[0]
     if len(messages) < 2:
         return None
     ids = prompt_ids(tokenizer, messages[:-1])
@@ -195,9 +197,15 @@ class Encoder:
     def encode(self, conversations: Sequence[Messages]) -> list[list[Sample] | BadRecord]:
         """Samples of each conversation, or why it cannot be trained on.
 
-        Several only of a long raw text, and of a chat where data.keep_thoughts asks for it. Too long conversations lose
-        their end; one that would have no trained token left is refused.
+        Several only of a long raw text, of a chat where data.keep_thoughts asks for it, and of a pair: one of the
+        preferred conversation, one of the other. Too long conversations lose their end; one that would have no trained
+        token left is refused.
         """
+        of_each = [halves(conversation) for conversation in conversations]
+        made = iter(self._encode([half for both in of_each for half in both]))
+        return [_pair(next(made), next(made)) if len(both) == 2 else next(made) for both in of_each]
+
+    def _encode(self, conversations: Sequence[Messages]) -> list[list[Sample] | BadRecord]:
         is_raw = [conversation[0]["role"] in RAW_ROLES for conversation in conversations]
         chats = iter(self.template.render_all([c for c, raw in zip(conversations, is_raw, strict=True) if not raw]))
         rendered = [
@@ -246,6 +254,17 @@ class Encoder:
             starts[-1] -= 1  # one token alone has nothing to predict
         cuts = zip(starts, [*starts[1:], len(ids)], strict=True)
         return [Sample(ids[start:end], [(1, end - start)], truncated=False) for start, end in cuts]
+
+
+def _pair(chosen: list[Sample] | BadRecord, rejected: list[Sample] | BadRecord) -> list[Sample] | BadRecord:
+    for made in (chosen, rejected):
+        if isinstance(made, BadRecord):
+            return made
+    assert not isinstance(chosen, BadRecord) and not isinstance(rejected, BadRecord)
+    assert len(chosen) == len(rejected) == 1, "a half of a pair has several samples"
+    if chosen[0].input_ids == rejected[0].input_ids:
+        return BadRecord("chosen and rejected are the same within training.max_length tokens")
+    return [*chosen, *rejected]
 
 
 def first_ids(tokenizer) -> list[int]:

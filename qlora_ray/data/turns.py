@@ -3,7 +3,7 @@
 A turn is {role, content}; content is a text, "" where nothing is said. Where the record has it there is more: name; of
 an assistant weight (0 keeps it out of the loss), reasoning_content (its thought) and tool_calls, each {id, type:
 function, function: {name, arguments}} with arguments as a mapping; of a tool tool_call_id. A first {role: tools, tools:
-[...]} says what may be called.
+[...]} says what may be called; a last {role: rejected, turns: [...]} holds the other conversation of a pair (pairs.py).
 """
 
 import json

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qlora_ray.data.formats import convert, unused_fields
+from qlora_ray.data.pairs import convert, unused_fields
 from qlora_ray.data.read import BLANK, Chunk, DamagedFile, read
 from qlora_ray.data.tokenize import Encoder, Sample, open_tokenizer, refuse_lossy, with_template
 from qlora_ray.data.turns import Messages
@@ -41,6 +41,7 @@ class Recipe:
     keep_thoughts: str = "template"
     date: str | None = None  # that a template which prints the day prints
     new_tokens: tuple[str, ...] = ()
+    pairs: bool = False  # each record is two conversations, chosen and rejected, and makes two samples
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class _Tally:
     """Encodes a chunk's records, and counts what becomes of them."""
 
     def __init__(self, chunk: Chunk, recipe: Recipe, num_messages_kept: int):
-        self._chunk, self._format, self._encoder = chunk, recipe.format, encoder_of(recipe)
+        self._chunk, self._recipe, self._encoder = chunk, recipe, encoder_of(recipe)
         self._num_messages_kept = num_messages_kept
         self._of_samples = array("i")  # num_tokens, num_label_tokens, record; and so on
         self._num_records = self._num_places = self._num_usable = self._num_truncated = 0
@@ -141,12 +142,12 @@ class _Tally:
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                messages, name = convert(record, self._format)
+                messages, name = convert(record, self._recipe.format, self._recipe.pairs)
             except BadRecord as reason:
                 self._reject(place, reason)
                 continue
             self._formats[name] += 1
-            _count(self._unused, unused_fields(record, name), place)
+            _count(self._unused, unused_fields(record, name, self._recipe.pairs), place)
             yield place, messages
 
     def _reject(self, place: int, reason: BadRecord) -> None:

@@ -20,7 +20,7 @@ from qlora_ray.worker.state import State
 DECIDES_NO_STEP = (
     "quantization", "data", "deepspeed", "ray", "checkpoint", "watchdog", "logging",
     "model.base_model", "model.revision", "model.trust_remote_code", "model.factory",
-    "model.cache_quantized",
+    "model.start_from", "model.cache_quantized",
     "training.batch_size", "training.gradient_accumulation_steps", "training.global_batch_size",
     "training.max_length", "training.packing",
     "training.recompute", "training.memory_budget_gib", "training.dequantized_weights",

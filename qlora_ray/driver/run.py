@@ -23,6 +23,7 @@ from qlora_ray.worker.messages import (
     Logged,
     Message,
     Ready,
+    Referring,
     Refused,
     Run,
     Stepped,
@@ -116,6 +117,8 @@ class Driver:
             match message:
                 case Ready():
                     self._is_ready(message, progress)
+                case Referring(split, done, total):
+                    progress.show_reference(split, done, total)
                 case Stepped(step):
                     self._last_step = step
                 case Failed(cause):

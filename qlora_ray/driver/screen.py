@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from qlora_ray.config import Config
+from qlora_ray.config import OBJECTIVES, Config
 from qlora_ray.console import console, say_note
 from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import BaseFacts
@@ -30,6 +30,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
         f"{plan.four_bit_share:.0%} in {config.quantization.type})",
         "adapter": f"{config.model.lora_variant}, r={config.model.lora_r}, alpha={config.model.lora_alpha:g}, "
         f"{plan.num_trainable_parameters / 1e6:,.2f} M parameters in {shown_layers(plan)}",
+        **({"objective": _show_objective(config)} if config.training.pairs else {}),
         "data": _show_data(data),
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
         "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "
@@ -47,12 +48,19 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
     console.print()
 
 
+def _show_objective(config: Config) -> str:
+    training = config.training
+    settings = ", ".join(f"{name} {getattr(training, name)}" for name in OBJECTIVES[training.objective])
+    return f"{training.objective} ({settings})"
+
+
 def _show_data(data: DataStats) -> str:
-    formats = " + ".join(data.formats)
+    formats, each = " + ".join(data.formats), data.rows_of_tokens
     in_rows = f" packed into {data.num_rows:,} rows ({data.packing_efficiency:.0%} full)" if data.packed else ""
     return (
-        f"{data.num_samples:,} samples ({formats}){in_rows}, {data.num_tokens:,} tokens "
-        f"({data.num_label_tokens / data.num_tokens:.0%} trained on), {data.num_validation_samples:,} held out"
+        f"{data.num_samples // each:,} {'pairs' if data.pairs else 'samples'} ({formats}){in_rows}, "
+        f"{data.num_tokens:,} tokens ({data.num_label_tokens / data.num_tokens:.0%} trained on), "
+        f"{data.num_validation_samples // each:,} held out"
     )
 
 
@@ -81,19 +89,31 @@ class Progress:
     def show(self, entry: dict[str, Any]) -> None:
         """Show one logged step."""
         loss = f"loss {entry['loss']:.4f}" if "loss" in entry else "no finite loss"
+        if "rewards/margins" in entry:
+            loss += f"  margin {entry['rewards/margins']:.3f}  right {entry['rewards/accuracies']:.0%}"
         now = (
             f"{loss}  lr {entry['learning_rate']:.1e}  {entry['tokens_per_second']:,.0f} tokens/s  "
             f"{entry['peak_memory_gib']:.1f} GiB"
         )
-        self._bar.update(self._task, completed=entry["step"], description="training", now=now)
+        self._bar.update(
+            self._task, completed=entry["step"], total=self._plan.num_steps, description="training", now=now
+        )
         if not self._is_live and (entry["step"] >= self._next_line or entry["step"] == self._plan.num_steps):
             console.print(f"step {entry['step']:,}/{self._plan.num_steps:,}  {now}")
             self._next_line = entry["step"] + max(1, self._plan.num_steps // 10)
 
+    def show_reference(self, split: str, done: int, total: int) -> None:
+        """Show how much of the reference's log-probabilities is there."""
+        self._bar.update(self._task, completed=done, total=total, description=f"reference of {split}", now="")
+        if not self._is_live and done == total:
+            console.print(f"reference: log-probabilities of {split} are computed")
+
     def say_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Show one validation."""
-        loss, perplexity = metrics["eval_loss"], metrics["eval_perplexity"]
-        self.say(f"step {step:,}: eval_loss {loss:.4f}, perplexity {perplexity:.3f}")
+        parts = {"eval_perplexity": "perplexity {:.3f}", "eval_rewards/margins": "margin {:.3f}",
+                 "eval_rewards/accuracies": "right {:.0%}"}  # fmt: skip
+        told = [form.format(metrics[name]) for name, form in parts.items() if name in metrics]
+        self.say(", ".join([f"step {step:,}: eval_loss {metrics['eval_loss']:.4f}", *told]))
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -3,6 +3,7 @@
 import importlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qlora_ray import storage
 from qlora_ray.cluster import connect
@@ -14,10 +15,12 @@ from qlora_ray.driver import screen
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.hub import folder_at_hand
+from qlora_ray.model.start import copy_weights, open_start
+from qlora_ray.model.start import notes as start_notes
 from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
 from qlora_ray.planning.tokens import check_vocabulary
-from qlora_ray.rundir import directory
+from qlora_ray.rundir import directory, names
 from qlora_ray.storage import Folder
 
 EXIT_CODES = {"done": 0, "interrupted": 130, "refused": 2}
@@ -115,7 +118,9 @@ class Start:
         from qlora_ray.driver import resume
 
         config, data = self.config, ready.data
-        identity = directory.run_identity(config, data.stats, ready.facts, plan)
+        start = open_start(config.model)
+        lineage = start.lineage() if start else None
+        identity = directory.run_identity(config, data.stats, ready.facts, plan, lineage)
         hardware = {"use_gpu": plan.use_gpu, "accelerators": list(ready.hardware.accelerator_types)}
         before = directory.check_resumable(run, identity, self.resume)
         found = resume.look(run, config, plan) if self.resume else None
@@ -123,13 +128,17 @@ class Start:
             screen.show_done_before(found.state.step, run)
             return False
         changed = [resume.record(found)] if found and found.changes else []
-        ground = directory.Ground(identity, {"versions": versions(), "hardware": hardware}, before, changed)
+        around: dict[str, dict[str, Any]] = {"versions": versions(), "hardware": hardware}
+        ground = directory.Ground(identity, around, before, changed, lineage)
         storage.check_space(run, storage_bytes(config, plan.num_trainable_parameters))
         screen.show_plan(plan, config, data.stats, ready.facts, run)
         for note in [
-            *ready.notes, *directory.differences(ground), *(resume.notes(found, config, plan) if found else [])
+            *ready.notes, *(start_notes(start, config) if start else []), *directory.differences(ground),
+            *(resume.notes(found, config, plan) if found else []),
         ]:  # fmt: skip
             say_note(note)
+        if start:
+            copy_weights(start, run / names.START_FROM)
         directory.write_run_files(run, config, plan, data.stats, ground)
         directory.write_rejected(run, data)
         return True

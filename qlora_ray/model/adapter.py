@@ -26,7 +26,7 @@ def add_adapter(
     torch.manual_seed(seed)
     adapted = wrap(base, model, new_tokens or {})
     begin_rows(adapted, new_tokens or {}, ADAPTER_NAME)
-    if model.lora_variant == "loftq":
+    if model.lora_variant == "loftq" and model.start_from is None:
         _start_from_quantization_error(adapted, local_folder(model.base_model, model.revision))
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(compute_dtype)

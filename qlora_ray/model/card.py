@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from qlora_ray.config import ModelConfig
+from qlora_ray.config import OBJECTIVES, ModelConfig, TrainingConfig
 
 METRICS = {
     "first_loss": "training loss, first step (nats per token)",
@@ -27,10 +27,14 @@ def render(record: dict[str, Any]) -> str:
     if is_hub_id:
         front["base_model"] = name
     double = ", double quantization" if quantization["double_quant"] else ""
+    objective = record["config"].get("training", {}).get("objective", "sft")
+    unit = "nats per token" if objective == "sft" else f"{objective}, mean over pairs"
     facts = {
         "base": f"{name} ({base['model_type']}, {base['num_parameters']:,} parameters)",
         "base revision": base["commit"] or base["revision"] or "none: a local folder",
         "base weights": f"sample sha256 {base['sample_sha256']}",
+        **_of_start(record),
+        **({} if objective == "sft" else {"objective": _shown_objective(record["config"]["training"])}),
         "LoRA": _shown_lora(record["config"].get("model", {})),
         "quantization": f"{quantization['type']}{double}, computed in {quantization['compute_dtype']}",
         "data": f"{data['num_rows']:,} rows, {data['num_tokens']:,} tokens, {data['num_validation_rows']:,} rows held "
@@ -41,7 +45,11 @@ def render(record: dict[str, Any]) -> str:
         "run": f"{record['run_name']}, {record['num_workers']} worker(s)",
         "code": record["git_commit"] or f"qlora_ray {record['versions']['qlora_ray']}",
     }
-    metrics = {METRICS[key]: _shown(key, value) for key, value in record["metrics"].items() if key in METRICS}
+    metrics = {
+        METRICS[key].replace("nats per token", unit): _shown(key, value)
+        for key, value in record["metrics"].items()
+        if key in METRICS
+    }
     return "\n".join(
         [
             "---",
@@ -95,6 +103,22 @@ def render_merged(record: dict[str, Any], dtype: str, into: str) -> str:
             "",
         ]
     )
+
+
+def _shown_objective(settings: dict[str, Any]) -> str:
+    """Objective of pairs with its settings; `settings` are those of its config's training that are not defaults."""
+    training = TrainingConfig.model_validate(settings)
+    return f"{training.objective}, " + ", ".join(f"{n} {getattr(training, n)}" for n in OBJECTIVES[training.objective])
+
+
+def _of_start(record: dict[str, Any]) -> dict[str, str]:
+    """The adapters that this one was gone on from, the newest first; nothing where it began anew."""
+    shown, before = [], record.get("start_from")
+    while before:
+        name = f"{before['run_name']}, step {before['step']:,}" if "run_name" in before else "an adapter"
+        shown.append(f"{name} ({before['path']}, sha256 {before['sha256']})")
+        before = before.get("start_from")
+    return {"started from": ", which was started from ".join(shown)} if shown else {}
 
 
 def _of_rows(record: dict[str, Any]) -> dict[str, str]:

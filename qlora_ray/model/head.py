@@ -45,9 +45,10 @@ def returns_nats(head: torch.nn.Module | None) -> bool:
 
 @contextmanager
 def expecting(head: Any, labels: torch.Tensor, places: torch.Tensor | None = None) -> Iterator[None]:
-    """Within, the head returns the sum of nats of these labels, one for each row of its input.
+    """Within, the head returns the nats of these labels, one for each row of its input: float32, (M,).
 
-    `places` are the rows that have a label that counts: where they are known, what only others need is left out.
+    `places` are the rows that have a label that counts: where they are known, what only others need is left out, and
+    the nats are theirs alone.
     """
     places = places if places is not None and 0 < len(places) < labels.numel() else None
     head.expected, head.last_layer.places = (labels.reshape(-1), places), places
@@ -58,7 +59,7 @@ def expecting(head: Any, labels: torch.Tensor, places: torch.Tensor | None = Non
 
 
 class _Nats(torch.autograd.Function):
-    """Sum of nats, a float32 scalar. The gradient is made in forward, while each slice's logits are at hand."""
+    """Nats of each row, (M,) float32. The gradient is made in forward, while each slice's logits are at hand."""
 
     @staticmethod
     def forward(ctx, x, head, divisor: float, labels, with_gradient: bool):
@@ -80,12 +81,12 @@ class _Nats(torch.autograd.Function):
                 dx[rows].addmm_(logits[:, part], weight[part], beta=1 if part.start else 0)
             del logits  # before the next slice's are made
         ctx.dx, ctx.scale = dx, scale * divisor
-        return nats.sum()
+        return nats
 
     @staticmethod
     def backward(ctx, grad):
         dx, ctx.dx = ctx.dx, None
-        return dx.mul_(grad / ctx.scale), None, None, None, None
+        return dx.mul_((grad / ctx.scale)[:, None]), None, None, None, None
 
 
 def _parts(num_tokens: int) -> list[slice]:

@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_ray.config import ModelConfig
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.adapter import trainable, wrap
+from qlora_ray.model.adapter import ADAPTER_NAME, trainable, wrap
 from qlora_ray.model.base import build_without_weights, count_parameters
 from qlora_ray.model.facts import ModelFacts, left_out_of_all_linear, read_facts, read_shapes
+from qlora_ray.model.start import check_base, check_tensors, check_tokens, open_start
 from qlora_ray.model.token_rows import NewTokens
 
 # Experts' matrices and routers, and the models where PEFT adapts both as its target modules say of the files' names
@@ -38,7 +39,13 @@ def model_facts(folder: str, model: ModelConfig, new_tokens: NewTokens) -> Model
     names = layer_names(base, folder)
     adapted = check_names(model, names, type(base).__name__)
     _check_ends(model, base, adapted)
+    start = open_start(model)
+    if start:
+        check_tokens(start, new_tokens)
     wrapped = _wrap(base, model, new_tokens)
+    if start:
+        check_base(start, folder)
+        check_tensors(start, _names_of_peft(wrapped), model)
     sizes = {"num_linear_parameters": packed, "num_parameters": all_of_them}
     return ModelFacts(
         **{**vars(facts), **sizes},
@@ -174,6 +181,14 @@ def _wrap(base: PreTrainedModel, model: ModelConfig, new_tokens: NewTokens) -> P
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, on what the plan tells
         return wrap(base, model, new_tokens, low_cpu_mem_usage=True)
+
+
+def _names_of_peft(adapted: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each trained tensor, by its name in an adapter's file."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def _kinds(adapted: Any) -> dict[str, int]:

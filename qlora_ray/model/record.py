@@ -106,31 +106,30 @@ def tokenizer_sha256(tokenizer) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def find_adapter(name: str) -> Path:
-    """The adapter folder that a user means: itself, or a run directory's best adapter. Raises ConfigError."""
-    path = Path(name).expanduser()
+def find_adapter(name: str, asked: str | None = None) -> Path:
+    """The adapter folder that a user means: itself, or a run directory's best adapter. Raises ConfigError.
+
+    `asked` is what messages call it.
+    """
+    path, asked = Path(name).expanduser(), asked or f"--adapter {name}"
     if not path.is_dir():
-        raise ConfigError(f"--adapter {name}: no such folder. Name an adapter folder or a run directory.")
+        raise ConfigError(f"{asked}: no such folder. Name an adapter folder or a run directory.")
     if (path / "adapter_config.json").is_file():
         return path
     for inner in ("adapter_best", "adapter"):
         if (path / inner / "adapter_config.json").is_file():
             return path / inner
     if (path / "metrics.jsonl").exists() or (path / "config.yaml").exists():
-        raise ConfigError(
-            f"--adapter {name}: this run has no adapter yet. Finish it: the command that began it, with --resume."
-        )
-    raise ConfigError(
-        f"--adapter {name}: holds no adapter (adapter_config.json, or a run's adapter_best/ or adapter/)."
-    )
+        raise ConfigError(f"{asked}: this run has no adapter yet. Finish it: the command that began it, with --resume.")
+    raise ConfigError(f"{asked}: holds no adapter (adapter_config.json, or a run's adapter_best/ or adapter/).")
 
 
 def open_adapter(name: str, base: str | None = None) -> Adapter:
     """Find and check an adapter and its base; `base` says where the base lies now. Raises ConfigError."""
     folder = find_adapter(name)
     key = f"--adapter {folder}"
-    peft, record = _read_json(folder / "adapter_config.json", key), _read_record(folder, key)
-    _check_weights(folder, peft, key)
+    peft, record = read_json(folder / "adapter_config.json", key), read_record(folder, key)
+    check_weights(folder, peft, key)
     wanted = record["base"]
     asked = f"--base {base}" if base else f"{key}: its base {wanted['base_model']}"
     found = local_folder(base or wanted["base_model"], wanted["commit"] or wanted["revision"], asked)
@@ -150,12 +149,13 @@ def open_adapter(name: str, base: str | None = None) -> Adapter:
     return adapter
 
 
-def _read_record(folder: Path, key: str) -> dict[str, Any]:
+def read_record(folder: Path, key: str) -> dict[str, Any]:
+    """The record of an adapter folder. Raises ConfigError."""
     if not (folder / FILE).is_file():
         raise ConfigError(
             f"{key}: no {FILE}, which says how its base was quantized. Adapters written by qlora_ray.train carry it."
         )
-    record = _read_json(folder / FILE, key)
+    record = read_json(folder / FILE, key)
     if record.get("layout") != LAYOUT:
         raise ConfigError(f"{key}: {FILE} has layout {record.get('layout')}; this version reads layout {LAYOUT}.")
     if {"base", "quantization", "tokenizer_sha256"} - record.keys():
@@ -163,7 +163,8 @@ def _read_record(folder: Path, key: str) -> dict[str, Any]:
     return record
 
 
-def _check_weights(folder: Path, peft: dict[str, Any], key: str) -> None:
+def check_weights(folder: Path, peft: dict[str, Any], key: str) -> None:
+    """Raise ConfigError for an adapter of another kind than LoRA, or without its matrices."""
     entries = TensorFiles([folder / "adapter_model.safetensors"], key).entries
     if peft.get("peft_type") != "LORA":
         raise ConfigError(f"{key}: peft_type is {peft.get('peft_type')}; only LORA is known here.")
@@ -188,7 +189,8 @@ def _check_fit(folder: Path, base: dict[str, tuple[int, ...]], key: str) -> None
             )
 
 
-def _read_json(path: Path, key: str) -> dict[str, Any]:
+def read_json(path: Path, key: str) -> dict[str, Any]:
+    """The JSON object that a file of an adapter holds. Raises ConfigError."""
     try:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

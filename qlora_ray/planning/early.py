@@ -12,6 +12,7 @@ from qlora_ray.config import Config, find_file
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts, check_folder, read_facts, stored_quantization
 from qlora_ray.model.own_code import refuse_unread_code
+from qlora_ray.model.start import check_base, open_start
 from qlora_ray.planning import deepspeed
 from qlora_ray.planning.plan import Hardware, accumulation_of, check_workers_fit, zero_stage
 
@@ -26,7 +27,7 @@ def refuse_before_ray(*configs: Config) -> None:
         if not environment.ray_address(config.ray.address):  # Ray takes seconds to say what is known here
             cpus = config.ray.resources_per_worker.get("CPU", 1)
             check_workers_fit(config, {"CPU": cpus}, Hardware(len(os.sched_getaffinity(0)), 0))
-    for config in {repr((one.data, one.model.base_model)): one for one in configs}.values():
+    for config in {repr((one.data, one.model)): one for one in configs}.values():
         check_files(config)
 
 
@@ -54,10 +55,13 @@ def check_files(config: Config) -> None:
 
     for key in ("train_file", "validation_file"):
         find_sources(config, key, download=False)
+    start = open_start(config.model)
     folder = folder_at_hand(config.model.base_model, config.model.revision)
     if folder:
         _check_base(config, folder)
         read_facts(folder)
+        if start:
+            check_base(start, folder)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model.base_model) or config.model.base_model.startswith("."):
         raise ConfigError(f"model.base_model={config.model.base_model}: no such folder, and not a hub id (owner/name).")
 

@@ -67,6 +67,12 @@ class Plan:
     may_hold_weights: bool  # whether these may keep dequantized weights between steps
     memory_forecast_gib: dict[str, float]  # per worker
     deepspeed: dict[str, Any]
+    rows_of_tokens: int = 1  # that each row is read as: 2 where rows hold pairs
+
+    @property
+    def tokens_per_row(self) -> int:
+        """At most, padding included, of one row of tokens."""
+        return self.tokens_per_micro_batch // (self.micro_batch_size * self.rows_of_tokens)
 
     @property
     def global_batch_size(self) -> int:
@@ -99,7 +105,7 @@ def make_plan(
     trainable = base.num_trainable_parameters
     quantized = base.num_linear_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
-    num_tokens = config.training.batch_size * min(config.training.max_length, data.longest_row)
+    num_tokens = config.training.batch_size * data.rows_of_tokens * min(config.training.max_length, data.longest_row)
     known = memory.sizes(config, base, trainable, stage, compute_dtype)
     recompute = _recompute(config, use_gpu)
     plan = Plan(
@@ -129,6 +135,7 @@ def make_plan(
         may_hold_weights=may_hold_weights(config),
         memory_forecast_gib=_memory_forecast(config, known, num_tokens, recompute, use_gpu),
         deepspeed=deepspeed.defaults(config, stage, accumulation, compute_dtype, trainable),
+        rows_of_tokens=data.rows_of_tokens,
     )
     if not deepspeed_json:
         return plan

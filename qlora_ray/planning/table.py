@@ -22,11 +22,13 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     base, config = _facts(config), as_stored(config)
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     length, workers = config.training.max_length, config.ray.max_workers
+    each = 2 if config.training.pairs else 1  # rows of tokens
+    row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
     loading = memory.loading_gib(known)
     lines = [
         f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters, LoRA r={config.model.lora_r}, "
-        f"rows of {length} tokens, ZeRO stage {known.stage}, {workers} x {gib:g} GiB ({gpu})",
+        f"rows of {row} tokens, ZeRO stage {known.stage}, {workers} x {gib:g} GiB ({gpu})",
         f"{base.num_trainable_parameters:,} parameters trained, in {shown_layers(base)}",
         f"weights and optimizer {resident:.2f} GiB a worker, "
         f"{loading:.2f} while loading{'' if loading <= SHARE_OF_MEMORY * gib else ': does not fit'}",
@@ -34,8 +36,8 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     ]
     for rows in BATCH_SIZES:
         room = (SHARE_OF_MEMORY * gib - resident) * GIB
-        for choice in _choices(known, rows * length, room, may_hold_weights(config)):
-            peak = memory.peak_gib(memory.memory_gib(known, rows * length, choice))
+        for choice in _choices(known, rows * each * length, room, may_hold_weights(config)):
+            peak = memory.peak_gib(memory.memory_gib(known, rows * each * length, choice))
             speed = memory.tokens_per_second(known, length, choice, gpu)
             shown = f"{workers * speed:,.0f}" if speed else "-"
             fits = "" if peak <= SHARE_OF_MEMORY * gib else "  does not fit"

@@ -125,13 +125,18 @@ def key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
         known |= {"first_loss": logged["loss"][0], "last_loss": logged["loss"][-1]}
     known |= {name: value for name, value in run.summary.items() if value is not None}
     best, eval_loss = known.get("best_eval_loss", min(logged["eval_loss"], default=None)), known.get("eval_loss")
-    perplexity = None if eval_loss is None else math.exp(min(eval_loss, 700.0))  # exp(710) overflows
+    has_pairs = any("rewards/margins" in row for row in run.metrics)
+    unit = "mean over pairs" if has_pairs else "nats per token"
+    perplexity = None if eval_loss is None or has_pairs else math.exp(min(eval_loss, 700.0))  # exp(710) overflows
+    accuracies = series(run.metrics, "eval_rewards/accuracies")[1]
     median = {name: statistics.median(values) for name, values in logged.items() if values}
     failures = known.get("failures")
     return [
-        ("Loss", change(known.get("first_loss"), known.get("last_loss"), ".3f"), "nats per token"),
+        ("Loss", change(known.get("first_loss"), known.get("last_loss"), ".3f"), unit),
         ("Validation loss", show(eval_loss, ".3f"), "" if best is None else f"best {best:.3f}"),
-        ("Perplexity", show(perplexity, ",.2f"), "validation"),
+        ("Pairs judged right", show(accuracies[-1] if accuracies else None, ".0%"), "validation")
+        if has_pairs
+        else ("Perplexity", show(perplexity, ",.2f"), "validation"),
         (
             "Exact match",
             change(known.get("exact_match_base"), known.get("exact_match_adapter"), ".0%"),

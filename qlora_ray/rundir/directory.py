@@ -21,12 +21,16 @@ from qlora_ray.storage import Folder
 # Left out where empty: old runs know none of them.
 SHAPE_OF_LORA = ("exclude_modules", "rank_pattern", "alpha_pattern", "new_tokens", "modules_to_save")
 
+# Parts of an identity that old runs do not know, and what it was with them.
+OF_OLD_RUNS = {"start_from": None}
+
 # What decides each part of a run's identity.
 KEYS = {
     "order": "data.order", "data": "data.train_file, or what rows are made with (data, training.max_length, "
     "training.packing, the base's tokenizer)", "lora": "model", "quantization": "quantization",
     "seed": "training.seed", "batch": "training", "batch.rows": "training.batch_size",
     "batch.micro_batches": "training.gradient_accumulation_steps x ray.num_workers (training.global_batch_size)",
+    "start_from": "sha256 of model.start_from's adapter_model.safetensors",
     "base": "model.base_model", "base.model_type": "model.base_model's model_type",
     "base.num_parameters": "model.base_model's parameters", "base.sha256": "model.base_model's files",
 }  # fmt: skip
@@ -65,8 +69,10 @@ def refuse_taken_name(run: Folder, resume: bool) -> None:
         )
 
 
-def run_identity(config: Config, data: DataStats, facts: BaseFacts, plan: Plan) -> dict[str, Any]:
-    """What must not change between a run and its resumption."""
+def run_identity(
+    config: Config, data: DataStats, facts: BaseFacts, plan: Plan, start: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What must not change between a run and its resumption; `start` is the lineage of model.start_from."""
     model = config.model
     code = {"factory": model.factory, "code": model.revision if model.trust_remote_code else None}
     return {
@@ -83,6 +89,7 @@ def run_identity(config: Config, data: DataStats, facts: BaseFacts, plan: Plan) 
         "quantization": config.quantization.model_dump(),
         "seed": config.training.seed,
         "batch": {"rows": plan.micro_batch_size, "micro_batches": plan.micro_batches_per_step},
+        "start_from": start and start["sha256"],
     }
 
 
@@ -99,9 +106,9 @@ def check_resumable(run: Folder, identity: dict[str, Any], resume: bool) -> dict
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"--resume: {run.path}/{names.MANIFEST} cannot be read ({error}). Start a new run.") from None
     for what, value in identity.items():
-        if what in before and before[what] != value:
+        if before.get(what, OF_OLD_RUNS.get(what, value)) != value:
             raise ConfigError(
-                f"--resume: {run.path} was begun with another {what}: {_difference(what, before[what], value)}. "
+                f"--resume: {run.path} was begun with another {what}: {_difference(what, before.get(what), value)}. "
                 "Restore what was there before, or start a new run."
             )
     return manifest
@@ -126,6 +133,7 @@ class Ground:
     surroundings: dict[str, dict[str, Any]]  # versions, hardware: another one is told
     before: dict[str, Any]  # the manifest of the run that is gone on with; {} for a new one
     changed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # settings, with this resumption
+    start_from: dict[str, Any] | None = None  # the lineage of model.start_from
 
     @property
     def former(self) -> list[dict[str, Any]]:
@@ -160,6 +168,7 @@ def write_run_files(run: Folder, config: Config, plan: Plan, data: DataStats, gr
         "git_commit": git_commit(),
         "data": dataclasses.asdict(data),
         "base_revision": config.model.revision,
+        **({"start_from": ground.start_from} if ground.start_from else {}),
     }
     (run / names.MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
 

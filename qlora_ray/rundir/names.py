@@ -12,6 +12,7 @@ REJECTED = "rejected.jsonl"  # records that were left out, and why
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"  # of the last step
 ADAPTER_BEST = "adapter_best"  # of the best validation
+START_FROM = "start_from"  # a copy of the adapter that was gone on from (model.start_from)
 LOGS = "logs"
 TRIAL_EVENTS = "trials.jsonl"  # of a sweep: all that it knows
 TRIALS = "trials"  # of a sweep: a run directory for each trial

@@ -71,7 +71,7 @@ def wall_seconds(run: RunRecord) -> float | None:
 
 # Of a step; per step in metrics.jsonl, as <phase>_seconds.
 PHASES = ("data", "forward", "backward", "communication", "optimizer")
-BETWEEN = ("evaluation", "checkpoint")  # between steps; each time in a line of its own
+BETWEEN = ("reference", "evaluation", "checkpoint")  # between steps; each time in a line of its own
 
 
 def time_split(run: RunRecord) -> dict[str, float]:
@@ -111,7 +111,7 @@ def data_statistics(run: RunRecord) -> list[tuple[str, str]]:
     """(name, value) of what is known of the rows; empty for a run without a manifest."""
     data = run.manifest.get("data") or {}
     rows = [(name.removeprefix("num_").replace("_", " "), f"{value:,}") for name, value in data.items()
-            if isinstance(value, int)]  # fmt: skip
+            if isinstance(value, int) and name != "pairs"]  # fmt: skip
     if data.get("num_tokens") and data.get("num_label_tokens") is not None:
         rows.append(("share of tokens trained on", f"{data['num_label_tokens'] / data['num_tokens']:.0%}"))
     if data.get("num_rows") and data.get("num_tokens"):

@@ -53,7 +53,7 @@ def find_best(ledger: Ledger, sweep: SweepConfig) -> Best | None:
 
 def adapter_of(run: Path, sweep: SweepConfig, trial: str) -> Path | None:
     """Where the best adapter of a trial lies; None where it was not written yet."""
-    by_validation = sweep.metric in ("eval_loss", "eval_perplexity")
+    by_validation = sweep.metric.startswith("eval_")
     folder = run / names.TRIALS / trial / (names.ADAPTER_BEST if by_validation else names.ADAPTER)
     return folder if (folder / "adapter_model.safetensors").exists() else None
 

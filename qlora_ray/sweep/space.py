@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_ray.config import Config, Parameter, SweepConfig, as_written, make_config
+from qlora_ray.config import OF_PAIRS, Config, Parameter, SweepConfig, as_written, make_config
 from qlora_ray.errors import ConfigError
 
 NUM_TRIALS = 8  # of a random search or optuna that does not say
@@ -71,7 +71,7 @@ def sweep_of(config: Config) -> SweepConfig:
 
 def mode_of(sweep: SweepConfig) -> str:
     """Whether less or more of the metric is better."""
-    return "max" if sweep.metric == "exact_match_adapter" else "min"
+    return "max" if sweep.metric in (*OF_PAIRS, "exact_match_adapter") else "min"
 
 
 def check_keys(sweep: SweepConfig) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from qlora_ray.data.order import NO_ROW
 from qlora_ray.data.tokenize import IGNORE_INDEX
 from qlora_ray.planning.plan import PAD_TO_MULTIPLE_OF
 
@@ -18,7 +19,9 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
     for packed rows position_ids, which start at 0 with each sample and with the padding: without
     a mask, transformers keeps attention within each such run (transformers/masking_utils.py,
     find_packed_sequence_indices). Also sample_borders: where these runs begin, counted through all rows, and the end,
-    (S + 1,) int32 on the CPU. For others, and where each packed row holds one sample, attention_mask.
+    (S + 1,) int32 on the CPU. For others, and where each packed row holds one sample, attention_mask. Of P pairs also
+    places of the chosen and then of the rejected answers' samples, (2 P,); label_counts, how many of the label_places
+    each answer has, as they come in the rows, (2 P,), and answer_order, where the answers of `places` are among these.
     """
     offsets = rows["input_ids"].combine_chunks().offsets.to_numpy()
     lengths = np.diff(offsets)
@@ -40,11 +43,29 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
     predicts = np.zeros(is_token.shape, bool)
     predicts[:, :-1] = batch["labels"][:, 1:] != IGNORE_INDEX
     batch["label_places"] = np.flatnonzero(predicts)
+    if "places" in rows.column_names:
+        starts_sample = np.zeros(is_token.shape, bool)
+        starts_sample[:, 0] = True
+        if is_packed:
+            starts_sample |= is_token & (batch["position_ids"] == 0)
+        batch |= _answers(rows, (np.cumsum(starts_sample) - 1)[batch["label_places"]])
     tensors = {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
     if is_packed:
         borders = np.append(np.flatnonzero(batch["position_ids"] == 0), is_token.size)
         tensors["sample_borders"] = torch.from_numpy(borders.astype(np.int32))
     return tensors
+
+
+def _answers(rows: pa.Table, sample_of_label: np.ndarray) -> dict[str, np.ndarray]:
+    """places, label_counts and answer_order of `to_tensors`; samples are counted through all rows."""
+    column = rows["places"].combine_chunks()
+    places = column.values.to_numpy()[column.offsets[0].as_py() : column.offsets[-1].as_py()]
+    row = np.repeat(np.arange(rows.num_rows), np.diff(column.offsets.to_numpy()))
+    is_answer = places != NO_ROW
+    counts = np.bincount(sample_of_label, minlength=len(places))[is_answer]
+    side = row[is_answer] % 2
+    order = np.concatenate([np.flatnonzero(side == 0), np.flatnonzero(side == 1)])
+    return {"places": places[is_answer][order], "label_counts": counts, "answer_order": order}
 
 
 def _has_several_samples(rows: pa.Table) -> bool:

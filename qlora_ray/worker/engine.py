@@ -4,6 +4,7 @@ What is changed or read inside DeepSpeed for it lies in deepspeed_patches.py.
 """
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -139,6 +140,10 @@ class Engine:
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained weights, whole, in float32 on the CPU. Every worker must call this."""
         return self._flat.split({name: self._full(name) for name in self._parameters})
+
+    def with_weights(self, weights: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
+        """Within, forward passes without gradient use these weights instead of the trained ones, which stay."""
+        return self._flat.replaced(weights)
 
     def state(self) -> AdapterState:
         """Gather weights and optimizer state. Every worker must call this; every worker gets all of it."""

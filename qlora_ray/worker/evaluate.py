@@ -6,7 +6,6 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
 from qlora_ray.data.rows import open_rows
@@ -14,34 +13,38 @@ from qlora_ray.model.answer import PROMPTS_PER_BATCH, answer_texts, exact_match
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Warned
+from qlora_ray.worker.metrics import means
+from qlora_ray.worker.rounds import rounds
 from qlora_ray.worker.worker import Worker
 
 
 def validation_loss(worker: Worker) -> dict[str, float]:
-    """eval_loss (nats per unmasked token) and eval_perplexity over all validation rows. Every worker must call this."""
-    engine, team, batch_size = worker.engine, worker.team, worker.run.config.training.batch_size
+    """eval_loss (nats per unmasked token) and eval_perplexity over all validation rows. Every worker must call this.
+
+    Of pairs: eval_loss is the mean over them, and each of objectives.FIGURES has a value too, as eval_rewards/chosen.
+    """
+    engine, team, preference = worker.engine, worker.team, worker.preferences.get("validation")
     held_out = open_rows(worker.run.rows, "validation")
-    batches = [
-        np.arange(first, min(first + batch_size, len(held_out))) for first in range(0, len(held_out), batch_size)
-    ]
-    rounds = -(-len(batches) // team.size)
-    nats, tokens = [], 0.0
+    mine: list[list[float]] = []
+    number = 0.0
     engine.train(False)
     with torch.no_grad():
-        for i in range(rounds):
-            mine = i * team.size + team.rank
-            # A worker without a batch left computes one all the same: ZeRO-3's forward is a collective.
-            rows = held_out.gather(batches[min(mine, len(batches) - 1)])
+        for rows, counts in rounds(held_out, worker.run.config.training.batch_size, team):
             batch = to_tensors(rows, worker.tokenizer.pad_token_id, worker.device)
-            value = sum_of_nats(engine.module, batch)
-            if mine < len(batches):
-                nats.append(float(value))
-                tokens += int(num_label_tokens(batch))
+            if preference:
+                loss, figures = preference.sums(engine.module, batch)
+                of_batch, size = [float(loss), *figures.tolist()], len(batch["places"]) // 2
+            else:
+                of_batch, size = [float(sum_of_nats(engine.module, batch))], int(num_label_tokens(batch))
+            if counts:
+                mine.append(of_batch)
+                number += size
     engine.train()
-    (tokens,) = team.sum(tokens)
-    # fsum rounds once, at the end: the sum does not depend on which worker had which batch.
-    loss = math.fsum(value for of_worker in team.gather(nats) for value in of_worker) / tokens
-    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+    (number,) = team.sum(number)
+    # fsum rounds once, at the end: a sum does not depend on which worker had which batch.
+    made = means([sums for of_worker in team.gather(mine) for sums in of_worker], int(number))
+    found = {f"eval_{name}": value for name, value in made.items()}
+    return found if preference else {**found, "eval_perplexity": math.exp(min(found["eval_loss"], 700.0))}
 
 
 def compare_answers(worker: Worker) -> dict[str, Any]:

@@ -37,14 +37,7 @@ def write_adapter(
     about: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write trained weights, by parameter name, as a PEFT adapter; `about` is its record, without the tokenizer's."""
-    from peft import get_peft_model_state_dict
-
-    exported = get_peft_model_state_dict(
-        model, state_dict=weights, adapter_name=ADAPTER_NAME, save_embedding_layers=False
-    )
-    # PEFT asks the modules for the names of what is trained whole, and theirs have moved (worker/flat.py).
-    inside = f".modules_to_save.{ADAPTER_NAME}."
-    exported |= {name.replace(inside, "."): weight for name, weight in weights.items() if inside in name}
+    exported = {saved: weights[name] for name, saved in names_in_file(model, weights).items()}
     config = model.peft_config[ADAPTER_NAME]
     was_in_training, config.inference_mode = config.inference_mode, True
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,6 +56,20 @@ def write_adapter(
         (folder / "README.md").write_bytes(card.render(record).encode())
 
 
+def names_in_file(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, str]:
+    """What each trained weight, by parameter name, is called in an adapter's file."""
+    from peft import get_peft_model_state_dict
+
+    exported = get_peft_model_state_dict(
+        model, state_dict=weights, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+    )
+    # PEFT asks the modules for the names of what is trained whole, and theirs have moved (worker/flat.py).
+    inside = f".modules_to_save.{ADAPTER_NAME}."
+    exported |= {name.replace(inside, "."): weight for name, weight in weights.items() if inside in name}
+    names = {id(weight): name for name, weight in weights.items()}
+    return {names[id(weight)]: saved for saved, weight in exported.items()}
+
+
 def about(run: Run, reached: dict[str, Any]) -> dict[str, Any]:
     """The record of an adapter of this run at the state that it has reached; the run's manifest.json tells the rest."""
     config, plan = run.config, run.plan
@@ -78,6 +85,7 @@ def about(run: Run, reached: dict[str, Any]) -> dict[str, Any]:
             config.model.base_model, config.model.revision, config.model.trust_remote_code, config.model.factory
         ),
         "quantization": {**config.quantization.model_dump(), "compute_dtype": plan.compute_dtype},
+        **({"start_from": manifest["start_from"]} if "start_from" in manifest else {}),
         "data": manifest["data"],
         "metrics": {name: reached[name] for name in RECORDED_METRICS if reached.get(name) is not None},
         "versions": manifest["versions"],

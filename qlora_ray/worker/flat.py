@@ -5,6 +5,9 @@ matrix is a view of the whole, and a leaf of autograd's graph, so that a micro-b
 before anything is added to it. Weights and optimizer state go out and come in by PEFT's parameter names.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from qlora_ray.model.adapter import trainable
@@ -23,6 +26,7 @@ class FlatLora:
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self._places: dict[str, list[Place]] = {}
         self._attached: dict[str, int] = {}  # where the memory lies that the matrices are views of
+        self._is_replaced = False
         self._homes: dict[str, tuple[str, int, torch.Size]] = {}
         for number, names in enumerate(groups):
             whole, offset = f"lora_flat_{number}", 0
@@ -47,6 +51,8 @@ class FlatLora:
 
     def attach(self) -> None:
         """Make the modules' matrices views of the wholes, where those have moved."""
+        if self._is_replaced:
+            return
         for whole, parameter in self.parameters.items():
             if self._attached.get(whole) == parameter.data_ptr():
                 continue
@@ -54,6 +60,21 @@ class FlatLora:
                 view = parameter.detach()[offset : offset + shape.numel()].view(shape)
                 owner.__dict__[attribute] = view.requires_grad_()
             self._attached[whole] = parameter.data_ptr()
+
+    @contextmanager
+    def replaced(self, values: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Within, the modules compute with these matrices, by PEFT's names, and the wholes stay as they are."""
+        for name, (whole, at, _) in self._homes.items():
+            like = self.parameters[whole]
+            (owner, attribute), *_ = [place[:2] for place in self._places[whole] if place[2] == at]
+            owner.__dict__[attribute] = values[name].to(like.device, like.dtype)
+        self._is_replaced = True
+        try:
+            yield
+        finally:
+            self._is_replaced = False
+            self._attached.clear()
+            self.attach()
 
     def take_gradients(self) -> torch.Tensor:
         """The gradients since the last call, one whole after the other, each in its order: (numel,). Empties them."""

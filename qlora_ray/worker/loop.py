@@ -15,7 +15,7 @@ from qlora_ray.errors import ConfigError, GuardError, Stop
 from qlora_ray.planning.plan import learning_rate_at
 from qlora_ray.rundir import names
 from qlora_ray.rundir.metrics import MetricsFile
-from qlora_ray.worker import checkpoint, evaluate, export, setup
+from qlora_ray.worker import checkpoint, evaluate, export, reference, setup
 from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import sum_of_nats
 from qlora_ray.worker.messages import Done, Evaluated, Fatal, Holding, Ready, Refused, Run, Warned
@@ -57,17 +57,20 @@ def run_worker(run: Run, channel: Any) -> None:
 def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
     with watchdog.phase("load"):
         worker, state, micro_batches = _load(run, team)
+    if run.config.training.pairs:
+        worker = replace(worker, preferences=reference.preferences(worker, watchdog, state.step))
+        worker.meter.skip_time("reference", state.step)
     plan, patience, meter = run.plan, run.config.training.early_stopping_patience, worker.meter
     deadline, stopping = watchdog.deadline("step"), False
     while not (stopping or state.has_ended(plan.num_steps, patience)):
         with watchdog.phase("step", deadline):
             learning_rate = learning_rate_at(state.step, plan, run.config)
-            nats, is_finite = optimizer_step(
-                worker.engine, micro_batches.of_step(state.step), meter.counts.label_tokens(state.step),
-                learning_rate, meter.stopwatch,
+            sums, is_finite = optimizer_step(
+                worker.engine, micro_batches.of_step(state.step, worker.preferences.get("train")),
+                meter.counts.summands(state.step), learning_rate, meter.stopwatch,
             )  # fmt: skip
             state = replace(state, step=state.step + 1)
-            meter.add(state.step, nats)
+            meter.add(state.step, sums)
             state = _count_skipped(worker, state, is_finite)
             longest = watchdog.longest("step") + watchdog.longest("save")
             orders = team.agree(state.step, watchdog.deadline("step"), longest)
@@ -124,29 +127,39 @@ def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
 
 
 def optimizer_step(
-    engine: Engine, micro_batches: Iterable[MicroBatch], num_label_tokens: int, learning_rate: float,
+    engine: Engine, micro_batches: Iterable[MicroBatch], num_summands: int, learning_rate: float,
     stopwatch: Stopwatch,
 ) -> tuple[list[torch.Tensor], bool]:  # fmt: skip
     """One update from the gradient of: nats over all unmasked tokens of the global batch / their number.
 
-    Returns the sum of nats of each of this worker's micro-batches, scalars on the device, and whether the gradient was
-    finite: if not, nothing was changed. Every worker must call this, with as many micro-batches.
+    Of pairs: their losses / their number. Returns the sum of each of this worker's micro-batches on the device (a
+    scalar; of pairs followed by those of objectives.FIGURES), and whether the gradient was finite: if not, nothing was
+    changed. Every worker must call this, with as many micro-batches.
     """
     each: list[torch.Tensor] = []
     stopwatch.start()
     for micro_batch in micro_batches:
         stopwatch.mark("data")
-        nats = sum_of_nats(engine, micro_batch.tensors)
+        loss, sums = _sums(engine, micro_batch)
         stopwatch.mark("forward")
-        engine.backward(nats / num_label_tokens)
+        engine.backward(loss / num_summands)
         stopwatch.mark("backward")
         engine.add_up(micro_batch.num_present)
         stopwatch.mark("communication")
         if micro_batch.counts:
-            each.append(nats.detach())
+            each.append(sums)
     is_finite = engine.step(learning_rate)
     stopwatch.mark("optimizer")
     return each, is_finite
+
+
+def _sums(engine: Engine, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is differentiated of a micro-batch, and what is added up for the log."""
+    if micro_batch.preference is None:
+        nats = sum_of_nats(engine, micro_batch.tensors)
+        return nats, nats.detach()
+    loss, figures = micro_batch.preference.sums(engine, micro_batch.tensors)
+    return loss, torch.cat([loss.detach()[None], figures])
 
 
 def _log(worker: Worker, state: State, learning_rate: float) -> State:
@@ -179,21 +192,15 @@ def _count_skipped(worker: Worker, state: State, is_finite: bool) -> State:
 
 def _validate(worker: Worker, state: State) -> State:
     metrics = evaluate.validation_loss(worker)
-    improved = state.best_eval_loss is None or metrics["eval_loss"] < state.best_eval_loss
-    if improved:
+    evaluated = state.evaluated(metrics, worker.run.config.training.metric_for_best_model)
+    if evaluated.best_eval_step == state.step:
         write = _adapter_writer(worker, names.ADAPTER_BEST, {**worker.reached(state), **metrics})
         if worker.team.rank == 0:
             worker.saver.save_best(write)
     worker.meter.write(step=state.step, **metrics)
     worker.team.tell(Evaluated(state.step, metrics, evaluate.sample_answers(worker)))
     ray.train.report({"step": state.step, "loss": state.last_loss, **metrics})
-    return replace(
-        state,
-        eval_loss=metrics["eval_loss"],
-        best_eval_loss=metrics["eval_loss"] if improved else state.best_eval_loss,
-        best_eval_step=state.step if improved else state.best_eval_step,
-        evaluations_without_improvement=0 if improved else state.evaluations_without_improvement + 1,
-    )
+    return evaluated
 
 
 def _adapter_writer(worker: Worker, name: str, reached: dict[str, Any]) -> Callable[[], None]:

@@ -1,6 +1,6 @@
-"""The loss: nats over unmasked tokens, summed, so that no mean of means can creep in."""
+"""The loss: nats over unmasked tokens, summed, so that no mean of means can creep in; of pairs log-probabilities."""
 
-# B rows in a micro-batch, T tokens per row, V vocabulary
+# B rows in a micro-batch, T tokens per row, V vocabulary, L places whose next token is trained on
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +20,36 @@ def sum_of_nats(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> to
     that, else by the mask that transformers makes of position_ids. Where the batch says which places predict a token
     that is trained on, a fused model leaves out what only other places need.
     """
+    made, is_nats = _forward(model, batch)
+    if is_nats:
+        return made.sum()
+    labels = batch["labels"][:, 1:]  # (B, T-1) int64, IGNORE_INDEX on the prompt and on a sample's first token
+    return F.cross_entropy(
+        made[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
+def log_probabilities(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each answer in a micro-batch of pairs, and its tokens: float32 (2 P,), chosen ones first."""
+    made, is_nats = _forward(model, batch)
+    places, counts, order = batch["label_places"], batch["label_counts"], batch["answer_order"]
+    if is_nats:
+        nats = made if len(made) == len(places) else made[places]  # (L,)
+    else:
+        labels = batch["labels"].flatten()[places + 1]  # a place is never its row's last
+        nats = F.cross_entropy(made.flatten(0, 1)[places].float(), labels, reduction="none")
+    if not len(counts):  # rows that only fill the batch up
+        return nats.sum() * counts.float(), counts.float()
+    return torch.segment_reduce(-nats, "sum", lengths=counts)[order], counts.float()[order]
+
+
+def num_label_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Unmasked tokens that sum_of_nats adds up: an int64 scalar."""
+    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+
+def _forward(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """Logits (B, T, V) and False; or, of a head with the loss in it, nats and True: (B T,), or of label_places (L,)."""
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     module, borders, ids = getattr(model, "module", model), batch.get("sample_borders"), batch["input_ids"]
     takes_borders = getattr(module, "takes_borders", False)
@@ -28,17 +58,8 @@ def sum_of_nats(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> to
     elif "position_ids" not in batch and takes_borders:
         inputs["attention_mask"] = no_mask(ids.device)
     head = module.get_output_embeddings()
-    if returns_nats(head):
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T), the last without a successor
-        with expecting(head, labels, batch.get("label_places")):
-            return model(**inputs, use_cache=False).logits
-    logits = model(**inputs, use_cache=False).logits  # (B, T, V)
-    labels = batch["labels"][:, 1:]  # (B, T-1) int64, IGNORE_INDEX on the prompt and on a sample's first token
-    return F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-
-
-def num_label_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Unmasked tokens that sum_of_nats adds up: an int64 scalar."""
-    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    if not returns_nats(head):
+        return model(**inputs, use_cache=False).logits, False
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T), the last without a successor
+    with expecting(head, labels, batch.get("label_places")):
+        return model(**inputs, use_cache=False).logits, True

@@ -32,6 +32,15 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Referring:
+    """Rounds of the reference's log-probabilities are done."""
+
+    split: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Stepped:
     """A step is done, and not logged."""
 
@@ -111,5 +120,5 @@ class Done:
 
 
 Message = (
-    Ready | Stepped | Logged | Evaluated | Warned | Failed | Interrupted | Holding | Refused | Fatal | Done
+    Ready | Referring | Stepped | Logged | Evaluated | Warned | Failed | Interrupted | Holding | Refused | Fatal | Done
 )  # fmt: skip

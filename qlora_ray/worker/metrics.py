@@ -13,6 +13,7 @@ from qlora_ray.data.rows import open_rows, sample_digest
 from qlora_ray.rundir.metrics import MetricsFile
 from qlora_ray.storage import Folder
 from qlora_ray.worker.messages import Logged
+from qlora_ray.worker.objectives import FIGURES
 from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.team import Team
 
@@ -34,6 +35,14 @@ class RowCounts:
     def label_tokens(self, step: int) -> int:
         """Tokens that optimizer step `step` (from 0) is trained on, over all workers."""
         return int(self._labels[self._order.rows_of_step(step)].sum())
+
+    def pairs(self, step: int) -> int:
+        """Pairs of answers of optimizer step `step` (from 0)."""
+        return self.samples(step) // 2
+
+    def summands(self, step: int) -> int:
+        """What the loss of optimizer step `step` (from 0) is the mean over: its pairs, or its unmasked tokens."""
+        return self.pairs(step) if self._rows.pairs else self.label_tokens(step)
 
     def until(self, step: int) -> tuple[int, int]:
         """(tokens, tokens trained on) of the first `step` optimizer steps of the run."""
@@ -67,16 +76,16 @@ class Meter:
         self.counts = counts
         self._team, self._writer, self._device = team, writer, device
         self._steps: list[int] = []
-        self._nats: list[list[torch.Tensor]] = []  # of each step, of each of this worker's micro-batches
+        self._sums: list[list[torch.Tensor]] = []  # of each step, of each of this worker's micro-batches
         self._began = self._last = time.perf_counter()
         self._last_step = 0
         self.stopwatch = Stopwatch(device)
 
-    def add(self, step: int, nats: list[torch.Tensor]) -> None:
-        """Note a finished step (from 1) and the sum of nats of each of this worker's micro-batches."""
+    def add(self, step: int, sums: list[torch.Tensor]) -> None:
+        """Note a finished step (from 1) and the sums of each of this worker's micro-batches (see optimizer_step)."""
         self._steps.append(step - 1)
         self._last_step = step
-        self._nats.append(nats)
+        self._sums.append(sums)
         self._last = time.perf_counter()
 
     @property
@@ -94,23 +103,26 @@ class Meter:
         if self._writer:
             self._writer.flush()
 
-    def skip_time(self, phase: str) -> None:
-        """Do not count the time since the last step: it went into this phase, "evaluation" or "checkpoint"."""
+    def skip_time(self, phase: str, step: int | None = None) -> None:
+        """Do not count the time since the last step: it went into this phase, e.g. "evaluation" or "checkpoint".
+
+        Before the first step of a resumed run `step` says how many were done.
+        """
         now = time.perf_counter()
-        self.write(step=self._last_step, **{f"{phase}_seconds": round(now - self._last, 4)})
+        self.write(step=self._last_step if step is None else step, **{f"{phase}_seconds": round(now - self._last, 4)})
         self._began, self._last = self._began + now - self._last, now
         self.stopwatch.start()
 
     def log(self, **values: Any) -> dict[str, Any]:
         """Write one line for the steps since the last. Every worker must call this; waits once for the device."""
-        loss = self._loss()
+        means = self._means()
         now = time.perf_counter()
         seconds = now - self._began
         memory = self._team.max(peak_memory_gib(self._device))
         tokens = sum(map(self.counts.tokens, self._steps))
         entry = {
             "step": self._steps[-1] + 1,
-            **({} if loss is None else {"loss": loss}),
+            **means,
             **values,
             "step_seconds": seconds / len(self._steps),
             **{f"{phase}_seconds": spent / len(self._steps) for phase, spent in self.stopwatch.take().items()},
@@ -124,22 +136,30 @@ class Meter:
         }
         self.write(**entry)
         self._team.tell(Logged({name: value for name, value in entry.items() if value is not None}))
-        self._steps, self._nats, self._began, self._last = [], [], now, now
+        self._steps, self._sums, self._began, self._last = [], [], now, now
         return entry
 
-    def _loss(self) -> float | None:
-        """Nats per unmasked token of the noted steps, those left out whose loss is not finite; None if all are.
+    def _means(self) -> dict[str, float]:
+        """The loss, and of pairs FIGURES, of the noted steps, those left out whose loss is not finite; {} if all are.
 
-        fsum rounds once, at the end: the sum does not depend on which worker had which micro-batch.
+        fsum rounds once, at the end: a sum does not depend on which worker had which micro-batch.
         """
-        values = iter(torch.stack([nats for step in self._nats for nats in step]).tolist())
-        mine = [[next(values) for _ in step] for step in self._nats]
-        by_step = [[nats for part in parts for nats in part] for parts in zip(*self._team.gather(mine), strict=True)]
+        values = iter(torch.stack([sums.reshape(-1) for step in self._sums for sums in step]).tolist())
+        mine = [[next(values) for _ in step] for step in self._sums]
+        by_step = [[sums for part in parts for sums in part] for parts in zip(*self._team.gather(mine), strict=True)]
         finite = [
-            (step, nats) for step, nats in zip(self._steps, by_step, strict=True) if all(map(math.isfinite, nats))
+            (step, parts)
+            for step, parts in zip(self._steps, by_step, strict=True)
+            if all(math.isfinite(part[0]) for part in parts)
         ]
-        labels = sum(self.counts.label_tokens(step) for step, _ in finite)
-        return math.fsum(value for _, nats in finite for value in nats) / labels if labels else None
+        number = sum(self.counts.summands(step) for step, _ in finite)
+        return means([part for _, parts in finite for part in parts], number) if number else {}
+
+
+def means(parts: list[list[float]], number: int) -> dict[str, float]:
+    """The loss, and of pairs FIGURES, of the sums of some micro-batches over as many tokens or pairs."""
+    columns = zip(*parts, strict=True)
+    return {name: math.fsum(column) / number for name, column in zip(("loss", *FIGURES), columns, strict=False)}
 
 
 def peak_memory_gib(device: torch.device) -> float:

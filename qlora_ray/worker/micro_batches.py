@@ -9,6 +9,7 @@ import torch
 
 from qlora_ray.data.delivery import Stream, deliver
 from qlora_ray.worker.batches import to_tensors
+from qlora_ray.worker.preference import Preference
 
 DATA_TIMEOUT_SECONDS = 600
 
@@ -20,6 +21,7 @@ class MicroBatch:
     tensors: dict[str, torch.Tensor]  # of worker/batches.py
     num_present: int  # workers, from rank 0 on, whose gradient counts in this round
     counts: bool  # whether this worker's does
+    preference: Preference | None = None  # what is asked of its pairs, where it holds pairs
 
 
 class Tables:
@@ -49,7 +51,7 @@ class MicroBatches:
         self._num_of_step = stream.order.micro_batches_per_step
         self._tables, self._seed, self._pad_token_id, self._device = Tables(stream), seed, pad_token_id, device
 
-    def of_step(self, step: int) -> Iterator[MicroBatch]:
+    def of_step(self, step: int, preference: Preference | None = None) -> Iterator[MicroBatch]:
         """One round of the workers after the other; dropout and noise are seeded before each."""
         for first in range(0, self._num_of_step, self._num_workers):
             num_present = min(self._num_workers, self._num_of_step - first)
@@ -59,7 +61,7 @@ class MicroBatches:
                 tensors = to_tensors(rows, self._pad_token_id, self._device)
             # Else the last one again, which then does not count: ZeRO-3's forward is a collective.
             seed_everything(self._seed, step, number)
-            yield MicroBatch(tensors, num_present, counts)
+            yield MicroBatch(tensors, num_present, counts, preference)
 
 
 def seed_everything(seed: int, step: int, micro_batch: int) -> None:

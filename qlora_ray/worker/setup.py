@@ -16,12 +16,13 @@ from qlora_ray.data.rows import chat_template_of, open_rows
 from qlora_ray.data.tokenize import open_tokenizer, with_template
 from qlora_ray.errors import ConfigError, GuardError
 from qlora_ray.libraries import Patch
-from qlora_ray.model.adapter import add_adapter, trainable
+from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
 from qlora_ray.model.base import count_bytes
 from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.load import Source
+from qlora_ray.model.start import WEIGHTS, load_weights
 from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import names
 from qlora_ray.storage import SHARE_IT, Folder
@@ -153,6 +154,8 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     if resumed:
         for name, parameter in trainable(model).items():
             parameter.data.copy_(resumed.weights[name])
+    elif config.model.start_from:
+        load_weights(model, (run.folder / names.START_FROM / WEIGHTS).read_bytes(), ADAPTER_NAME)
     fuse(model)
     plan = recomputation.prepare(model, plan, device)
     if config.training.neftune_noise_alpha:

@@ -1,6 +1,6 @@
 """What one worker holds from its first step to its last."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.messages import Run
 from qlora_ray.worker.metrics import Meter
+from qlora_ray.worker.preference import Preference
 from qlora_ray.worker.saver import Saver
 from qlora_ray.worker.state import State
 from qlora_ray.worker.team import Team
@@ -24,6 +25,7 @@ class Worker:
     device: torch.device
     meter: Meter
     saver: Saver
+    preferences: dict[str, Preference] = field(default_factory=dict)  # by split, where pairs are trained on
 
     def reached(self, state: State) -> dict[str, Any]:
         """The state and what follows from its step, as summary.json and the record of an adapter have it."""

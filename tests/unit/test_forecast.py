@@ -146,3 +146,14 @@ def test_plan_door_refuses_a_base_that_is_not_there(capsys):
     assert "model.base_model=/nowhere" in capsys.readouterr().err
     with pytest.raises(ConfigError):
         table.answer(Config.model_validate({"model": {"base_model": "/nowhere"}}), 80, "H100")
+
+
+def test_a_row_of_pairs_is_planned_as_two_rows_of_tokens(tmp_path):
+    base = tiny_models.save("llama", tmp_path)
+    texts = [
+        table.answer(Config.model_validate({"model": {"base_model": base}, "training": training}), 80, "H100")
+        for training in ({"objective": "orpo", "max_length": 64}, {"max_length": 128})
+    ]
+    assert "rows of 2 x 64 tokens" in texts[0] and "rows of 128 tokens" in texts[1]
+    peaks = [re.findall(r"(?m)^ *\d+ +(\d+\.\d\d) ", text) for text in texts]
+    assert peaks[0] == peaks[1]

@@ -275,3 +275,14 @@ def test_plan_says_what_a_family_without_fused_layers_costs():
     said = Path("benchmarks/README.md").read_text()
     for factor, (slow, fast) in factors.items():
         assert f"{slow / fast:.2f}" == factor and f"{slow:,}" in said and f"{fast:,}" in said
+
+
+def test_micro_batch_of_pairs_holds_two_rows_of_tokens_for_each_row():
+    asked = config(training={"objective": "dpo", "batch_size": 3, "max_length": 40})
+    of_pairs, of_answers = (
+        make_plan(asked, dataclasses.replace(DATA, pairs=pairs), FACTS, CPUS, None) for pairs in (True, False)
+    )
+    assert (of_pairs.tokens_per_micro_batch, of_answers.tokens_per_micro_batch) == (240, 120)
+    assert of_pairs.tokens_per_row == of_answers.tokens_per_row == 40
+    assert of_pairs.num_steps == of_answers.num_steps
+    assert of_pairs.memory_forecast_gib["activations"] > of_answers.memory_forecast_gib["activations"]

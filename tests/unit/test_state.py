@@ -1,5 +1,7 @@
 """What a run decides by, and what follows from its step."""
 
+import dataclasses
+
 import pytest
 
 from qlora_ray.data.order import Order
@@ -27,3 +29,21 @@ def test_run_has_ended_with_its_steps_or_its_patience():
 def test_state_of_an_older_checkpoint_is_read_without_what_is_derived_now():
     old = {"step": 4, "num_tokens": 100, "num_label_tokens": 50, "last_loss": 1.5}
     assert State.of(old) == State(step=4, last_loss=1.5)
+
+
+@pytest.mark.parametrize(
+    ("decides", "values", "best_step", "without"),
+    [
+        ("eval_loss", [(3.0, 0.1), (2.0, 0.3), (2.5, 0.9)], 2, 1),
+        ("eval_rewards/margins", [(3.0, 0.1), (2.0, 0.3), (2.5, 0.9)], 3, 0),
+        ("eval_rewards/margins", [(3.0, 0.4), (2.0, 0.3), (1.0, 0.4)], 1, 2),
+        ("eval_loss", [(2.0, 0.1), (float("nan"), 0.3), (2.5, 0.9)], 1, 2),
+    ],
+)
+def test_best_validation_is_the_one_of_the_figure_that_decides(decides, values, best_step, without):
+    state = State()
+    for step, (loss, margin) in enumerate(values, start=1):
+        found = {"eval_loss": loss, "eval_rewards/margins": margin}
+        state = dataclasses.replace(state, step=step).evaluated(found, decides)
+    assert (state.best_eval_step, state.evaluations_without_improvement) == (best_step, without)
+    assert state.best_eval_loss == min(loss for loss, _ in values if loss == loss)

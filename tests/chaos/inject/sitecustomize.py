@@ -105,13 +105,13 @@ def patch(loop) -> None:
     if kind == "storage":
         return pack_into_float16()
 
-    def of_step_with_fault(self, step):
+    def of_step_with_fault(self, step, *more):
         is_now = is_due(distributed.get_rank(), step)
         if is_now and kind != "nan":
             misbehave(kind)
         factor = float("nan") if is_now and kind == "nan" else 1
         loop.sum_of_nats = lambda *arguments: sum_of_nats(*arguments) * factor
-        return of_step(self, step)
+        return of_step(self, step, *more)
 
     loop.MicroBatches.of_step = of_step_with_fault
 

@@ -1,0 +1,111 @@
+"""Preference records: two conversations with a common beginning, the one that is preferred and the other.
+
+They travel as one: the preferred conversation, and after it a turn {role: rejected, turns: [...]} with all of the
+other. Only what follows their common beginning is trained on: assistant turns before it have weight 0.
+"""
+
+from typing import Any
+
+from qlora_ray.data import formats
+from qlora_ray.data.turns import Messages
+from qlora_ray.errors import BadRecord
+
+# Names that people give to the two answers, and what else a preference record may hold beside its format's own fields.
+HALVES = {"chosen": ("chosen", "chosen_response"), "rejected": ("rejected", "rejected_response")}
+READ_BY_ALL = {name for known in HALVES.values() for name in known} | {"prompt", "question", "system"}
+FORMATS_OF_PAIRS = ("alpaca", "messages", "sharegpt", "prompt_completion")
+
+
+def convert(record: Any, format: str, pairs: bool) -> tuple[Messages, str]:
+    """The messages of a record, of both its conversations where pairs are trained on, and its format.
+
+    Raises BadRecord.
+    """
+    return to_pair(record, format) if pairs else formats.convert(record, format)
+
+
+def unused_fields(record: dict[str, Any], name: str, pairs: bool) -> list[str]:
+    """Fields of a record that look like content and that nobody reads."""
+    left = {key: value for key, value in record.items() if key not in READ_BY_ALL} if pairs else record
+    return formats.unused_fields(left, name)
+
+
+def to_pair(record: Any, format: str) -> tuple[Messages, str]:
+    """The pair of a preference record, and the format that each of its halves has. Raises BadRecord."""
+    if not isinstance(record, dict):
+        raise BadRecord("the record is not a JSON object")
+    if format not in (*FORMATS_OF_PAIRS, "auto"):
+        record = formats.call(record, format)
+        if not isinstance(record, dict):
+            raise BadRecord(f"{format} does not return a mapping with chosen and rejected")
+    chosen, rejected = (_half(record, which) for which in HALVES)
+    (first, name), (second, _) = (_conversation(record, half) for half in (chosen, rejected))
+    if format in FORMATS_OF_PAIRS and format != name:
+        raise BadRecord(f"has the shape of {name}, not of data.format={format}")
+    return _joined(first, second), name if format in (*FORMATS_OF_PAIRS, "auto") else format
+
+
+def halves(messages: Messages) -> list[Messages]:
+    """The conversations of a record: of a pair both, the preferred one first."""
+    if messages[-1]["role"] != "rejected":
+        return [messages]
+    return [messages[:-1], messages[-1]["turns"]]
+
+
+def _half(record: dict[str, Any], which: str) -> Any:
+    found = next((record[name] for name in HALVES[which] if record.get(name) is not None), None)
+    if found is None:
+        raise BadRecord(f"no `{which}`: training.objective asks for pairs of answers, chosen and rejected")
+    if isinstance(found, str | list) and not (found.strip() if isinstance(found, str) else found):
+        raise BadRecord(f"`{which}` is empty")
+    return found
+
+
+def _conversation(record: dict[str, Any], half: Any) -> tuple[Messages, str]:
+    """What one answer, or one whole conversation, makes of a record, and in which format."""
+    before = next((record[f] for f in ("messages", "conversations", "prompt") if isinstance(record.get(f), list)), None)
+    beside = {name: record[name] for name in ("tools", "functions", "system") if record.get(name)}
+    asked = next((record[f] for f in ("instruction", "question", "prompt") if isinstance(record.get(f), str)), None)
+    if isinstance(half, str) and before is None:
+        if asked is None:
+            raise BadRecord("no `prompt`, `instruction`, `messages` or `conversations`")
+        if "instruction" in record or "question" in record or "system" in beside:
+            alpaca = {**beside, "instruction": asked, "input": record.get("input"), "output": half}
+            return formats.convert(alpaca, "alpaca")
+        return formats.convert({"prompt": asked, "completion": half}, "prompt_completion")
+    said = half if isinstance(half, list) else [half]
+    if isinstance(half, str):
+        uses_from = any(isinstance(turn, dict) and "from" in turn for turn in before or ())
+        said = [{"from": "gpt", "value": half} if uses_from else {"role": "assistant", "content": half}]
+    if before is None:
+        before = [] if asked is None or _asks(said) else [{"role": "user", "content": asked}]
+    turns = said if said[: len(before)] == before else [*before, *said]
+    if any(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return formats.convert({**beside, "conversations": turns}, "sharegpt")
+    if beside.get("system"):
+        turns = [{"role": "system", "content": beside.pop("system")}, *turns]
+    return formats.convert({**beside, "messages": turns}, "messages")
+
+
+def _asks(turns: list[Any]) -> bool:
+    """Whether a conversation holds its question itself."""
+    return isinstance(turns[0], dict) and turns[0].get("role", turns[0].get("from")) not in ("assistant", "gpt")
+
+
+def _joined(chosen: Messages, rejected: Messages) -> Messages:
+    """The pair, trained on after the common beginning only. Raises BadRecord."""
+    if chosen == rejected:
+        raise BadRecord("chosen and rejected are the same")
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    if same == min(len(chosen), len(rejected)):
+        raise BadRecord("one of chosen and rejected is the beginning of the other")
+    if not {chosen[same]["role"], rejected[same]["role"]} <= {"assistant", "completion"}:
+        raise BadRecord("chosen and rejected have different prompts: they differ before an answer begins")
+    return [*_masked(chosen, same), {"role": "rejected", "content": "", "turns": _masked(rejected, same)}]
+
+
+def _masked(turns: Messages, first: int) -> Messages:
+    before = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns[:first]]
+    return [*before, *turns[first:]]

@@ -1,0 +1,30 @@
+"""Batches of a split dealt out to the workers, round by round: who computes one changes nothing of it."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from qlora_ray.data.rows import Rows
+from qlora_ray.worker.team import Team
+
+
+def num_rounds(rows: Rows, batch_size: int, team: Team) -> int:
+    """Rounds in which the workers have computed all batches."""
+    return -(-_num_batches(rows, batch_size) // team.size)
+
+
+def rounds(rows: Rows, batch_size: int, team: Team) -> Iterator[tuple[pa.Table, bool]]:
+    """This worker's batch of each round, and whether it counts. All workers have as many rounds.
+
+    One without a batch left computes the last one all the same: ZeRO-3's forward is a collective.
+    """
+    last = _num_batches(rows, batch_size) - 1
+    for number in range(num_rounds(rows, batch_size, team)):
+        mine = number * team.size + team.rank
+        first = min(mine, last) * batch_size
+        yield rows.gather(np.arange(first, min(first + batch_size, len(rows)))), mine <= last
+
+
+def _num_batches(rows: Rows, batch_size: int) -> int:
+    return -(-len(rows) // batch_size)
