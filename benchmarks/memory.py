@@ -40,7 +40,7 @@ def facts_of(shape: dict) -> BaseFacts:
     num_linear = sum(rows * columns for _, rows, columns in linear)
     return BaseFacts(
         model_type=shape["model_type"], num_parameters=num_linear + 2 * shape["vocab_size"] * hidden,
-        num_linear_parameters=num_linear, num_expert_parameters=0, num_layers=layers, hidden_size=hidden,
+        num_linear_parameters=num_linear, num_layers=layers, hidden_size=hidden,
         vocab_size=shape["vocab_size"], linear_shapes=linear, context_length=8192, fingerprint="",
     )  # fmt: skip
 

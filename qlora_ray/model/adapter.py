@@ -8,6 +8,7 @@ from qlora_ray.config import ModelConfig
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import left_out_of_all_linear
 from qlora_ray.model.hub import local_folder
+from qlora_ray.model.peft_names import as_modules, names_as_written
 from qlora_ray.model.record import base_tensors
 from qlora_ray.model.tensors import TensorFiles
 from qlora_ray.model.token_rows import NewTokens, begin_rows, layers_with_rows, make_room
@@ -55,14 +56,20 @@ def wrap(
         revision=model.revision,
     )
     try:
-        return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
+        with names_as_written():
+            return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
     except ValueError as error:
-        if "lora_dropout" in str(error):
-            raise ConfigError(
-                f"model.lora_dropout={model.lora_dropout}: PEFT has no dropout for experts of {base.config.model_type} "
-                "models. Set model.lora_dropout=0, or name target_modules without the experts."
-            ) from error
         raise ConfigError(f"model.target_modules={model.target_modules}: {error}") from error
+
+
+def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
+    """The base with an adapter's LoRA on it, in the dtype that it is stored in: that of training.
+
+    Raises ValueError or RuntimeError where they do not fit.
+    """
+    config = as_modules(LoraConfig.from_pretrained(folder), base)
+    with names_as_written():
+        return PeftModel.from_pretrained(base, folder, config=config, autocast_adapter_dtype=False)
 
 
 def _excluded(model: ModelConfig, model_type: str) -> str | list[str] | None:

@@ -1,9 +1,10 @@
-"""Loads the frozen base in 4 bits: each linear layer packed, everything else in the compute dtype.
+"""Loads the frozen base in 4 bits: linear layers and experts packed, everything else in the compute dtype.
 
 Stands on three internals of transformers and bitsandbytes: PLAIN_LINEAR, STAY_TRAINABLE and LAYERS_BY_NAME.
 """
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.libraries import Patch
 from qlora_ray.model.architecture import load_filled
+from qlora_ray.model.experts import packed_while_loading
 from qlora_ray.model.facts import loadable_folder, stored_quantization
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.own_code import refuse_unread_code
+from qlora_ray.model.routed import compute_in_4_bits
 from qlora_ray.model.whole import build_from_headers, refuse_unfilled
 
 PLAIN_LINEAR = Patch(
@@ -52,9 +55,12 @@ class BytesByKind:
 
 
 def load_base(
-    model: ModelConfig, quantization: QuantizationConfig, compute_dtype: str, device: torch.device, **attributes
-) -> PreTrainedModel:
+    model: ModelConfig, quantization: QuantizationConfig, compute_dtype: str, device: torch.device,
+    pack_experts: bool = True,
+) -> PreTrainedModel:  # fmt: skip
     """Load a causal language model, quantized while loading, frozen, without a key-value cache.
+
+    Experts are packed too, where they can be, unless they shall stay as they were in an adapter's training.
 
     Packed weights are stored as uint8: ZeRO-3 casts floating storage to its own dtype, which silently breaks 4-bit
     weights stored in another one. Raises ConfigError where the files do not fill the model, or bring unread code.
@@ -63,19 +69,17 @@ def load_base(
     key, dtype = f"model.base_model={model.base_model}", getattr(torch, compute_dtype)
     folder = local_folder(model.base_model, model.revision)
     refuse_unread_code(folder, model, key)
-    base, found = load_filled(
-        loadable_folder(folder, key),
-        model.trust_remote_code,
-        model.factory,
-        quantization_config=four_bit_config(quantization, dtype),
-        dtype=dtype,
-        device_map={"": device},
-        **attributes,
-    )
+    four_bit = four_bit_config(quantization, dtype)
+    with packed_while_loading() if four_bit and pack_experts else nullcontext():
+        base, found = load_filled(
+            loadable_folder(folder, key), model.trust_remote_code, model.factory, quantization_config=four_bit,
+            dtype=dtype, device_map={"": device},
+        )  # fmt: skip
     refuse_unfilled(key, base, found)
     base.name_or_path = base_model_path(model.base_model)  # which PEFT writes down: not where it lies here
     _keep_weights_trainable_on_cpu(base)
     _compute_in(base, dtype)
+    compute_in_4_bits(base)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
@@ -137,7 +141,7 @@ def _compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def packed_layers(model: torch.nn.Module) -> list[str]:
-    """Names of the layers of a loaded base that are in 4 bits, also where PEFT has wrapped them."""
+    """Names of the linear layers of a loaded base that are in 4 bits, also where PEFT has wrapped them."""
     from bitsandbytes.nn import Linear4bit
 
     names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
@@ -158,9 +162,17 @@ def four_bit_modules(
 
 
 def count_parameters(model: PreTrainedModel, folder: str) -> tuple[int, int]:
-    """Parameters of the base in `folder`, built without weights, that load_base packs, and all. Packs it."""
+    """Parameters of the linear layers that load_base packs, and all of the base in `folder`. Packs the layers.
+
+    `model` is built without weights.
+    """
     packed = sum(layer.weight.numel() for layer in _pack(model, folder).values())
     return packed, sum(parameter.numel() for parameter in model.parameters())
+
+
+def packs_experts(folder: str) -> bool:
+    """Whether load_base packs the experts that can be: not of a folder whose linear layers are packed already."""
+    return stored_quantization(folder) is None
 
 
 def build_without_weights(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> PreTrainedModel:

@@ -41,13 +41,31 @@ class RopeLimit:
 
 
 @dataclass(frozen=True)
+class ExpertSizes:
+    """Sizes of the mixtures of experts of a base, as it will be built."""
+
+    num_experts: int  # of a layer
+    num_per_token: int
+    hidden: int  # what each token brings
+    up: int  # outputs of an expert's first projection
+    inner: int  # inputs of its last
+    num_layers: int  # that have experts
+    num_parameters: int  # of all experts
+    num_packed: int  # of these, in 4 bits
+
+    @property
+    def num_active(self) -> int:
+        """Parameters of the experts of one token."""
+        return self.num_parameters * self.num_per_token // self.num_experts
+
+
+@dataclass(frozen=True)
 class BaseFacts:
     """Sizes of a base model."""
 
     model_type: str
     num_parameters: int
     num_linear_parameters: int  # of the layers that become 4-bit
-    num_expert_parameters: int  # of fused mixture-of-experts weights, which stay 16-bit
     num_layers: int
     hidden_size: int
     vocab_size: int
@@ -57,6 +75,17 @@ class BaseFacts:
     num_embeddings: int | None = field(default=None, kw_only=True)  # rows of the input embedding
     num_positions: int | None = field(default=None, kw_only=True)  # where each has learned weights; no row is longer
     rope_limit: RopeLimit | None = field(default=None, kw_only=True)
+    experts: ExpertSizes | None = field(default=None, kw_only=True)  # known once the model is built
+
+    @property
+    def num_packed_parameters(self) -> int:
+        """Of everything that becomes 4-bit."""
+        return self.num_linear_parameters + (self.experts.num_packed if self.experts else 0)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Of everything that a token passes."""
+        return self.num_parameters - (self.experts.num_parameters - self.experts.num_active if self.experts else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +114,6 @@ def read_facts(folder: str) -> BaseFacts:
         model_type=str(config.get("model_type", "unknown")),
         num_parameters=sum(math.prod(shape) for shape in shapes.values()),
         num_linear_parameters=sum(math.prod(shape) for shape in linear.values()),
-        num_expert_parameters=sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name),
         num_layers=int(text.get("num_hidden_layers") or text.get("n_layer") or 0),
         hidden_size=int(text.get("hidden_size") or text.get("n_embd") or 0),
         vocab_size=int(text.get("vocab_size") or 0),

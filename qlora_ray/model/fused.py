@@ -12,6 +12,7 @@ import torch
 from qlora_ray.libraries import Patch
 from qlora_ray.model.attention import dense_mask
 from qlora_ray.model.dropout import drop_of, probability_of
+from qlora_ray.model.experts import blocks_around_experts
 from qlora_ray.model.families import FAMILIES, Family
 from qlora_ray.model.head import make_head_return_nats
 from qlora_ray.model.layer import ACTIVATIONS, FusedLayer, Passed, activation_of, sight_of
@@ -84,7 +85,11 @@ def leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that read the weights of their submodules without calling them: ZeRO-3 must gather each as one."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
-    return [m for m in model.modules() if "fused" in m.__dict__ or isinstance(m, TrainableTokensLayer)]
+    experts = {id(module) for module in blocks_around_experts(model)}
+    return [
+        m for m in model.modules()
+        if "fused" in m.__dict__ or id(m) in experts or isinstance(m, TrainableTokensLayer)
+    ]  # fmt: skip
 
 
 def keep(model: torch.nn.Module, choice: Choice) -> None:

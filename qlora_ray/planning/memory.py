@@ -67,7 +67,7 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
 def resident_gib(sizes: Sizes) -> dict[str, float]:
     """GiB a worker holds all the time, by part."""
     base, wide = sizes.base, sizes.element_bytes
-    quantized = base.num_linear_parameters if sizes.quantized else 0
+    quantized = base.num_packed_parameters if sizes.quantized else 0
     packed = quantized * 0.5
     scales = quantized * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5)  # ZeRO shards weights, not their scales
     rest = (base.num_parameters - quantized) * wide
@@ -100,7 +100,7 @@ def memory_gib(sizes: Sizes, num_tokens: int, choice: Choice | None, recompute_a
         passing = int(num_tokens * (kept * wide + base.vocab_size * (wide + 8)))
     if sizes.trains_rows:  # PEFT copies the embedding and the output layer, and their gradients are dense
         passing += 4 * base.vocab_size * base.hidden_size * wide
-    quantized = base.num_linear_parameters if sizes.quantized else 0
+    quantized = base.num_packed_parameters if sizes.quantized else 0
     loaded = quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide
     return {**resident_gib(sizes), "activations": passing / GIB, "while_loading": loaded / GIB}
 
@@ -116,7 +116,7 @@ def tokens_per_second(sizes: Sizes, length: int, choice: Choice | None, gpu: str
     It is for mixtures of experts: nothing was measured of how fast these products are.
     """
     base, layer = sizes.base, sizes.layer
-    if gpu not in PRODUCT_FLOPS or base.num_expert_parameters:
+    if gpu not in PRODUCT_FLOPS or base.experts:
         return None
     head = base.hidden_size * base.vocab_size
     flops = 4.0 * (base.num_linear_parameters + head) + 6.0 * sizes.num_trainable

@@ -19,6 +19,8 @@ from qlora_ray.config import ModelConfig
 from qlora_ray.model import card
 from qlora_ray.model.adapter import ADAPTER_NAME
 from qlora_ray.model.base import packed_layers
+from qlora_ray.model.experts import packed_stacks
+from qlora_ray.model.peft_names import for_plain_peft
 from qlora_ray.model.record import FILE, LAYOUT, describe_base, rows_of_tokens, tokenizer_sha256
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
@@ -45,11 +47,10 @@ def write_adapter(
     # PEFT asks the modules for the names of what is trained whole, and theirs have moved (worker/flat.py).
     inside = f".modules_to_save.{ADAPTER_NAME}."
     exported |= {name.replace(inside, "."): weight for name, weight in weights.items() if inside in name}
-    config = model.peft_config[ADAPTER_NAME]
-    was_in_training, config.inference_mode = config.inference_mode, True
+    config = for_plain_peft(model, ADAPTER_NAME)
+    config.inference_mode = True
     with tempfile.TemporaryDirectory() as temporary:
         config.save_pretrained(temporary)
-        config.inference_mode = was_in_training
         tokenizer.save_pretrained(temporary)
         for file in sorted(Path(temporary).iterdir()):
             (folder.make() / file.name).write_bytes(file.read_bytes())
@@ -57,7 +58,8 @@ def write_adapter(
     if about is not None:
         record = {
             **about, "tokenizer_sha256": tokenizer_sha256(tokenizer), "four_bit_layers": packed_layers(model),
-            "token_rows": rows_of_tokens(config.trainable_token_indices),
+            "four_bit_stacks": packed_stacks(model),
+            "token_rows": rows_of_tokens(model.peft_config[ADAPTER_NAME].trainable_token_indices),
         }  # fmt: skip
         (folder / FILE).write_bytes(json.dumps(record, indent=1).encode())
         (folder / "README.md").write_bytes(card.render(record).encode())
