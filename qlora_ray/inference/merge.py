@@ -1,13 +1,14 @@
 """Adds an adapter to the weights of its base, one tensor at a time, and writes a model that plain transformers loads.
 
-The output has the base's own files, names and shards. Memory: one weight and its float32 copy, whatever the model.
+The output has the base's own files, names and shards. Memory: one weight and its float32 copy, whatever the model, or
+the experts of a layer.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ import torch
 
 from qlora_ray.errors import ConfigError
 from qlora_ray.model import card
-from qlora_ray.model.base import four_bit_modules
+from qlora_ray.model.base import four_bit_modules, pieces_in_files
 from qlora_ray.model.facts import HEAD
 from qlora_ray.model.record import Adapter, base_tensors
+from qlora_ray.model.stack_files import Piece, join
 from qlora_ray.model.tensors import BYTES, DTYPES, TensorFiles, write_tensors
 
 Into = Literal["training", "original"]
@@ -66,11 +68,16 @@ class Merger:
     layers: dict[str, Layer]  # by the weight's name in the files
     whole: dict[str, str]  # what was trained whole: the tensor's name in the files, and in the adapter
     rows: dict[str, "Rows"]  # by the weight's name in the files
+    pieces: dict[str, Piece]  # of stacks of experts that merging changes, by the same
+    at_hand: dict[str, torch.Tensor] = field(default_factory=dict)  # merged stacks of one layer
 
     def merged(self, name: str) -> torch.Tensor:
         """One weight of the merged model, in its dtype, on the CPU."""
         if name in self.whole:
             return self.updates.read(self.whole[name]).to(getattr(torch, self.dtype)).contiguous()
+        if name in self.pieces:
+            piece = self.pieces[name]
+            return piece.cut(self._stack(piece.stack)).to("cpu", getattr(torch, self.dtype)).contiguous()
         weight = self.base.read(name)
         if name in self.rows:
             weight = with_rows(weight, self.rows[name], self.updates.read(self.rows[name].update))
@@ -98,6 +105,20 @@ class Merger:
 
     def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (max(shape[0], max(self.rows[name].tokens) + 1), *shape[1:]) if name in self.rows else shape
+
+    def _stack(self, name: str) -> torch.Tensor:
+        """A merged stack of experts. Keeps those of one layer: their pieces lie beside each other in the files."""
+        if name not in self.at_hand:
+            layer = name.rpartition(".")[0]
+            for other in [other for other in self.at_hand if not other.startswith(f"{layer}.")]:
+                del self.at_hand[other]
+            pieces = {piece: stored for stored, piece in self.pieces.items() if piece.stack == name}
+            stack = join({piece: self.base.read(stored).to(self.device) for piece, stored in pieces.items()})
+            if self.into == "training":
+                was_four_bit = name in self.adapter.packed_stacks
+                stack = as_trained_on(stack, Layer(name, False, was_four_bit), self.adapter)
+            self.at_hand[name] = stack
+        return self.at_hand[name]
 
     def _update_of(self, module: str) -> LoRA | None:
         stem = f"{PREFIX}{module}."
@@ -149,7 +170,18 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
     if adapter.quantization.type == "none":
         into = "original"
     layers = _layers(adapter, base, found, into)
-    return Merger(adapter, into, dtype, device, base, updates, layers, found.whole, found.rows)
+    pieces = _pieces(adapter, base, into)
+    return Merger(adapter, into, dtype, device, base, updates, layers, found.whole, found.rows, pieces)
+
+
+def _pieces(adapter: Adapter, base: TensorFiles, into: Into) -> dict[str, Piece]:
+    """What merging changes of stacks of experts, by its name in the base's files. Raises ConfigError."""
+    changed = set(adapter.packed_stacks) if into == "training" else set()
+    if not changed:
+        return {}
+    remote = adapter.model.trust_remote_code, adapter.model.factory
+    found = pieces_in_files(adapter.base, base.entries, *remote)
+    return {name: piece for name, piece in found.items() if piece.stack in changed}
 
 
 @dataclass(frozen=True)

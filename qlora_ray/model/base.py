@@ -4,6 +4,7 @@ Stands on three internals of transformers and bitsandbytes: PLAIN_LINEAR, STAY_T
 """
 
 import logging
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
+from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.architecture import load_filled
 from qlora_ray.model.experts import packed_while_loading
@@ -19,6 +21,7 @@ from qlora_ray.model.facts import loadable_folder, stored_quantization
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.routed import compute_in_4_bits
+from qlora_ray.model.stack_files import Piece, pieces_of_stacks
 from qlora_ray.model.whole import build_from_headers, refuse_unfilled
 
 PLAIN_LINEAR = Patch(
@@ -159,6 +162,16 @@ def four_bit_modules(
 
     model = build_without_weights(folder, trust_remote_code, factory)
     return {name: layer.source_cls is Conv1D for name, layer in _pack(model, folder).items()}, model.base_model_prefix
+
+
+def pieces_in_files(
+    folder: str, names: Iterable[str], trust_remote_code: bool = False, factory: str | None = None
+) -> dict[str, Piece]:
+    """What the weights of these names in a base's files are of its stacks of experts. Raises ConfigError."""
+    try:
+        return pieces_of_stacks(build_without_weights(folder, trust_remote_code, factory), names)
+    except ValueError as error:
+        raise ConfigError(f"model.base_model={folder}: {error}.") from error
 
 
 def count_parameters(model: PreTrainedModel, folder: str) -> tuple[int, int]:

@@ -106,6 +106,14 @@ def to_be_packed(stack: torch.Tensor, quantization: Any) -> torch.nn.Parameter:
     )  # fmt: skip
 
 
+def pack(module: torch.nn.Module, quantization: Any) -> None:
+    """Pack the stacks of one module where they lie, one after the other."""
+    for name in stack_names(module):
+        stack = module._parameters.pop(name)
+        assert stack is not None
+        module._parameters[name] = to_be_packed(stack, quantization).to(stack.device)  # type: ignore[assignment]
+
+
 def make_room(model: torch.nn.Module, quantization: Any) -> None:
     """Put parameters that will pack themselves in the places of all stacks of a model without weights."""
     for module in modules_of_stacks(model).values():

@@ -1,5 +1,6 @@
 """Experts in 4 bits: bitsandbytes' own bits, PEFT's losses and gradients, one result however they are shared."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,19 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_ray.config import base_model_path
+from qlora_ray.inference import merge
+from qlora_ray.inference.load import load as load_for_use
 from qlora_ray.model import routed
 from qlora_ray.model.adapter import add_adapter, load_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.experts import is_packed, packed_stacks
 from qlora_ray.model.fused import leaf_modules
+from qlora_ray.model.record import FILE, open_adapter
 from qlora_ray.planning.early import exact_facts
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import write_adapter
 from qlora_ray.worker.loss import sum_of_nats
-from tests.integration import engines, tiny_models
+from tests.integration import adapters, engines, tiny_models
 
 CPU = torch.device("cpu")
 FAMILIES = list(tiny_models.MIXTURES)
@@ -116,6 +120,28 @@ def test_adapter_trained_under_zero3_has_its_logits_in_plain_peft(family, base_o
     plain = PeftModel.from_pretrained(dense(folder), adapter.path)
     assert tiny_models.difference(live, tiny_models.logits(plain)) < 1e-6
     assert tiny_models.difference(live, tiny_models.logits(load_adapter(load(folder), adapter.path))) < 1e-6
+
+
+@pytest.mark.bites("model.stack_files.CONVERSIONS")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_mixture_has_the_logits_of_the_adapter_on_its_packed_experts(family, base_of, tmp_path):
+    adapter = open_adapter(str(adapters.trained(tmp_path / "run", base_of(family), steps=4)))
+    assert len(adapter.packed_stacks) > 0
+    merge.merge(adapter, tmp_path / "merged", "training", "float32", CPU)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    live = tiny_models.logits(load_for_use(adapter, CPU).model)
+    assert tiny_models.difference(live, tiny_models.logits(merged)) < 2e-5
+    merge.merge(adapter, tmp_path / "original", "original", "float32", CPU)
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float32)
+    assert tiny_models.difference(live, tiny_models.logits(original)) > 1e-3
+
+
+def test_adapter_of_an_earlier_version_is_used_on_experts_in_16_bits_as_it_was_trained(base_of, tmp_path):
+    folder = adapters.trained(tmp_path / "run", base_of("qwen3_moe"), steps=1)
+    record = json.loads((folder / FILE).read_text())
+    del record["four_bit_stacks"]
+    (folder / FILE).write_text(json.dumps(record))
+    assert packed_stacks(load_for_use(open_adapter(str(folder)), CPU).model) == []
 
 
 def routed_to(experts: list[list[int]], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
