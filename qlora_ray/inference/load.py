@@ -11,6 +11,7 @@ from qlora_ray.errors import BadRecord, ConfigError, TooLong
 from qlora_ray.model.adapter import load_adapter
 from qlora_ray.model.base import load_base
 from qlora_ray.model.record import Adapter, tokenizer_sha256
+from qlora_ray.model.routed import compute_in_4_bits
 from qlora_ray.model.token_rows import make_room
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -39,6 +40,7 @@ def load(adapter: Adapter, device: torch.device) -> Loaded:
     make_room(base, adapter.num_token_rows)
     try:
         model = load_adapter(base, str(adapter.folder))
+        compute_in_4_bits(model)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(f"--adapter {adapter.folder}: does not fit its base: {reason}") from error

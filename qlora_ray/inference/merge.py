@@ -117,8 +117,22 @@ class Merger:
             if self.into == "training":
                 was_four_bit = name in self.adapter.packed_stacks
                 stack = as_trained_on(stack, Layer(name, False, was_four_bit), self.adapter)
-            self.at_hand[name] = stack
+            self.at_hand[name] = self._with_update(name, stack, next(iter(pieces)).is_transposed)
         return self.at_hand[name]
+
+    def _with_update(self, name: str, stack: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+        """A stack (E, N, K) or transposed, with the LoRAs of its experts, which PEFT lays out beside each other."""
+        owner, _, last = name.rpartition(".")
+        stem = f"{PREFIX}{owner}." + ("" if last == "down_proj" else "base_layer.")
+        if f"{stem}lora_A.weight" not in self.updates.entries:
+            return stack
+        a, b = (self.updates.read(f"{stem}lora_{which}.weight").to(self.device, torch.float32) for which in "AB")
+        rank, stack = len(a) // len(stack), stack.to(torch.float32)
+        a, b = a.unflatten(0, (-1, rank)), b.unflatten(1, (rank, -1))  # (E, r, K), (N, r, E)
+        for expert, weight in enumerate(stack):
+            out = weight.T if is_transposed else weight
+            out.addmm_(b[:, :, expert], a[expert], alpha=scaling_of(self.adapter.peft, name, rank))
+        return stack
 
     def _update_of(self, module: str) -> LoRA | None:
         stem = f"{PREFIX}{module}."
@@ -176,8 +190,8 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
 
 def _pieces(adapter: Adapter, base: TensorFiles, into: Into) -> dict[str, Piece]:
     """What merging changes of stacks of experts, by its name in the base's files. Raises ConfigError."""
-    changed = set(adapter.packed_stacks) if into == "training" else set()
-    if not changed:
+    changed = set(adapter.packed_stacks)
+    if not changed or (into == "original" and not adapter.peft.get("target_parameters")):
         return {}
     remote = adapter.model.trust_remote_code, adapter.model.factory
     found = pieces_in_files(adapter.base, base.entries, *remote)
@@ -199,9 +213,12 @@ class _Updates:
         """Sort the tensors of an adapter. Raises ConfigError for one that merging does not know."""
         packable, prefix = four_bit_modules(adapter.base, adapter.model.trust_remote_code, adapter.model.factory)
         found = cls(set(), {}, {}, packable, prefix)
+        experts = {stack.rpartition(".")[0] for stack in adapter.packed_stacks}
         for name in updates.entries:
             module, _, kind = name.removeprefix(PREFIX).partition(".lora_")
             rows_of, is_rows, _ = module.partition(TOKEN_ROWS)
+            if module.removesuffix(".base_layer") in experts:
+                continue  # found by the names of their stacks
             if kind in ("A.weight", "B.weight", "magnitude_vector"):
                 found.modules.add(module)
             elif is_rows:

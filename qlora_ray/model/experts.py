@@ -55,12 +55,31 @@ def stacks_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {f"{name}.{stack}": module.get_parameter(stack) for name, module in blocks for stack in stack_names(module)}
 
 
+@contextmanager
+def stand_ins(model: torch.nn.Module) -> Iterator[None]:
+    """Within, packed stacks have the shape and dtype of what they stand for, for PEFT to read; and no values."""
+    places = [(module, name) for module in modules_of_stacks(model).values() for name in stack_names(module)]
+    packed: list[Any] = [module.get_parameter(name) for module, name in places]
+    for (module, name), stack in zip(places, packed, strict=True):
+        if hasattr(stack, "quant_state"):
+            shape, dtype = stack.quant_state.shape, stack.quant_state.dtype
+            empty = torch.empty(1, dtype=dtype, device=stack.device).expand(shape)
+            module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+    try:
+        yield
+    finally:
+        for (module, name), stack in zip(places, packed, strict=True):
+            module._parameters[name] = stack
+
+
 def blocks_around_experts(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that hold router, packed experts, and what else reads a layer's tokens with them."""
-    return [module for module in model.modules() if any(is_packed(_unwrapped(child)) for child in module.children())]
+    found = [module for module in model.modules() if any(is_packed(unwrapped(child)) for child in module.children())]
+    return [module for module in found if unwrapped(module) is module]  # not PEFT's wrappers, which nest
 
 
-def _unwrapped(module: Any) -> torch.nn.Module:
+def unwrapped(module: Any) -> torch.nn.Module:
+    """A module, taken out of what PEFT has wrapped it in."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 

@@ -40,6 +40,9 @@ class RopeLimit:
     num_tokens: int
 
 
+EXPERT_CHUNK_BYTES = 2**30  # of experts' weights dequantized at a time: all of a layer of Qwen3-30B-A3B, half Mixtral's
+
+
 @dataclass(frozen=True)
 class ExpertSizes:
     """Sizes of the mixtures of experts of a base, as it will be built."""

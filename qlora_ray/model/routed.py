@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_ray.model.experts import gate, has_silu, is_packed, stack_names
+from qlora_ray.model.adapter import ADAPTER_NAME
+from qlora_ray.model.experts import blocks_around_experts, gate, has_silu, is_packed, stack_names, unwrapped
+from qlora_ray.model.facts import EXPERT_CHUNK_BYTES
 from qlora_ray.model.projection import ops_for
-
-CHUNK_BYTES = 2**30  # of dequantized weights at a time: all experts of a layer of Qwen3-30B-A3B, half of Mixtral's
 
 
 class Rows:
@@ -61,8 +61,8 @@ class Routing(Rows):
 class Stack:
     """One projection of all experts of a module, with the LoRA on it if there is one."""
 
-    def __init__(self, module: Any, name: str):
-        self.module, self.name = module, name
+    def __init__(self, module: Any, name: str, lora: Any = None):
+        self.module, self.name, self.lora = module, name, lora
         self.is_transposed = bool(module.is_transposed)
 
     @property
@@ -70,14 +70,44 @@ class Stack:
         """(E, N)."""
         return getattr(self.module, f"{self.name}_bias") if self.module.has_bias else None
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """A (E R, K) and B (N, R E), as PEFT lays them out, if there is a LoRA."""
+        return [getattr(self.lora, which)[ADAPTER_NAME].weight for which in ("lora_A", "lora_B")] if self.lora else []
+
+    def forward(self, x: torch.Tensor, routing: Routing, is_adapted: bool) -> torch.Tensor:
         """(S, K) -> (S, N)."""
         y = self._product(x, routing, backward=False)
-        return y if self.bias is None else y.add_(self.bias[routing.experts])
+        if self.bias is not None:
+            y.add_(self.bias[routing.experts])
+        if self.lora and is_adapted:
+            a, b, scale = self._factors()
+            y.add_(grouped(grouped(x, a.mT, routing), b.mT, routing), alpha=scale)
+        return y
 
-    def input_gradient(self, dy: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """(S, N) -> (S, K)."""
-        return self._product(dy, routing, backward=True)
+    def backward(
+        self, dy: torch.Tensor, x: torch.Tensor | None, routing: Routing
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Gradient of (S, K) for dy (S, N), and those of A and B for this x (S, K)."""
+        dx = self._product(dy, routing, backward=True)
+        if self.lora is None or x is None:
+            return dx, []
+        a, b, scale = self._factors()
+        dz = grouped(dy, b, routing).mul_(scale)  # (S, R)
+        da = outer(dz, x, routing)  # (E, R, K)
+        db = outer(dy, grouped(x, a.mT, routing), routing).mul_(scale)  # (E, N, R)
+        rank = self.lora.r[ADAPTER_NAME]
+        return dx.add_(grouped(dz, a, routing)), [
+            da[:, :rank].flatten(0, 1), db[:, :, :rank].permute(1, 2, 0).flatten(1)
+        ]  # fmt: skip
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A (E, R, K), B (E, N, R) and their product's factor. On a GPU zeros fill R up to 16 bytes."""
+        a, b = (parameter.detach() for parameter in self.parameters())
+        rank = self.lora.r[ADAPTER_NAME]
+        a, b = a.unflatten(0, (-1, rank)), b.unflatten(1, (rank, -1)).permute(2, 0, 1).contiguous()
+        if a.is_cuda and rank % 8:
+            a, b = F.pad(a, (0, 0, 0, -rank % 8)), F.pad(b, (0, -rank % 8))
+        return a, b, float(self.lora.scaling[ADAPTER_NAME])
 
     def _product(self, x: torch.Tensor, rows: Rows, backward: bool) -> torch.Tensor:
         y: Any = None
@@ -96,7 +126,7 @@ class Stack:
         state, scales = weight.quant_state, _scales(weight.quant_state)
         num_experts, *sides = state.shape
         each = sides[0] * sides[1]
-        at_a_time = max(1, CHUNK_BYTES // (each * state.dtype.itemsize))
+        at_a_time = max(1, EXPERT_CHUNK_BYTES // (each * state.dtype.itemsize))
         if each % state.blocksize:  # a scale is of two experts
             at_a_time = num_experts
         for first in range(0, num_experts, at_a_time):
@@ -134,6 +164,20 @@ def grouped(x: torch.Tensor, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
     return y
 
 
+def outer(left: torch.Tensor, right: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """(S, N) and (S, R), sorted by expert: left^T right of each expert, (E, N, R); zeros for one without rows."""
+    if _has_grouped_product(left) and _has_grouped_product(right):
+        sums = F.grouped_mm(left.t(), right, offs=rows.ends)
+        # Some GPUs leave them as they were allocated: pytorch issue 172439.
+        is_empty = torch.diff(rows.ends, prepend=rows.ends.new_zeros(1)) == 0
+        return sums.masked_fill_(is_empty[:, None, None], 0)
+    sums = left.new_zeros(len(rows.ends), left.shape[1], right.shape[1])
+    for number, (start, end) in enumerate(zip(rows.bounds, rows.bounds[1:], strict=False)):
+        if end > start:
+            torch.mm(left[start:end].t(), right[start:end], out=sums[number])
+    return sums
+
+
 def _has_grouped_product(x: torch.Tensor) -> bool:
     """Whether one product does all experts: from Ampere on, in bfloat16, where rows are multiples of 16 bytes."""
     is_new = x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
@@ -141,17 +185,20 @@ def _has_grouped_product(x: torch.Tensor) -> bool:
 
 
 class Experts:
-    """The experts of one layer, for autograd."""
+    """The experts of one layer with their LoRAs, for autograd."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: Any, loras: dict[str, Any]):
         self.module = module
-        self.up, self.down = (Stack(module, name) for name in stack_names(module))
+        self.up, self.down = (Stack(module, name, loras.get(name)) for name in stack_names(module))
         self.num_experts = int(module.down_proj.quant_state.shape[0])
         self.has_silu = has_silu(module)
+        self.wrapper = next(iter(loras.values()), None)
 
     def __call__(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """x (M, K), index and scores (M, k) -> (M, K)."""
-        return _Routed.apply(x, index, scores, self)
+        is_adapted = self.wrapper is not None and not self.wrapper.disable_adapters
+        parameters = [*self.up.parameters(), *self.down.parameters()] if is_adapted else []
+        return _Routed.apply(x, index, scores, self, is_adapted, *parameters)
 
     def gate(self, up: torch.Tensor) -> torch.Tensor:
         """(S, 2 I) -> (S, I)."""
@@ -173,32 +220,45 @@ class Experts:
 
 class _Routed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, index, scores, experts: Experts):
+    def forward(ctx, x, index, scores, experts: Experts, is_adapted: bool, *parameters):
         routing = Routing(index, experts.num_experts)
-        up = experts.up.forward(x[routing.tokens], routing)  # (S, 2 I)
-        y = experts.down.forward(experts.gate(up), routing)  # (S, K)
+        up = experts.up.forward(x[routing.tokens], routing, is_adapted)  # (S, 2 I)
+        y = experts.down.forward(experts.gate(up), routing, is_adapted)  # (S, K)
         ctx.experts, ctx.routing, ctx.up = experts, routing, up
-        ctx.save_for_backward(scores)
+        ctx.save_for_backward(scores, *([x] if is_adapted else []))
         return routing.sum_of_tokens(y * scores.reshape(-1)[routing.order, None]).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        (scores,) = ctx.saved_tensors
+        scores, *x = ctx.saved_tensors
         experts, routing, up = ctx.experts, ctx.routing, ctx.up
         ctx.up = None
         dy, score = grad[routing.tokens], scores.reshape(-1)[routing.order, None]  # (S, K), (S, 1)
-        dh = experts.down.input_gradient(dy, routing)  # (S, I), without the score
-        dscore = (dh * experts.gate(up)).sum(-1, dtype=torch.float32)
+        h = experts.gate(up)
+        # The score, which is a factor of the output, is left out of dy here, and so it is in h for B and A.
+        dh, of_down = experts.down.backward(dy, (h * score).to(h.dtype) if x else None, routing)  # (S, I)
+        dscore = (dh * h).sum(-1, dtype=torch.float32)
         if experts.down.bias is not None:
             dscore += (dy * experts.down.bias[routing.experts]).sum(-1, dtype=torch.float32)
-        del dy
-        dx = experts.up.input_gradient(experts.gate_backward((dh * score).to(dh.dtype), up), routing)
+        del dy, h
+        dup = experts.gate_backward((dh * score).to(dh.dtype), up)
+        dx, of_up = experts.up.backward(dup, x[0][routing.tokens] if x else None, routing)
         dscores = dscore[routing.places].view(scores.shape).to(scores.dtype)
-        return routing.sum_of_tokens(dx), None, dscores, None
+        return routing.sum_of_tokens(dx), None, dscores, None, None, *of_up, *of_down
 
 
 def compute_in_4_bits(model: torch.nn.Module) -> None:
-    """Have all packed experts of a model compute from their 4 bits, in place."""
-    for module in model.modules():
-        if is_packed(module):
-            module.forward = Experts(module).__call__  # type: ignore[method-assign]
+    """Have all packed experts of a model, with their LoRAs, compute from their 4 bits, in place."""
+    for block in blocks_around_experts(model):
+        for child in block.children():
+            if is_packed(unwrapped(child)):
+                child.forward = Experts(unwrapped(child), _loras(child)).__call__  # type: ignore[method-assign]
+
+
+def _loras(wrapper: Any) -> dict[str, Any]:
+    """PEFT's wrappers around experts, by the stack that each adapts: they lie in one another."""
+    found = {}
+    while hasattr(wrapper, "parameter_name"):
+        found[wrapper.parameter_name] = wrapper
+        wrapper = wrapper.base_layer
+    return found

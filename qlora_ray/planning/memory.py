@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from qlora_ray.config import Config
-from qlora_ray.model.facts import BaseFacts
-from qlora_ray.model.families import FAMILIES
+from qlora_ray.model.facts import EXPERT_CHUNK_BYTES, BaseFacts
+from qlora_ray.model.families import FAMILIES, PLAIN_HEADS
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, activation_bytes
 
 GIB = 2**30
@@ -97,12 +97,24 @@ def memory_gib(sizes: Sizes, num_tokens: int, choice: Choice | None, recompute_a
         per_token = sum(rows + 2 * columns for _, rows, columns in base.linear_shapes) / max(1, base.num_layers)
         layers_kept = 1 if recompute_all else base.num_layers
         kept = per_token * layers_kept + base.num_layers * base.hidden_size
-        passing = int(num_tokens * (kept * wide + base.vocab_size * (wide + 8)))
+        has_logits = sizes.has_whole_logits or base.model_type not in PLAIN_HEADS
+        passing = int(num_tokens * (kept * wide + base.vocab_size * (wide + 8) * has_logits))
+        passing += _bytes_in_experts(base, num_tokens, wide, recompute_all)
     if sizes.trains_rows:  # PEFT copies the embedding and the output layer, and their gradients are dense
         passing += 4 * base.vocab_size * base.hidden_size * wide
     quantized = base.num_packed_parameters if sizes.quantized else 0
     loaded = quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide
     return {**resident_gib(sizes), "activations": passing / GIB, "while_loading": loaded / GIB}
+
+
+def _bytes_in_experts(base: BaseFacts, num_tokens: int, wide: int, recompute_all: bool) -> int:
+    """Activations and dequantized weights of model/routed.py: first products are kept, the rest is of one layer."""
+    experts = base.experts
+    if experts is None:
+        return 0
+    rows, layers_kept = num_tokens * experts.num_per_token, 1 if recompute_all else experts.num_layers
+    weights = min(EXPERT_CHUNK_BYTES, experts.num_experts * experts.up * experts.hidden * wide)
+    return rows * wide * (layers_kept * experts.up + 2 * experts.inner + 3 * experts.hidden) + weights
 
 
 def peak_gib(forecast: dict[str, float]) -> float:

@@ -43,10 +43,10 @@ def outcome(experts, route: list[list[int]], dtype: torch.dtype, device: str) ->
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("chunk_bytes", [routed.CHUNK_BYTES, 1])
+@pytest.mark.parametrize("chunk_bytes", [routed.EXPERT_CHUNK_BYTES, 1])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_grouped_product_is_the_loop_on_a_cpu(family, chunk_bytes, route, tmp_path, monkeypatch):
-    monkeypatch.setattr(routed, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(routed, "EXPERT_CHUNK_BYTES", chunk_bytes)
     folder = tiny_models.save(family, tmp_path)
     on_gpu, on_cpu = load(folder, "bfloat16", "cuda"), load(folder, "float32", "cpu")
     experts = [next(m for m in model.modules() if is_packed(m)) for model in (on_gpu, on_cpu)]

@@ -7,17 +7,20 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_ray.config import base_model_path
+from qlora_ray.errors import ConfigError
 from qlora_ray.inference import merge
 from qlora_ray.inference.load import load as load_for_use
 from qlora_ray.model import routed
-from qlora_ray.model.adapter import add_adapter, load_adapter, trainable
+from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, load_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.experts import is_packed, packed_stacks
-from qlora_ray.model.fused import leaf_modules
+from qlora_ray.model.fused import fuse, leaf_modules
 from qlora_ray.model.record import FILE, open_adapter
+from qlora_ray.model.routed import compute_in_4_bits
 from qlora_ray.planning.early import exact_facts
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import write_adapter
@@ -84,13 +87,17 @@ def test_packed_experts_have_the_bits_of_bitsandbytes_and_are_what_the_plan_coun
     assert facts.experts.num_packed == facts.experts.num_parameters > 0
 
 
+@pytest.mark.parametrize("expert_lora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_of_the_lora_are_those_of_peft_on_the_dense_base(family, base_of):
-    config = tiny_models.make_config(base_of(family))
+def test_loss_and_gradients_of_the_lora_are_those_of_peft_on_the_dense_base(family, expert_lora, base_of):
+    config = tiny_models.make_config(base_of(family), model={"expert_lora": expert_lora})
     ours = add_adapter(load(config.model.base_model), config.model, torch.float32, seed=0).train()
     theirs = add_adapter(dense(config.model.base_model), config.model, torch.float32, seed=0).train()
     names = list(trainable(ours))
-    assert names == list(trainable(theirs)) and not any(".experts" in name or ".gate." in name for name in names)
+    fuse(ours)
+    assert names == list(trainable(theirs)) and not any(".gate." in name or ".router." in name for name in names)
+    assert any(".experts." in name for name in names) == expert_lora
+    assert exact_facts(config).num_trainable_parameters == sum(one.numel() for one in trainable(ours).values())
     generator = torch.Generator().manual_seed(1)
     for one, other in zip(trainable(ours).values(), trainable(theirs).values(), strict=True):
         value = torch.randn(one.shape, generator=generator) * 0.05
@@ -106,10 +113,14 @@ def test_loss_and_gradients_of_the_lora_are_those_of_peft_on_the_dense_base(fami
 
 
 @pytest.mark.bites("model.peft_names.TAKEN_AS_WRITTEN")
+@pytest.mark.parametrize("expert_lora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapter_trained_under_zero3_has_its_logits_in_plain_peft(family, base_of, tmp_path, process_group):
+def test_adapter_trained_under_zero3_has_its_logits_in_plain_peft(
+    family, expert_lora, base_of, tmp_path, process_group
+):
     folder = base_of(family)
-    engine = engines.build(tiny_models.make_config(folder, deepspeed={"zero_stage": 3}), tmp_path)
+    config = tiny_models.make_config(folder, deepspeed={"zero_stage": 3}, model={"expert_lora": expert_lora})
+    engine = engines.build(config, tmp_path)
     blocks = [module for module in leaf_modules(engine.module) if "fused" not in module.__dict__]
     assert len(blocks) == len([module for module in engine.module.modules() if is_packed(module)])
     losses = engines.train(engine, range(8))
@@ -119,13 +130,17 @@ def test_adapter_trained_under_zero3_has_its_logits_in_plain_peft(family, base_o
     live = tiny_models.logits(engine.module)
     plain = PeftModel.from_pretrained(dense(folder), adapter.path)
     assert tiny_models.difference(live, tiny_models.logits(plain)) < 1e-6
-    assert tiny_models.difference(live, tiny_models.logits(load_adapter(load(folder), adapter.path))) < 1e-6
+    ours = load_adapter(load(folder), adapter.path)
+    compute_in_4_bits(ours)
+    assert tiny_models.difference(live, tiny_models.logits(ours)) < 1e-6
 
 
 @pytest.mark.bites("model.stack_files.CONVERSIONS")
+@pytest.mark.parametrize("expert_lora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_mixture_has_the_logits_of_the_adapter_on_its_packed_experts(family, base_of, tmp_path):
-    adapter = open_adapter(str(adapters.trained(tmp_path / "run", base_of(family), steps=4)))
+def test_merged_mixture_has_the_logits_of_the_adapter_on_its_packed_experts(family, expert_lora, base_of, tmp_path):
+    folder = adapters.trained(tmp_path / "run", base_of(family), steps=4, expert_lora=expert_lora)
+    adapter = open_adapter(str(folder))
     assert len(adapter.packed_stacks) > 0
     merge.merge(adapter, tmp_path / "merged", "training", "float32", CPU)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -144,6 +159,29 @@ def test_adapter_of_an_earlier_version_is_used_on_experts_in_16_bits_as_it_was_t
     assert packed_stacks(load_for_use(open_adapter(str(folder)), CPU).model) == []
 
 
+@pytest.mark.parametrize(("variant", "scaling"), [("lora", 4.0), ("rslora", 32 / 8**0.5)])
+def test_an_experts_lora_has_its_share_of_the_rank_and_the_scale_of_the_others(variant, scaling, base_of):
+    config = tiny_models.make_config(base_of("mixtral"), model={"expert_lora": True, "lora_variant": variant})
+    adapted = add_adapter(load(config.model.base_model), config.model, torch.float32, 0)
+    loras = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    assert {lora.r[ADAPTER_NAME] for lora in loras if hasattr(lora, "parameter_name")} == {8 // 2}
+    assert {round(lora.scaling[ADAPTER_NAME], 6) for lora in loras} == {round(scaling, 6)}
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "said"),
+    [
+        ("qwen3_moe", {"lora_dropout": 0.1}, "^model.lora_dropout=0.1: PEFT has none on experts"),
+        ("qwen3_moe", {"lora_variant": "dora"}, "^model.lora_variant=dora: PEFT has none on experts"),
+        ("llama", {}, "^model.expert_lora=true: llama has no experts"),
+    ],
+)
+def test_expert_lora_that_peft_does_not_have_is_refused_by_the_driver(family, model, said, tmp_path):
+    folder = tiny_models.save(family, tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        exact_facts(tiny_models.make_config(folder, model={"expert_lora": True, **model}))
+
+
 def routed_to(experts: list[list[int]], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, the experts of each and their scores."""
     index, generator = torch.tensor(experts), torch.Generator().manual_seed(seed)
@@ -160,13 +198,13 @@ ROUTES = {
 }
 
 
-@pytest.mark.parametrize("chunk_bytes", [routed.CHUNK_BYTES, 1])
+@pytest.mark.parametrize("chunk_bytes", [routed.EXPERT_CHUNK_BYTES, 1])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_experts_and_their_gradients_are_those_of_transformers_own_loop(
     family, route, chunk_bytes, base_of, monkeypatch
 ):
-    monkeypatch.setattr(routed, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(routed, "EXPERT_CHUNK_BYTES", chunk_bytes)
     ours, theirs = load(base_of(family)).model.layers[1].mlp.experts, dense(base_of(family)).model.layers[1].mlp.experts
     theirs.config._experts_implementation = "eager"
     outcomes = []
@@ -182,7 +220,7 @@ def test_experts_and_their_gradients_are_those_of_transformers_own_loop(
 def test_what_a_chunk_holds_does_not_change_the_bits(base_of, monkeypatch):
     model = load(base_of("mixtral"))
     whole = tiny_models.logits(model)
-    monkeypatch.setattr(routed, "CHUNK_BYTES", 3 * 128 * 64 * 4)  # three experts of four
+    monkeypatch.setattr(routed, "EXPERT_CHUNK_BYTES", 3 * 128 * 64 * 4)  # three experts of four
     assert torch.equal(whole, tiny_models.logits(model))
 
 
