@@ -8,6 +8,8 @@ Shapes are the real ones with four layers each, so that a case takes seconds. Wr
 import argparse
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from benchmarks.throughput import SHAPES, build_base
@@ -17,6 +19,7 @@ from qlora_ray.model.recompute import Choice, Keep, choose
 from qlora_ray.planning import memory
 
 LAYERS = 4
+NEWER = ("qwen3-8b", "gemma3-4b", "phi-4-mini", "granite-3-8b", "olmo2-7b", "smollm3-3b", "glm4-9b")
 CASES = [  # shape, rows, length, rank, what is kept, ZeRO stage
     ("llama-8b", 4, 2048, 16, "all", 0), ("llama-8b", 4, 2048, 16, "all", 3), ("llama-8b", 4, 2048, 16, "host", 3),
     ("llama-8b", 1, 8192, 64, "products", 3), ("llama-8b", 2, 512, 8, "attention", 0),
@@ -25,23 +28,25 @@ CASES = [  # shape, rows, length, rank, what is kept, ZeRO stage
     ("mistral-7b", 8, 1024, 32, "host", 3), ("mistral-7b", 1, 4096, 64, "input", 2),
     ("qwen2.5-7b", 4, 2048, 16, "all", 3), ("qwen2.5-7b", 4, 2048, 16, "host", 0),
     ("qwen2.5-7b", 2, 4096, 64, "half", 3), ("qwen2.5-7b", 1, 1024, 8, "products", 3),
+    *((shape, 4, 2048, 16, kept, 3) for shape in NEWER for kept in ("all", "half", "host")),
+    *((shape, 1, 4096, 64, "attention", 0) for shape in NEWER), *((shape, 2, 1024, 8, "weights", 3) for shape in NEWER),
 ]  # fmt: skip
 
 
 def facts_of(shape: dict) -> BaseFacts:
     """What read_facts would find in a checkpoint of this shape."""
-    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    widths = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden),
-              "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, hidden),
-              "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-              "mlp.down_proj": (hidden, inner)}  # fmt: skip
-    linear = tuple((f"model.layers.{i}.{name}", *size) for i in range(layers) for name, size in widths.items())
-    num_linear = sum(rows * columns for _, rows, columns in linear)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(tie_word_embeddings=False, **shape))
+    layers = {name: module for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = tuple((f"model.{name}", *module.weight.shape) for name, module in layers.items())
     return BaseFacts(
-        model_type=shape["model_type"], num_parameters=num_linear + 2 * shape["vocab_size"] * hidden,
-        num_linear_parameters=num_linear, num_layers=layers, hidden_size=hidden,
-        vocab_size=shape["vocab_size"], linear_shapes=linear, context_length=8192, fingerprint="",
+        model_type=shape["model_type"], num_parameters=sum(one.numel() for one in model.parameters()),
+        num_linear_parameters=sum(rows * columns for _, rows, columns in linear),
+        num_layers=shape["num_hidden_layers"], hidden_size=shape["hidden_size"], vocab_size=shape["vocab_size"],
+        linear_shapes=linear, context_length=8192, fingerprint="",
     )  # fmt: skip
 
 
@@ -67,7 +72,7 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
     if kept == "half":  # recompute: auto, with room for half of what keeping all takes
         leanest = sum(memory.memory_gib(known, rows * length, memory.all_layers(known, Keep.HOST)).values())
         whole = sum(memory.memory_gib(known, rows * length, memory.all_layers(known, Keep.ALL)).values())
-        loaded = memory.memory_gib(known, rows * length, None)["while_loading"]
+        loaded = memory.loading_gib(known)
         budget = (leanest + whole) / 2 - loaded
         room = (budget - sum(memory.resident_gib(known).values())) * 2**30
         choice = choose(known.layer, LAYERS, rows * length, facts.vocab_size, room, may_hold=True)
@@ -76,7 +81,6 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
     else:
         choice = memory.all_layers(known, Keep[kept.upper()])
     predicted = memory.peak_gib(memory.memory_gib(known, rows * length, choice))
-    before = torch.cuda.memory_allocated()
     model = add_adapter(build_base(shape, "cuda"), config.model, torch.bfloat16, 0)
     assert sum(parameter.numel() for parameter in trainable(model).values()) == known.num_trainable
     fuse(model)
@@ -91,7 +95,7 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
         engine.backward(sum_of_nats(engine, batch) / num_label_tokens(batch))
         engine.add_up(1)
         engine.step(1e-4)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30  # DeepSpeed never lets go of an earlier case's model
+    peak = torch.cuda.max_memory_allocated() / 2**30
     return {"shape": f"{name}, {LAYERS} layers", "rows": rows, "length": length, "rank": rank, "kept": str(choice),
             "stage": stage, "forecast_gib": predicted, "measured_gib": peak, "error": predicted / peak - 1}  # fmt: skip
 
@@ -99,24 +103,35 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/memory.json")
+    parser.add_argument("--first", type=int, default=0, help="begin with this case")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    import gc
+    if arguments.one is not None:
+        _measure_alone(arguments.one)
+        return
+    results = []
+    print("| shape | rows x length | rank | kept | stage | forecast GiB | measured GiB | error |\n" + "|---" * 8 + "|")
+    for number in range(arguments.first, len(CASES)):  # each in a process: DeepSpeed never lets go of a model
+        command = [sys.executable, "-m", "benchmarks.memory", "--one", str(number)]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
+        if not found:
+            print(f"{CASES[number]}: failed\n{ran.stderr[-1500:]}", file=sys.stderr)
+            continue
+        r = json.loads(found[0].removeprefix("RESULT "))
+        results.append(r)
+        print(f"| {r['shape']} | {r['rows']} x {r['length']} | {r['rank']} | {r['kept']} | {r['stage']} | "
+              f"{r['forecast_gib']:.2f} | {r['measured_gib']:.2f} | {r['error']:+.1%} |", flush=True)  # fmt: skip
+    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.out).write_text(json.dumps(results, indent=1))
 
+
+def _measure_alone(number: int) -> None:
     import torch
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29532", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     torch.distributed.init_process_group("nccl")
-    results = []
-    print("| shape | rows x length | rank | kept | stage | forecast GiB | measured GiB | error |\n" + "|---" * 8 + "|")
-    for case in CASES:
-        r = measure(*case)
-        results.append(r)
-        print(f"| {r['shape']} | {r['rows']} x {r['length']} | {r['rank']} | {r['kept']} | {r['stage']} | "
-              f"{r['forecast_gib']:.2f} | {r['measured_gib']:.2f} | {r['error']:+.1%} |", flush=True)  # fmt: skip
-        gc.collect()
-        torch.cuda.empty_cache()
-    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.out).write_text(json.dumps(results, indent=1))
+    print("RESULT " + json.dumps(measure(*CASES[number])))
     torch.distributed.destroy_process_group()
 
 

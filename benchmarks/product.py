@@ -31,18 +31,31 @@ def main() -> None:
     arguments = parser.parse_args()
     base = save_checkpoint(arguments.shape, arguments.folder, arguments.device)
     data = save_chats(arguments.folder) if arguments.chats else save_rows(arguments.folder, arguments.length)
-    runs, name = Path(arguments.folder) / "runs", f"{arguments.shape}_{time.time_ns()}"
-    began = time.perf_counter()
-    command = [
-        sys.executable, "-m", "qlora_ray.train", "-c", "configs/quickstart.yaml", f"model.base_model={base}",
-        "model.lora_dropout=0", "ray.num_workers=1", f"training.max_length={arguments.length}",
-        f"training.batch_size={arguments.rows}", f"training.max_steps={STEPS}", f"data.train_file={data}",
-        "data.validation_split=0", "data.max_bad_fraction=1", "evaluation.num_prompts=0",
-        f"logging.every_steps={EVERY}",
-        f"checkpoint.every_steps={STEPS}", f"ray.storage_path={runs}", f"ray.run_name={name}", *arguments.overrides,
+    settings = [
+        f"model.base_model={base}", f"training.max_length={arguments.length}", f"training.batch_size={arguments.rows}",
+        f"data.train_file={data}", f"ray.storage_path={Path(arguments.folder) / 'runs'}",
+        f"ray.run_name={arguments.shape}_{time.time_ns()}",
     ]  # fmt: skip
+    measured = train([*settings, *arguments.overrides])
+    floor = floor_tokens_per_second(SHAPES[arguments.shape], arguments.length)
+    print(json.dumps({
+        "shape": arguments.shape, "overrides": arguments.overrides,
+        "floor_share": measured["tokens_per_second"] / floor, **measured,
+    }, indent=1))  # fmt: skip
+
+
+def train(settings: list[str]) -> dict:
+    """What a run with these settings measured of itself. Ends the process where it fails."""
+    began = time.perf_counter()
+    fixed = [
+        "model.lora_dropout=0", "ray.num_workers=1", f"training.max_steps={STEPS}", "data.validation_split=0",
+        "data.max_bad_fraction=1", "evaluation.num_prompts=0", f"logging.every_steps={EVERY}",
+        f"checkpoint.every_steps={STEPS}",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "qlora_ray.train", "-c", "configs/quickstart.yaml", *fixed, *settings]
     ran = subprocess.run(command, capture_output=True, text=True)
-    run = runs / name
+    given = dict(setting.split("=", 1) for setting in settings)
+    run = Path(given["ray.storage_path"]) / given["ray.run_name"]
     log = run / "logs" / "worker_0.log"
     if not (run / "summary.json").exists():
         print(ran.stdout[-1500:], ran.stderr[-1500:], log.read_text()[-4000:] if log.exists() else "", file=sys.stderr)
@@ -50,18 +63,15 @@ def main() -> None:
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [entry for entry in metrics if "loss" in entry]
     steady = [entry for entry in metrics if entry["step"] > EVERY]
-    rate = statistics.median(entry["tokens_per_second"] for entry in steady)
     said = [line for line in log.read_text().splitlines() if "qlora_ray" in line and " INFO " in line]
-    floor = floor_tokens_per_second(SHAPES[arguments.shape], arguments.length)
-    print(json.dumps({
-        "shape": arguments.shape, "overrides": arguments.overrides, "tokens_per_second": rate,
-        "floor_share": rate / floor,
+    return {
+        "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in steady),
         "peak_gib": max(entry.get("peak_memory_gib", 0) for entry in metrics), "log": said,
         "forecast_gib": json.loads((run / "plan.json").read_text())["memory_forecast_gib"],
         "seconds": json.loads((run / "summary.json").read_text())["seconds"],
         "wall_seconds": time.perf_counter() - began,
         "steps": [(entry["step"], round(entry["tokens_per_second"]), round(entry["loss"], 4)) for entry in metrics],
-    }, indent=1))  # fmt: skip
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

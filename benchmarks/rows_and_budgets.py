@@ -105,7 +105,7 @@ def compare_budgets(engine, config, plan, shape: dict, budgets: list[float], dev
     import torch
 
     from qlora_ray.model.fused import fused_layers
-    from qlora_ray.worker.setup import keep_what_fits
+    from qlora_ray.worker.recomputation import keep_what_fits
 
     ids = [torch.randint(3, shape["vocab_size"], (4, 2048), generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
     batches, results = [{"input_ids": some.to(device), "labels": some.to(device)} for some in ids], []

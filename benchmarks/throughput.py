@@ -59,6 +59,8 @@ SHAPES = {
     "tiny-moe": dict(model_type="qwen3_moe", hidden_size=128, intermediate_size=256, num_hidden_layers=3,
                      num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=2048, num_experts=8,
                      num_experts_per_tok=2, moe_intermediate_size=64),
+    "gpt2-medium": dict(model_type="gpt2", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                        num_attention_heads=16, num_key_value_heads=16, vocab_size=50257),
     "tiny": dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=3,
                  num_attention_heads=4, num_key_value_heads=2, vocab_size=2048),
 }  # fmt: skip
@@ -145,17 +147,20 @@ def ours(arguments, shape: dict):
     from qlora_ray.config import Config
     from qlora_ray.model.adapter import add_adapter, trainable
     from qlora_ray.model.fused import fuse, fused_layers, keep
+    from qlora_ray.model.plain import keep_plain, plain_layers
     from qlora_ray.model.recompute import Choice, Keep
+    from qlora_ray.model.stash import HostStash
     from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
     config = Config.model_validate({"model": {"lora_r": RANK, "lora_alpha": RANK}})
     model = add_adapter(build_base(shape, arguments.device), config.model, torch.bfloat16, SEED)
     print(fuse(model))
     levels = [Keep[name.upper()] for name in arguments.keep if name != "weights"]
-    num_layers = len(fused_layers(model))
-    if not num_layers and arguments.keep != ["all"]:
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+    num_layers, plain = len(fused_layers(model)), plain_layers(model)
+    if plain and arguments.keep != ["all"]:
         model.enable_input_require_grads()
+        stash = HostStash(torch.device(arguments.device)) if arguments.device == "cuda" else None
+        keep_plain(plain, (levels * len(plain))[: len(plain)], stash)
     keep(model, Choice(tuple((levels * num_layers)[:num_layers]), num_layers * ("weights" in arguments.keep)))
     model.train()
     stage = arguments.variant.removeprefix("ours").removeprefix("_stage")

@@ -21,11 +21,13 @@ SETTINGS: dict[str, dict] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "granite": {
         "residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 4.0,
+        "vocab_size": 2051,  # no multiple of 8, as its 49,155
     },
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "glm4": {"attention_bias": True},
     "gemma": {"head_dim": 16},
     "gemma3_text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }  # fmt: skip
 
 

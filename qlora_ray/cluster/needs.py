@@ -36,8 +36,7 @@ def refuse(rows: list[Row]) -> None:
 
 
 def _worker_gib(config: Config, base: ModelFacts) -> float:
-    """The leanest peak of a worker: fused layers that keep only their inputs."""
+    """The leanest peak of a worker: layers that keep only their inputs, in host memory."""
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
-    leanest = memory.all_layers(known, Keep.HOST) if known.layer else None
     num_tokens = config.training.batch_size * config.training.max_length
-    return memory.peak_gib(memory.memory_gib(known, num_tokens, leanest, recompute_all=True))
+    return memory.peak_gib(memory.memory_gib(known, num_tokens, memory.all_layers(known, Keep.HOST)))

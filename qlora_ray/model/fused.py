@@ -5,6 +5,7 @@ Stands on internals of transformers and PEFT: OWN_FORWARD and LORA_LAYERS.
 
 import logging
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from qlora_ray.model.recompute import Choice
 from qlora_ray.model.routed import compute_in_4_bits
 from qlora_ray.model.stash import HostStash
 
+GELU_IN_STEPS = ("NewGELUActivation", "FastGELUActivation")
 FIRST_PLACE = 2**31  # of projections outside fused layers, in the masks of dropout
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ def fuse(model: torch.nn.Module) -> str:
         if not why:
             _fuse_layer(layer, FusedLayer(layer, classes[type(layer).__name__], index, stash, passed))
             fused.append(layer)
+    _use_one_kernel_for_gelu(model)
     inside = {id(part) for layer in fused for part in layer.modules()}
     num_projections = 0
     for module in model.modules():
@@ -171,6 +174,13 @@ def _fuse_projection(module: torch.nn.Module, number: int, reasons: Counter[str]
 
     module.fused, module.forward = single, forward
     return 1
+
+
+def _use_one_kernel_for_gelu(model: torch.nn.Module) -> None:
+    """The same function, of which transformers keeps four tensors for backward: torch's own keeps its input."""
+    for module in model.modules():
+        if type(module).__name__ in GELU_IN_STEPS:
+            module.forward = partial(torch.nn.functional.gelu, approximate="tanh")
 
 
 def _fuse_ends(model: torch.nn.Module, last: FusedLayer) -> None:

@@ -293,7 +293,7 @@ class LoraProjection(torch.autograd.Function):
         y, z = single.forward(flat, drop)
         ctx.single, ctx.drop = single, drop
         ctx.save_for_backward(flat, *([] if z is None else [z]))
-        return y.view(*x.shape[:-1], -1)
+        return y.resize_(*x.shape[:-1], y.shape[-1])  # and not a view of y, to which no model could add: falcon does
 
     @staticmethod
     def backward(ctx, dy):

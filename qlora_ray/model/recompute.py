@@ -1,23 +1,23 @@
-"""What a fused decoder layer keeps between forward and backward, what that costs, and which to choose. No torch."""
+"""What a decoder layer keeps between forward and backward, what that costs, and which to choose. No torch."""
 
 # D hidden width, I width of the MLP, Q and K widths of queries and of keys (or values), all in elements
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 
 class Keep(IntEnum):
-    """What a layer keeps for backward, most first; the rest is computed again."""
+    """What a layer keeps for backward, most first; the rest is computed again. Layers that are not fused know three."""
 
     ALL = 0
     PRODUCTS = 1  # not the norms' outputs: two element-wise passes again
     ATTENTION = 2  # not gate and up either: their product again, half of a forward pass
-    INPUT = 3  # the layer's input alone: everything again but the last product, which no gradient needs
+    INPUT = 3  # the layer's input alone: everything again but a fused layer's last product, which no gradient needs
     HOST = 4  # that one in host memory
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one decoder layer, the LoRA ranks of its projections, and the bytes of an element."""
+    """Widths of one fused decoder layer, the LoRA ranks of its projections, and the bytes of an element."""
 
     hidden: int
     inner: int
@@ -28,6 +28,12 @@ class LayerShape:
     adapted: tuple[int, int, int, int] = (3, 1, 2, 1)  # projections with a LoRA among q k v, o, gate up, down
     has_head_norms: bool = False  # queries and keys are kept before their norm, too
     norms_after: int = 0  # of what attention and MLP give: each keeps what it reads
+    has_whole_logits: bool = False  # the output layer is not fused with its loss
+
+    @property
+    def steps(self) -> tuple[tuple[Keep, ...], ...]:
+        """What memory goes to, best use first; within one, most first."""
+        return (Keep.PRODUCTS, Keep.ATTENTION, Keep.INPUT), (Keep.ALL,)
 
     @property
     def num_weights(self) -> int:
@@ -60,6 +66,50 @@ class LayerShape:
             weights += 2.0 * self.hidden * self.inner * (self.norms_after == 2)
         return weights
 
+    def measured(self, whole_bytes: int) -> "PlainShape":
+        """The same layer where it is not fused after all, by what autograd keeps of it."""
+        return PlainShape(
+            self.hidden, whole_bytes, self.num_weights, max(self.inner, self.queries), self.element_bytes,
+            self.has_whole_logits,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlainShape:
+    """One decoder layer that is not fused: autograd keeps what it needs of it, or its input alone is kept."""
+
+    hidden: int
+    whole_bytes: int  # that autograd keeps for each token: a forecast, until a worker has measured it
+    num_weights: int
+    widest: int  # of its activations
+    element_bytes: int
+    has_whole_logits: bool = True
+    dequantized_bytes: int = 0  # of experts' weights at a time
+
+    @property
+    def steps(self) -> tuple[tuple[Keep, ...], ...]:
+        """What memory goes to, most first."""
+        return ((Keep.ALL, Keep.INPUT),)
+
+    def kept_bytes(self, level: Keep) -> int:
+        """Between forward and backward, for each token."""
+        if level == Keep.ALL:
+            return self.whole_bytes
+        return self.hidden * self.element_bytes if level < Keep.HOST else 0
+
+    def passing_bytes(self, num_tokens: int) -> int:
+        """The most that one layer's backward holds beyond what was or is kept: gradients, one dequantized weight."""
+        elements = num_tokens * (self.hidden + 2 * self.widest) + self.hidden * self.widest
+        return elements * self.element_bytes + self.dequantized_bytes
+
+    def repeated_flops(self, level: Keep, length: int) -> float:
+        """Computed a second time, for each token."""
+        return 2.0 * self.num_weights + 2.0 * length * self.hidden if level >= Keep.INPUT else 0.0
+
+    def measured(self, whole_bytes: int) -> "PlainShape":
+        """The same with what a worker has measured."""
+        return replace(self, whole_bytes=whole_bytes)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -76,7 +126,7 @@ class Choice:
         return "layers: " + ", ".join(parts)
 
 
-def activation_bytes(shape: LayerShape, choice: Choice, num_tokens: int, vocab_size: int) -> int:
+def activation_bytes(shape: LayerShape | PlainShape, choice: Choice, num_tokens: int, vocab_size: int) -> int:
     """Peak of a micro-batch beyond weights and optimizer: the head at the turn, or a layer's backward."""
     kept, worst = 0, 0
     for level in choice.levels:
@@ -85,25 +135,30 @@ def activation_bytes(shape: LayerShape, choice: Choice, num_tokens: int, vocab_s
         coming = num_tokens * shape.hidden * shape.element_bytes if level == Keep.HOST else 0
         worst = max(worst, kept + again + coming)
     of_stream = num_tokens * shape.hidden * shape.element_bytes
-    head = 3 * of_stream + min(num_tokens * vocab_size * shape.element_bytes, 2**28)
+    logits = num_tokens * vocab_size * (shape.element_bytes + 8)  # and in float32, twice
+    if not shape.has_whole_logits:
+        logits = min(num_tokens * vocab_size * shape.element_bytes, 2**28)
+    head = 3 * of_stream + logits
     held = choice.num_holding_weights * shape.num_weights * shape.element_bytes
     return held + max(worst + shape.passing_bytes(num_tokens) + of_stream, kept + head)
 
 
 def choose(
-    shape: LayerShape, num_layers: int, num_tokens: int, vocab_size: int, budget_bytes: float, may_hold: bool
-) -> Choice:
+    shape: LayerShape | PlainShape, num_layers: int, num_tokens: int, vocab_size: int, budget_bytes: float,
+    may_hold: bool,
+) -> Choice:  # fmt: skip
     """The fastest choice whose peak stays within a budget, or the leanest if none does.
 
-    Memory goes first to what saves most time a byte: products and attention, then norms, then dequantized weights; to
-    the last layers first, since what they keep is gone when the others' backward needs room.
+    Memory goes first to what saves most time a byte: products and attention, then norms, then dequantized weights,
+    which only fused layers hold; to the last layers first, since what they keep is gone when the others' backward
+    needs room.
     """
     levels = [Keep.HOST] * num_layers
 
     def fits(num_holding: int = 0) -> bool:
         return activation_bytes(shape, Choice(tuple(levels), num_holding), num_tokens, vocab_size) <= budget_bytes
 
-    for candidates in ([Keep.PRODUCTS, Keep.ATTENTION, Keep.INPUT], [Keep.ALL]):
+    for candidates in shape.steps:
         for layer in reversed(range(num_layers)):
             before = levels[layer]
             for level in candidates:
@@ -111,7 +166,7 @@ def choose(
                 if fits():
                     break
                 levels[layer] = before
-    holding = 0
+    holding, may_hold = 0, may_hold and isinstance(shape, LayerShape)
     while may_hold and holding < num_layers and set(levels) == {Keep.ALL} and fits(holding + 1):
         holding += 1
     return Choice(tuple(levels), holding)

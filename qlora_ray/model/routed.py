@@ -224,15 +224,14 @@ class _Routed(torch.autograd.Function):
         routing = Routing(index, experts.num_experts)
         up = experts.up.forward(x[routing.tokens], routing, is_adapted)  # (S, 2 I)
         y = experts.down.forward(experts.gate(up), routing, is_adapted)  # (S, K)
-        ctx.experts, ctx.routing, ctx.up = experts, routing, up
-        ctx.save_for_backward(scores, *([x] if is_adapted else []))
+        ctx.experts, ctx.routing = experts, routing
+        ctx.save_for_backward(scores, up, *([x] if is_adapted else []))
         return routing.sum_of_tokens(y * scores.reshape(-1)[routing.order, None]).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        scores, *x = ctx.saved_tensors
-        experts, routing, up = ctx.experts, ctx.routing, ctx.up
-        ctx.up = None
+        scores, up, *x = ctx.saved_tensors
+        experts, routing = ctx.experts, ctx.routing
         dy, score = grad[routing.tokens], scores.reshape(-1)[routing.order, None]  # (S, K), (S, 1)
         h = experts.gate(up)
         # The score, which is a factor of the output, is left out of dy here, and so it is in h for B and A.

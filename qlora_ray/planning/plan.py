@@ -8,7 +8,7 @@ from qlora_ray.config import Config
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, ModelFacts, left_out_of_all_linear
-from qlora_ray.model.recompute import Choice, Keep, LayerShape, choose
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, choose
 from qlora_ray.planning import deepspeed, memory
 from qlora_ray.planning.memory import GIB, Sizes
 from qlora_ray.planning.speed import speed_notes
@@ -47,7 +47,7 @@ class Plan:
     resources_per_worker: dict[str, float]
     compute_dtype: str
     zero_stage: int
-    recompute: str  # all, none, or auto: fused layers keep what the worker's memory has room for
+    recompute: str  # all, none, or auto: layers keep what the worker's memory has room for
     micro_batch_size: int
     micro_batches_per_step: int  # of all workers together
     gradient_accumulation_steps: int  # of each worker, where all of num_workers are there
@@ -63,7 +63,7 @@ class Plan:
     four_bit_share: float  # of the base's parameters
     notes: tuple[str, ...]
     tokens_per_micro_batch: int  # at most, padding included
-    layer_shape: LayerShape | None  # of the fused decoder layers
+    layer_shape: LayerShape | PlainShape  # of the decoder layers, fused or not
     may_hold_weights: bool  # whether these may keep dequantized weights between steps
     memory_forecast_gib: dict[str, float]  # per worker
     deepspeed: dict[str, Any]
@@ -101,7 +101,7 @@ def make_plan(
     has_validation = data.num_validation_rows > 0
     num_tokens = config.training.batch_size * min(config.training.max_length, data.longest_row)
     known = memory.sizes(config, base, trainable, stage, compute_dtype)
-    recompute = _recompute(config, use_gpu, known)
+    recompute = _recompute(config, use_gpu)
     plan = Plan(
         num_workers=config.ray.max_workers,
         min_workers=config.ray.min_workers,
@@ -127,7 +127,7 @@ def make_plan(
         tokens_per_micro_batch=num_tokens,
         layer_shape=known.layer,
         may_hold_weights=may_hold_weights(config),
-        memory_forecast_gib=_memory_forecast(config, known, num_tokens, recompute),
+        memory_forecast_gib=_memory_forecast(config, known, num_tokens, recompute, use_gpu),
         deepspeed=deepspeed.defaults(config, stage, accumulation, compute_dtype, trainable),
     )
     if not deepspeed_json:
@@ -186,8 +186,8 @@ def packs(config: Config, base: BaseFacts) -> bool:
 
 
 def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, budget_bytes: float) -> Choice:
-    """What the fused layers keep, given the bytes that activations may take on this worker's GPU."""
-    if plan.recompute != "auto" or plan.layer_shape is None:
+    """What the layers keep, given the bytes that activations may take on this worker's GPU."""
+    if plan.recompute != "auto":
         return Choice((Keep.ALL if plan.recompute == "none" else Keep.HOST,) * num_layers)
     tokens = plan.tokens_per_micro_batch
     return choose(plan.layer_shape, num_layers, tokens, vocab_size, budget_bytes, plan.may_hold_weights)
@@ -201,24 +201,21 @@ def may_hold_weights(config: Config) -> bool:
     return config.training.dequantized_weights == "auto" and config.ray.max_workers == 1
 
 
-def _recompute(config: Config, use_gpu: bool, known: Sizes) -> str:
-    if config.training.recompute != "auto":
-        return config.training.recompute
-    if not use_gpu:
-        return "none"
-    return "auto" if known.layer else "all"
+def _recompute(config: Config, use_gpu: bool) -> str:
+    return "none" if config.training.recompute == "auto" and not use_gpu else config.training.recompute
 
 
-def _memory_forecast(config: Config, known: Sizes, num_tokens: int, recompute: str) -> dict[str, float]:
+def _memory_forecast(
+    config: Config, known: Sizes, num_tokens: int, recompute: str, use_gpu: bool
+) -> dict[str, float]:  # fmt: skip
     """GiB a worker, by part; where the memory at hand will decide, within training.memory_budget_gib or the leanest."""
-    if known.layer is None:
-        return memory.memory_gib(known, num_tokens, None, recompute == "all")
-    level = {"none": Keep.ALL, "all": Keep.HOST, "auto": Keep.HOST}[recompute]
+    leanest = Keep.HOST if use_gpu else Keep.INPUT
+    level = {"none": Keep.ALL, "all": leanest, "auto": leanest}[recompute]
     choice = memory.all_layers(known, level)
     if recompute == "auto" and config.training.memory_budget_gib:
         room = config.training.memory_budget_gib * GIB - sum(memory.resident_gib(known).values()) * GIB
         may_hold = may_hold_weights(config)
-        choice = choose(known.layer, known.base.num_layers, num_tokens, known.base.vocab_size, room, may_hold)
+        choice = choose(known.layer, len(choice.levels), num_tokens, known.base.vocab_size, room, may_hold)
     return memory.memory_gib(known, num_tokens, choice)
 
 

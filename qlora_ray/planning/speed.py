@@ -25,7 +25,8 @@ def speed_notes(config: Config, base: BaseFacts) -> list[str]:
     if base.model_type not in FAMILIES:
         return [
             f"Decoder layers of {base.model_type} models are not fused, their projections are: a Qwen3-8B shape ran so "
-            f"at {PROJECTIONS_ALONE / FUSED:.2f} of the speed of a fused Llama-3.1-8B shape (one H100)."
+            f"at {PROJECTIONS_ALONE / FUSED:.2f} of the speed of a fused Llama-3.1-8B shape (one H100, every layer "
+            "computed again; training.recompute=auto keeps the layers that fit)."
         ]
     notes = []
     if set(model.modules_to_save) - memory.BESIDE_LAYERS:

@@ -23,11 +23,12 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     length, workers = config.training.max_length, config.ray.max_workers
     resident = sum(memory.resident_gib(known).values())
-    loading = memory.memory_gib(known, length, None)["while_loading"]
+    loading = memory.loading_gib(known)
     active = f" ({base.num_active_parameters / 1e9:.2f} B for a token)" if base.experts else ""
     lines = [
         f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters{active}, "
-        f"LoRA r={config.model.lora_r}, rows of {length} tokens, ZeRO stage {known.stage}, {workers} x {gib:g} GiB ({gpu})",
+        f"LoRA r={config.model.lora_r}, rows of {length} tokens, ZeRO stage {known.stage}, "
+        f"{workers} x {gib:g} GiB ({gpu})",
         f"{base.num_trainable_parameters:,} parameters trained, in {shown_layers(base)}",
         f"weights and optimizer {resident:.2f} GiB a worker, "
         f"{loading:.2f} while loading{'' if loading <= SHARE_OF_MEMORY * gib else ': does not fit'}",
@@ -36,11 +37,11 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     for rows in BATCH_SIZES:
         room = (SHARE_OF_MEMORY * gib - resident) * GIB
         for choice in _choices(known, rows * length, room, may_hold_weights(config)):
-            peak = memory.peak_gib(memory.memory_gib(known, rows * length, choice, recompute_all=True))
+            peak = memory.peak_gib(memory.memory_gib(known, rows * length, choice))
             speed = memory.tokens_per_second(known, length, choice, gpu)
             shown = f"{workers * speed:,.0f}" if speed else "-"
             fits = "" if peak <= SHARE_OF_MEMORY * gib else "  does not fit"
-            lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice or 'layer inputs'}{fits}")
+            lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice}{fits}")
     return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
 
 
@@ -55,10 +56,7 @@ def _facts(config: Config) -> ModelFacts:
     return facts
 
 
-def _choices(known: memory.Sizes, num_tokens: int, room: float, may_hold: bool) -> list[Choice | None]:
-    if known.layer is None:
-        return [None]
-    layers, vocab = known.base.num_layers, known.base.vocab_size
-    auto = choose(known.layer, layers, num_tokens, vocab, room, may_hold)
+def _choices(known: memory.Sizes, num_tokens: int, room: float, may_hold: bool) -> list[Choice]:
     leanest = memory.all_layers(known, Keep.HOST)
+    auto = choose(known.layer, len(leanest.levels), num_tokens, known.base.vocab_size, room, may_hold)
     return [auto] if auto == leanest else [auto, leanest]

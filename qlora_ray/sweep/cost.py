@@ -63,7 +63,7 @@ def _cost(config: Config, one: Config, plan: Plan, steps: int) -> dict[str, str]
     rows = {"tokens": f"at most {tokens:,} ({plan.global_batch_size} rows x {one.training.max_length} a step)"}
     facts = read_facts(local_base(one))
     known = memory.sizes(one, facts, plan.num_trainable_parameters, plan.zero_stage, "bfloat16")
-    choice = memory.all_layers(known, memory.Keep.HOST) if known.layer else None
+    choice = memory.all_layers(known, memory.Keep.HOST)
     speed = memory.tokens_per_second(known, one.training.max_length, choice, REFERENCE_GPU)
     if speed:
         rows["time"] = f"about {tokens / speed / 3600:.2f} {REFERENCE_GPU} hours at {speed:,.0f} tokens/s each, and "

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from qlora_ray.libraries import Patch
 from qlora_ray.model.fused import leaf_modules
+from qlora_ray.model.plain import plain_layers
 from qlora_ray.worker.state import MOMENTS
 from qlora_ray.worker.stopwatch import Stopwatch
 
@@ -32,20 +33,27 @@ def use_gloo_on_cpus() -> None:
 
 KNOWN_PARAMETERS = Patch(
     "deepspeed", READ_IN, "named_parameters of leaf modules and of the model answer from a list",
-    gains="ZeRO-3's hooks walk each fused layer's module tree several times a step, while the GPU waits",
+    gains="ZeRO-3's hooks walk each layer's module tree several times a step, while the GPU waits",
     delete_when="partitioned_param_coordinator.iter_params keeps what it found",
 )  # fmt: skip
 
 
 def gather_as_one(model: torch.nn.Module) -> None:
-    """Make each fused module one unit of ZeRO-3: gathered as a whole, announced by one pair of hooks."""
+    """Make each decoder layer one unit of ZeRO-3: gathered as a whole, announced by one pair of hooks."""
     from deepspeed.utils import set_z3_leaf_module
 
-    for module in leaf_modules(model):
+    for module in leaves(model):
         set_z3_leaf_module(module, True)
         remember_parameters(module)
     remember_parameters(model)
     model.enable_input_require_grads()  # else the first layer's backward is never announced to ZeRO-3
+
+
+def leaves(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What ZeRO-3 gathers as one: decoder layers, and outside them what reads its submodules' weights itself."""
+    layers = plain_layers(model)
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    return [*layers, *(module for module in leaf_modules(model) if id(module) not in inside)]
 
 
 def remember_parameters(module: torch.nn.Module) -> None:
@@ -71,7 +79,7 @@ def walk_past_leaves(engine: Any) -> None:
     It marks them, so that a parameter that one module takes from another is found. Leaf modules are gathered whole.
     """
     model = engine.module
-    inside = {id(part) for leaf in leaf_modules(model) for part in leaf.modules() if part is not leaf}
+    inside = {id(part) for leaf in leaves(model) for part in leaf.modules() if part is not leaf}
     visited = [module for module in model.modules() if id(module) not in inside]
 
     def walking_less(walk: Callable[..., Any]) -> Callable[..., Any]:

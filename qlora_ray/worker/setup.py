@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.rows import chat_template_of, open_rows
@@ -19,12 +18,12 @@ from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.facts import read_facts
-from qlora_ray.model.fused import fuse, fused_layers, keep
+from qlora_ray.model.fused import fuse
 from qlora_ray.model.hub import local_folder
-from qlora_ray.model.recompute import Choice
-from qlora_ray.planning.plan import Plan, choose_recomputation
+from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import names
 from qlora_ray.storage import SHARE_IT, Folder
+from qlora_ray.worker import recomputation
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
@@ -34,7 +33,6 @@ from qlora_ray.worker.team import Team
 
 GUARD_TOKENS = 64
 SHARE_TOLERANCE = 0.01
-SHARE_OF_FREE_MEMORY = 0.9  # that recompute=auto fills: the rest is for the allocator's rounding and libraries
 # The same kernels on the same values: only the order of sums may differ. 4-bit weights that were cast by mistake
 # change a loss by 4e-3 of its value and more.
 GUARD_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
@@ -153,10 +151,7 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
         for name, parameter in trainable(model).items():
             parameter.data.copy_(resumed.weights[name])
     fuse(model)
-    if plan.recompute != "none" and not fused_layers(model):
-        # Reentrant: the other kind keeps ZeRO-3's gathered weights alive through bitsandbytes' autograd function.
-        model.gradient_checkpointing_enable({"use_reentrant": True})
-        model.enable_input_require_grads()
+    plan = recomputation.prepare(model, plan, device)
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
     sample = to_tensors(open_rows(run.rows, "train").gather(np.array([0])), pad_token_id, device)
@@ -170,28 +165,9 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     if resumed:
         engine.load_state(resumed)
     check_same_loss(before, _loss(engine.module, sample), plan)
-    if fused_layers(model):
-        keep_what_fits(model, config, plan, device)
+    recomputation.keep_what_fits(model, config, plan, device)
     engine.train()
     return engine
-
-
-def keep_what_fits(model: torch.nn.Module, config: Config, plan: Plan, device: torch.device) -> Choice:
-    """Choose what the fused layers keep for backward. Call it when everything but activations has its memory."""
-    num_layers = len(fused_layers(model))
-    budget = 0.0
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        held = torch.cuda.memory_allocated(device)
-        room = SHARE_OF_FREE_MEMORY * (free + torch.cuda.memory_reserved(device) - held)
-        if config.training.memory_budget_gib:
-            room = min(room, config.training.memory_budget_gib * 2**30 - held)
-        shares = dist.get_world_size() if plan.zero_stage > 0 else 1
-        budget = room - plan.num_trainable_parameters * (8 / shares + 4)  # AdamW's moments, made in the first step
-    choice = choose_recomputation(plan, num_layers, model.config.vocab_size, budget)
-    keep(model, choice)
-    logging.getLogger(__name__).info("%s (%.1f GiB for activations)", choice, budget / 2**30)
-    return choice
 
 
 def check_four_bit_share(measured: float, plan: Plan) -> None:

@@ -7,7 +7,6 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from qlora_ray.config import EMBEDDED_BASE
-from qlora_ray.model.fused import leaf_modules
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.engine import Engine
 from qlora_ray.worker.loss import sum_of_nats
@@ -77,7 +76,7 @@ def test_a_step_walks_no_leaf_for_its_parameters(build, monkeypatch, without, wa
     engines.train(sharded, range(1))
     walked = count_calls(monkeypatch, torch.nn.Module, "named_parameters")
     engines.train(sharded, range(1, 2))
-    leaves = set(map(id, leaf_modules(sharded.module)))
+    leaves = set(map(id, patches.leaves(sharded.module)))
     assert leaves and bool([module for module, *_ in walked if id(module) in leaves]) == walks
 
 
@@ -89,7 +88,7 @@ def test_a_forward_pass_visits_no_module_inside_a_leaf(build, monkeypatch, witho
     sharded = build(without=without)
     visited = count_calls(monkeypatch, engine, "ensure_zero_ordered_dict")
     engines.train(sharded, range(1))
-    inside = {id(part) for leaf in leaf_modules(sharded.module) for part in leaf.modules() if part is not leaf}
+    inside = {id(part) for leaf in patches.leaves(sharded.module) for part in leaf.modules() if part is not leaf}
     outside = {id(module) for module in sharded.module.modules()} - inside
     assert {id(module) for (module,) in visited} == (outside | inside if without else outside)
     assert inside and not any(module._parameters._in_forward for (module,) in visited)  # unmarked as well

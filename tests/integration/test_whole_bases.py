@@ -142,7 +142,7 @@ def test_verifying_runs_the_code_of_a_model_only_where_it_is_trusted(tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code"):
         verify.load_merged(tmp_path, "float32", CPU)
     assert type(verify.load_merged(tmp_path, "float32", CPU, trust_remote_code=True)).__name__ == "Own"
-    assert count_parameters(build_without_weights(folder, trust_remote_code=True))[0] > 0
+    assert count_parameters(build_without_weights(folder, trust_remote_code=True), folder)[0] > 0
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_output_layer_that_is_the_embedding_once_more_is_loaded_and_counted_once
     change(folder, **{"lm_head/weight": embedding})
     check_loads_as_planned(folder)
     facts = read_facts(folder)
-    assert facts.num_parameters == count_parameters(build_without_weights(folder))[1]
+    assert facts.num_parameters == count_parameters(build_without_weights(folder), folder)[1]
     change(folder, **{"lm_head/weight": embedding + 1})  # then transformers does not tie them
     check_loads_as_planned(folder)
 

@@ -48,7 +48,7 @@ MIXTURES: dict[str, dict] = {
 
 def save(family: str, folder: Path, **more: Any) -> str:
     """Write a random model of a family, with the embedded base's tokenizer; returns the folder."""
-    sizes = GPT if family == "gpt2" else {**SIZES, **{**FAMILIES, **MIXTURES}[family], **more}
+    sizes = {**({} if family == "gpt2" else SIZES), **{**FAMILIES, **MIXTURES}[family], **more}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     model.save_pretrained(folder)

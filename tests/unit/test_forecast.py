@@ -13,7 +13,7 @@ from benchmarks.throughput import SHAPES
 from qlora_ray import plan
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.recompute import Choice, Keep, LayerShape, activation_bytes, choose
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, activation_bytes, choose
 from qlora_ray.planning import memory, table
 from tests.integration import tiny_models
 
@@ -69,14 +69,36 @@ def test_forecast_of_a_whole_model_is_what_an_h200_measured():
         assert peak == pytest.approx(float(measured), rel=0.014)
 
 
-def test_families_whose_layers_are_not_fused_have_no_layer_shape(tmp_path):
+def test_families_whose_layers_are_not_fused_have_a_plain_shape(tmp_path):
     from qlora_ray.model.facts import read_facts
 
     llama, gemma = (read_facts(tiny_models.save(family, tmp_path / family)) for family in ("llama", "gemma2"))
-    assert memory.layer_shape(Config(), llama, 2) is not None
-    assert memory.layer_shape(Config.model_validate({"model": {"lora_dropout": 0.1}}), llama, 2) is not None
-    assert memory.layer_shape(Config.model_validate({"model": {"lora_variant": "dora"}}), llama, 2) is None
-    assert memory.layer_shape(Config(), gemma, 2) is None
+    assert isinstance(memory.layer_shape(Config(), llama, 2), LayerShape)
+    dropout, dora = ({"model": {name: value}} for name, value in (("lora_dropout", 0.1), ("lora_variant", "dora")))
+    assert isinstance(memory.layer_shape(Config.model_validate(dropout), llama, 2), LayerShape)
+    assert isinstance(memory.layer_shape(Config.model_validate(dora), llama, 2), PlainShape)
+    assert isinstance(memory.layer_shape(Config(), gemma, 2), PlainShape)
+
+
+GPT2_MEDIUM = PlainShape(hidden=1024, whole_bytes=35_000, num_weights=12 * 1024**2, widest=4096, element_bytes=2)
+
+
+@pytest.mark.parametrize("budget_gib", BUDGETS_GIB)
+def test_layers_that_are_not_fused_use_their_budget_and_stay_within(budget_gib):
+    def peak(levels: tuple[Keep, ...]) -> float:
+        return activation_bytes(GPT2_MEDIUM, Choice(levels), TOKENS, 50257) / 2**30
+
+    levels = choose(GPT2_MEDIUM, 24, TOKENS, 50257, budget_gib * 2**30, may_hold=True).levels
+    assert set(levels) <= {Keep.ALL, Keep.INPUT, Keep.HOST}
+    if budget_gib < peak((Keep.HOST,) * 24):
+        assert levels == (Keep.HOST,) * 24
+    else:
+        assert peak(levels) <= budget_gib
+        first = next((i for i, level in reversed([*enumerate(levels)]) if level > Keep.ALL), None)
+        if first is not None:  # the last one that keeps less than all: it would not fit
+            assert peak((*levels[:first], Keep.ALL, *levels[first + 1 :])) > budget_gib
+    more = choose(GPT2_MEDIUM, 24, TOKENS, 50257, (budget_gib + 1) * 2**30, may_hold=True).levels
+    assert more.count(Keep.ALL) >= levels.count(Keep.ALL)
 
 
 def test_plan_door_answers_without_ray_and_counts_what_training_has(tmp_path):

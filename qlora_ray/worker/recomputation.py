@@ -1,0 +1,73 @@
+"""What the decoder layers of this worker keep for backward: measured where they are not fused, chosen to fit."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qlora_ray.config import Config
+from qlora_ray.model.fused import fused_layers, keep
+from qlora_ray.model.plain import keep_plain, measure_whole_bytes, plain_layers
+from qlora_ray.model.recompute import Choice, Keep
+from qlora_ray.model.stash import HostStash
+from qlora_ray.planning.plan import Plan, choose_recomputation
+
+SHARE_OF_FREE_MEMORY = 0.9  # that recompute=auto fills: the rest is for the allocator's rounding and libraries
+logger = logging.getLogger(__name__)
+
+
+def prepare(model: Any, plan: Plan, device: torch.device) -> Plan:
+    """The plan, with what a layer keeps as measured where layers are not fused. Call it before the engine is built."""
+    fused, plain = fused_layers(model), plain_layers(model)
+    if plan.recompute == "none" or (fused and not plain):
+        return plan
+    model.enable_input_require_grads()  # else the first layer's checkpoint finds nothing that wants a gradient
+    if not fused and not plain:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        logger.info("recompute=%s: every layer computes again, the model does not mark its layers", plan.recompute)
+    if plan.recompute == "all" or fused or not plain:
+        return plan
+    row = torch.arange(plan.tokens_per_micro_batch // plan.micro_batch_size, device=device) % model.config.vocab_size
+    measured = measure_whole_bytes(model, row[None])
+    logger.info("a layer keeps %d bytes a token, the plan said %d", measured, plan.layer_shape.kept_bytes(Keep.ALL))
+    return replace(plan, layer_shape=plan.layer_shape.measured(measured))
+
+
+def keep_what_fits(model: Any, config: Config, plan: Plan, device: torch.device) -> Choice | None:
+    """Choose what each decoder layer keeps. Call it when everything but activations has its memory.
+
+    Every worker must call this. None where the model does not mark its layers.
+    """
+    fused, plain = fused_layers(model), plain_layers(model)
+    if not fused and not plain:
+        return None
+    budget = _room_for_activations(config, plan, device)
+    if not fused:  # their weights come one by one under ZeRO-3: all workers must compute the same layers again
+        least = torch.tensor(budget, dtype=torch.float64, device=device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        budget = float(least)
+    choice = choose_recomputation(plan, len(fused or plain), model.config.vocab_size, budget)
+    stash = HostStash(device) if device.type == "cuda" and plain else None
+    if fused:
+        keep(model, choice)
+        beside = Keep.ALL if plan.recompute == "none" else Keep.HOST
+        keep_plain(plain, (beside,) * len(plain), stash)
+    else:
+        keep_plain(plain, choice.levels, stash)
+    logger.info("%s (%.1f GiB for activations)", choice, budget / 2**30)
+    return choice
+
+
+def _room_for_activations(config: Config, plan: Plan, device: torch.device) -> float:
+    """Bytes of this worker's GPU; nothing is chosen by memory on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    room = SHARE_OF_FREE_MEMORY * (free + torch.cuda.memory_reserved(device) - held)
+    if config.training.memory_budget_gib:
+        room = min(room, config.training.memory_budget_gib * 2**30 - held)
+    shares = dist.get_world_size() if plan.zero_stage > 0 else 1
+    return room - plan.num_trainable_parameters * (8 / shares + 4)  # AdamW's moments, made in the first step
