@@ -44,7 +44,7 @@ def facts_of(shape: dict) -> BaseFacts:
     linear = tuple((f"model.{name}", *module.weight.shape) for name, module in layers.items())
     return BaseFacts(
         model_type=shape["model_type"], num_parameters=sum(one.numel() for one in model.parameters()),
-        num_linear_parameters=sum(rows * columns for _, rows, columns in linear), num_expert_parameters=0,
+        num_linear_parameters=sum(rows * columns for _, rows, columns in linear),
         num_layers=shape["num_hidden_layers"], hidden_size=shape["hidden_size"], vocab_size=shape["vocab_size"],
         linear_shapes=linear, context_length=8192, fingerprint="",
     )  # fmt: skip

@@ -3,7 +3,11 @@
     python -m benchmarks.throughput --shapes llama-8b qwen2.5-7b --variants ours ours_stage3 peft_liger unsloth
 
 Each variant runs in a process of its own on the same random weights, data and LoRA start: NF4 with double quantization,
-r=16 on all projections, no dropout, AdamW. Unsloth runs where it is installed. Writes JSON and a Markdown table.
+r=16 on all projections but those of experts, no dropout, AdamW. Mixtures of experts, for example:
+
+    python -m benchmarks.throughput --shapes qwen3-30b-a3b --layers 12 --length 4096 --variants ours:host
+
+Unsloth runs where it is installed. Writes JSON and a Markdown table.
 """
 
 # B rows in a micro-batch, T tokens per row
@@ -42,6 +46,19 @@ SHAPES = {
                        num_attention_heads=16, num_key_value_heads=4, vocab_size=128256),
     "glm4-9b": dict(model_type="glm4", hidden_size=4096, intermediate_size=13696, num_hidden_layers=40,
                     num_attention_heads=32, num_key_value_heads=2, head_dim=128, vocab_size=151552),
+    "qwen3-30b-a3b": dict(model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+                          num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936,
+                          rope_theta=1e6, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+                          norm_topk_prob=True),
+    "mixtral-8x7b": dict(model_type="mixtral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                         num_attention_heads=32, num_key_value_heads=8, vocab_size=32000, rope_theta=1e6,
+                         num_local_experts=8, num_experts_per_tok=2),
+    "gpt-oss-20b": dict(model_type="gpt_oss", hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
+                        num_attention_heads=64, num_key_value_heads=8, head_dim=64, vocab_size=201088,
+                        num_local_experts=32, num_experts_per_tok=4),
+    "tiny-moe": dict(model_type="qwen3_moe", hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=2048, num_experts=8,
+                     num_experts_per_tok=2, moe_intermediate_size=64),
     "gpt2-medium": dict(model_type="gpt2", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
                         num_attention_heads=16, num_key_value_heads=16, vocab_size=50257),
     "tiny": dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=3,
@@ -51,41 +68,49 @@ PEAK_FLOPS = 795e12  # bf16 matrix products measured on an H200 (8192 x 8192 x 8
 LEARNING_RATE, SEED, RANK = 2e-4, 0, 16
 
 
+def shape_of(name: str, num_layers: int | None) -> dict:
+    """A shape, with as many of its layers as are asked for."""
+    return {**SHAPES[name], **({"num_hidden_layers": num_layers} if num_layers else {})}
+
+
 def floor_tokens_per_second(shape: dict, length: int, rank: int = RANK) -> float:
     """Tokens a second if matrix products alone took time, at PEAK_FLOPS, nothing recomputed."""
     hidden, heads, kv = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
     head_dim = shape.get("head_dim", hidden // heads)
     sides = [(hidden, heads * head_dim), (hidden, kv * head_dim), (hidden, kv * head_dim), (heads * head_dim, hidden)]
-    sides += [(hidden, shape["intermediate_size"])] * 3
+    inner = shape.get("moe_intermediate_size", shape["intermediate_size"]) * shape.get("num_experts_per_tok", 1)
+    lora = shape["num_hidden_layers"] * sum(rank * (a + b) for a, b in sides)  # experts get none
+    sides += [(hidden, inner)] * 3
     layers = shape["num_hidden_layers"]
     frozen = layers * sum(a * b for a, b in sides) + hidden * shape["vocab_size"]
-    lora = layers * sum(rank * (a + b) for a, b in sides)
+    if "num_experts_per_tok" not in shape:
+        lora = layers * sum(rank * (a + b) for a, b in sides)
     attention = layers * 2 * length * heads * head_dim * 3.5  # causal; backward computes the scores again
     return PEAK_FLOPS / (4 * frozen + 6 * lora + attention)
 
 
 def build_base(shape: dict, device: str):
-    """A random model with its linear layers in NF4, as transformers would have loaded it."""
+    """A random model with linear layers and experts in NF4, as load_base would have loaded it, a layer at a time."""
     import torch
-    from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_ray.config import QuantizationConfig
+    from qlora_ray.model.base import four_bit_config
+    from qlora_ray.model.routed import compute_in_4_bits
 
     torch.manual_seed(SEED)
     config = AutoConfig.for_model(
         max_position_embeddings=8192, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape
     )
-    with torch.device(device):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parent in list(model.model.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is torch.nn.Linear:
-                with torch.device("meta"):
-                    packed = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
-                                        compute_dtype=torch.bfloat16, quant_type="nf4")  # fmt: skip
-                packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=packed)
-                packed.bias = linear.bias
-                packed.support_avx512bf16_for_cpu = False
-                setattr(parent, name, packed.to(device))
+    layers, model.model.layers = model.model.layers, torch.nn.ModuleList()
+    for part in (model, *layers):
+        part.to_empty(device=device).apply(model._init_weights)
+        if part is not model:
+            _pack(part, four_bit_config(QuantizationConfig(), torch.bfloat16), device)
+    model.model.layers = layers
+    compute_in_4_bits(model)
     model.requires_grad_(False)
     model.is_loaded_in_4bit = True
     model.config.use_cache = False
@@ -95,14 +120,36 @@ def build_base(shape: dict, device: str):
     return model
 
 
+def _pack(layer, four_bit, device: str) -> None:
+    """Put the linear layers and the experts of a decoder layer in NF4."""
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    from qlora_ray.model.experts import pack
+
+    for parent in list(layer.modules()):
+        pack(parent, four_bit)
+        for name, linear in list(parent.named_children()):
+            if type(linear) is torch.nn.Linear:
+                with torch.device("meta"):
+                    packed = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
+                                        compute_dtype=torch.bfloat16, quant_type="nf4")  # fmt: skip
+                packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=packed)
+                packed.bias = linear.bias
+                packed.support_avx512bf16_for_cpu = False
+                setattr(parent, name, packed.to(device))
+
+
 def ours(arguments, shape: dict):
     """The product's model; with stage0 or stage3 in its engine too, with dora as DoRA. Returns a step's function."""
     import torch
 
     from qlora_ray.config import Config
     from qlora_ray.model.adapter import add_adapter, trainable
-    from qlora_ray.model.fused import fuse, keep
+    from qlora_ray.model.fused import fuse, fused_layers, keep
+    from qlora_ray.model.plain import keep_plain, plain_layers
     from qlora_ray.model.recompute import Choice, Keep
+    from qlora_ray.model.stash import HostStash
     from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
     variant = "dora" if "dora" in arguments.variant.split("_") else "lora"
@@ -110,7 +157,11 @@ def ours(arguments, shape: dict):
     model = add_adapter(build_base(shape, arguments.device), config.model, torch.bfloat16, SEED)
     print(fuse(model))
     levels = [Keep[name.upper()] for name in arguments.keep if name != "weights"]
-    num_layers = shape["num_hidden_layers"]
+    num_layers, plain = len(fused_layers(model)), plain_layers(model)
+    if plain and arguments.keep != ["all"]:
+        model.enable_input_require_grads()
+        stash = HostStash(torch.device(arguments.device)) if arguments.device == "cuda" else None
+        keep_plain(plain, (levels * len(plain))[: len(plain)], stash)
     keep(model, Choice(tuple((levels * num_layers)[:num_layers]), num_layers * ("weights" in arguments.keep)))
     model.train()
     stage = next((part.removeprefix("stage") for part in arguments.variant.split("_") if "stage" in part), "")
@@ -231,7 +282,7 @@ def measure(arguments) -> dict:
         import unsloth as _  # noqa: F401 - patches transformers, so it comes first
     import torch
 
-    shape = SHAPES[arguments.shape]
+    shape = shape_of(arguments.shape, arguments.layers)
     make = {"ours": ours, "peft": peft, "unsloth": unsloth}[arguments.variant.split("_")[0]]
     step = make(arguments, shape)
     cuda = arguments.device == "cuda"
@@ -260,7 +311,8 @@ def measure(arguments) -> dict:
     tokens = arguments.batch_size * arguments.length
     median = statistics.median(seconds)
     return {
-        "shape": arguments.shape, "variant": arguments.variant, "keep": ",".join(arguments.keep), "rows": size[0],
+        "shape": f"{arguments.shape}, {shape['num_hidden_layers']} layers",
+        "variant": arguments.variant, "keep": ",".join(arguments.keep), "rows": size[0],
         "length": size[1], "tokens_per_second": tokens / median, "spread": (max(seconds) - min(seconds)) / median,
         "floor_share": tokens / median / floor_tokens_per_second(shape, arguments.length),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
@@ -322,19 +374,24 @@ def _profile(step, batch, host: Host, path: str) -> None:
     Path(path).write_text(f"{table}\n{text.getvalue()}")
 
 
-def save_checkpoint(shape: str, folder: str, device: str) -> str:
-    """The same random weights as a 16-bit checkpoint, for loaders that want one."""
+def checkpoint_of(name: str, num_layers: int | None, folder: str) -> Path:
+    """Where `save_checkpoint` writes."""
+    return Path(folder) / (f"{name}-{num_layers}" if num_layers else name)
+
+
+def save_checkpoint(name: str, folder: str, device: str, num_layers: int | None = None) -> str:
+    """Random weights of a shape as a 16-bit checkpoint, for loaders that want one."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from qlora_ray.config import base_model_path
 
-    target = Path(folder) / shape
+    target = checkpoint_of(name, num_layers, folder)
     if not (target / "config.json").exists():
         torch.manual_seed(SEED)
         config = AutoConfig.for_model(
             max_position_embeddings=8192, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            architectures=None, **SHAPES[shape],
+            architectures=None, **shape_of(name, num_layers),
         )  # fmt: skip
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -385,6 +442,8 @@ def _start(arguments, shape: str, variant: str, go: str) -> subprocess.Popen:
     command += ["--go", go]
     for name in ("batch_size", "length", "steps", "warmup", "device", "checkpoints"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    if arguments.layers:
+        command += ["--layers", str(arguments.layers)]
     if arguments.profile and variant == arguments.variants[-1]:
         command += ["--profile", arguments.profile]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -400,6 +459,7 @@ def main() -> None:
         default=default,
         help="name:keep, e.g. ours:all, ours_stage3:host, ours_dora_stage3:all",
     )
+    parser.add_argument("--layers", type=int, help="as many layers of each shape, where a whole one takes too long")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=10)
@@ -417,14 +477,14 @@ def main() -> None:
         arguments.variant, keep = arguments.variants[0].split(":")
         arguments.keep = keep.split(",")
         if arguments.variant.startswith("unsloth"):
-            arguments.checkpoint = f"{arguments.checkpoints}/{arguments.shape}"
+            arguments.checkpoint = str(checkpoint_of(arguments.shape, arguments.layers, arguments.checkpoints))
         print("RESULT " + json.dumps(measure(arguments)))
         return
     results, folder = [], tempfile.mkdtemp()
     cases = [(shape, variant) for shape in arguments.shapes for variant in arguments.variants]
     if any(variant.startswith("unsloth") for variant in arguments.variants):
         for shape in arguments.shapes:
-            save_checkpoint(shape, arguments.checkpoints, arguments.device)
+            save_checkpoint(shape, arguments.checkpoints, arguments.device, arguments.layers)
     running = {}
     for number, case in enumerate(cases):
         for other, one in enumerate(cases[number:], number):

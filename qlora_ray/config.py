@@ -52,6 +52,9 @@ class ModelConfig(Section):
     target_modules: str | list[str] = "all-linear"
     """Which linear layers get a LoRA: "all-linear", a list of ends of their names, or a regular expression of the whole
     name. An entry that matches none is refused."""
+    expert_lora: bool = False
+    """Give every expert of a mixture a LoRA of its own, of rank lora_r / experts of a token (at least 1), scaled as the
+    others are. Routers get none. See docs/bases.md."""
     exclude_modules: str | list[str] = []
     """Which of these get none after all, written in the same way (PEFT `exclude_modules`)."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(default_factory=dict)

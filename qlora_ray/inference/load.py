@@ -8,8 +8,10 @@ import torch
 from qlora_ray.data.tokenize import load_tokenizer, prompt_ids
 from qlora_ray.data.turns import Messages, split_tools
 from qlora_ray.errors import BadRecord, ConfigError, TooLong
+from qlora_ray.model.adapter import load_adapter
 from qlora_ray.model.base import load_base
 from qlora_ray.model.record import Adapter, tokenizer_sha256
+from qlora_ray.model.routed import compute_in_4_bits
 from qlora_ray.model.token_rows import make_room
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -32,14 +34,13 @@ def pick_device() -> torch.device:
 
 def load(adapter: Adapter, device: torch.device) -> Loaded:
     """Load base, adapter and tokenizer. Raises ConfigError where they do not fit each other."""
-    from peft import PeftModel
-
     tokenizer = open_tokenizer(adapter)
-    base = load_base(adapter.model, adapter.quantization, adapter.compute_dtype, device)
+    has_packed_experts = bool(adapter.packed_stacks)
+    base = load_base(adapter.model, adapter.quantization, adapter.compute_dtype, device, has_packed_experts)
     make_room(base, adapter.num_token_rows)
     try:
-        # As training does: LoRA weights in the compute dtype, not in float32.
-        model = PeftModel.from_pretrained(base, str(adapter.folder), autocast_adapter_dtype=False)
+        model = load_adapter(base, str(adapter.folder))
+        compute_in_4_bits(model)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(f"--adapter {adapter.folder}: does not fit its base: {reason}") from error

@@ -1,13 +1,14 @@
 """Adds an adapter to the weights of its base, one tensor at a time, and writes a model that plain transformers loads.
 
-The output has the base's own files, names and shards. Memory: one weight and its float32 copy, whatever the model.
+The output has the base's own files, names and shards. Memory: one weight and its float32 copy, whatever the model, or
+the experts of a layer.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ import torch
 
 from qlora_ray.errors import ConfigError
 from qlora_ray.model import card
-from qlora_ray.model.base import four_bit_modules
+from qlora_ray.model.base import four_bit_modules, pieces_in_files
 from qlora_ray.model.facts import HEAD
 from qlora_ray.model.record import Adapter, base_tensors
+from qlora_ray.model.stack_files import Piece, join
 from qlora_ray.model.tensors import BYTES, DTYPES, TensorFiles, write_tensors
 
 Into = Literal["training", "original"]
@@ -66,11 +68,16 @@ class Merger:
     layers: dict[str, Layer]  # by the weight's name in the files
     whole: dict[str, str]  # what was trained whole: the tensor's name in the files, and in the adapter
     rows: dict[str, "Rows"]  # by the weight's name in the files
+    pieces: dict[str, Piece]  # of stacks of experts that merging changes, by the same
+    at_hand: dict[str, torch.Tensor] = field(default_factory=dict)  # merged stacks of one layer
 
     def merged(self, name: str) -> torch.Tensor:
         """One weight of the merged model, in its dtype, on the CPU."""
         if name in self.whole:
             return self.updates.read(self.whole[name]).to(getattr(torch, self.dtype)).contiguous()
+        if name in self.pieces:
+            piece = self.pieces[name]
+            return piece.cut(self._stack(piece.stack)).to("cpu", getattr(torch, self.dtype)).contiguous()
         weight = self.base.read(name)
         if name in self.rows:
             weight = with_rows(weight, self.rows[name], self.updates.read(self.rows[name].update))
@@ -98,6 +105,34 @@ class Merger:
 
     def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (max(shape[0], max(self.rows[name].tokens) + 1), *shape[1:]) if name in self.rows else shape
+
+    def _stack(self, name: str) -> torch.Tensor:
+        """A merged stack of experts. Keeps those of one layer: their pieces lie beside each other in the files."""
+        if name not in self.at_hand:
+            layer = name.rpartition(".")[0]
+            for other in [other for other in self.at_hand if not other.startswith(f"{layer}.")]:
+                del self.at_hand[other]
+            pieces = {piece: stored for stored, piece in self.pieces.items() if piece.stack == name}
+            stack = join({piece: self.base.read(stored).to(self.device) for piece, stored in pieces.items()})
+            if self.into == "training":
+                was_four_bit = name in self.adapter.packed_stacks
+                stack = as_trained_on(stack, Layer(name, False, was_four_bit), self.adapter)
+            self.at_hand[name] = self._with_update(name, stack, next(iter(pieces)).is_transposed)
+        return self.at_hand[name]
+
+    def _with_update(self, name: str, stack: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+        """A stack (E, N, K) or transposed, with the LoRAs of its experts, which PEFT lays out beside each other."""
+        owner, _, last = name.rpartition(".")
+        stem = f"{PREFIX}{owner}." + ("" if last == "down_proj" else "base_layer.")
+        if f"{stem}lora_A.weight" not in self.updates.entries:
+            return stack
+        a, b = (self.updates.read(f"{stem}lora_{which}.weight").to(self.device, torch.float32) for which in "AB")
+        rank, stack = len(a) // len(stack), stack.to(torch.float32)
+        a, b = a.unflatten(0, (-1, rank)), b.unflatten(1, (rank, -1))  # (E, r, K), (N, r, E)
+        for expert, weight in enumerate(stack):
+            out = weight.T if is_transposed else weight
+            out.addmm_(b[:, :, expert], a[expert], alpha=scaling_of(self.adapter.peft, name, rank))
+        return stack
 
     def _update_of(self, module: str) -> LoRA | None:
         stem = f"{PREFIX}{module}."
@@ -149,7 +184,18 @@ def plan_merge(adapter: Adapter, into: Into, dtype: str, device: torch.device) -
     if adapter.quantization.type == "none":
         into = "original"
     layers = _layers(adapter, base, found, into)
-    return Merger(adapter, into, dtype, device, base, updates, layers, found.whole, found.rows)
+    pieces = _pieces(adapter, base, into)
+    return Merger(adapter, into, dtype, device, base, updates, layers, found.whole, found.rows, pieces)
+
+
+def _pieces(adapter: Adapter, base: TensorFiles, into: Into) -> dict[str, Piece]:
+    """What merging changes of stacks of experts, by its name in the base's files. Raises ConfigError."""
+    changed = set(adapter.packed_stacks)
+    if not changed or (into == "original" and not adapter.peft.get("target_parameters")):
+        return {}
+    remote = adapter.model.trust_remote_code, adapter.model.factory
+    found = pieces_in_files(adapter.base, base.entries, *remote)
+    return {name: piece for name, piece in found.items() if piece.stack in changed}
 
 
 @dataclass(frozen=True)
@@ -167,9 +213,12 @@ class _Updates:
         """Sort the tensors of an adapter. Raises ConfigError for one that merging does not know."""
         packable, prefix = four_bit_modules(adapter.base, adapter.model.trust_remote_code, adapter.model.factory)
         found = cls(set(), {}, {}, packable, prefix)
+        experts = {stack.rpartition(".")[0] for stack in adapter.packed_stacks}
         for name in updates.entries:
             module, _, kind = name.removeprefix(PREFIX).partition(".lora_")
             rows_of, is_rows, _ = module.partition(TOKEN_ROWS)
+            if module.removesuffix(".base_layer") in experts:
+                continue  # found by the names of their stacks
             if kind in ("A.weight", "B.weight", "magnitude_vector"):
                 found.modules.add(module)
             elif is_rows:

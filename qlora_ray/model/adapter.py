@@ -1,13 +1,17 @@
 """The LoRA on the frozen base: built, saved and read back by parameter name."""
 
+import re
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from qlora_ray.config import ModelConfig
 from qlora_ray.errors import ConfigError
+from qlora_ray.model.experts import expert_sizes, stacks_of, stand_ins
 from qlora_ray.model.facts import left_out_of_all_linear
 from qlora_ray.model.hub import local_folder
+from qlora_ray.model.peft_names import as_modules, names_as_written
 from qlora_ray.model.record import base_tensors
 from qlora_ray.model.tensors import TensorFiles
 from qlora_ray.model.token_rows import NewTokens, begin_rows, layers_with_rows, make_room
@@ -37,6 +41,7 @@ def wrap(
     base: PreTrainedModel, model: ModelConfig, new_tokens: NewTokens, low_cpu_mem_usage: bool = False
 ) -> PeftModel:
     """The base with PEFT's LoRA on it; with `low_cpu_mem_usage` on the meta device. Raises ConfigError."""
+    experts = expert_settings(base, model) if model.expert_lora else {}
     rows = sorted(new_tokens)
     make_room(base, max(rows, default=-1) + 1)
     config = LoraConfig(
@@ -46,8 +51,9 @@ def wrap(
         lora_dropout=model.lora_dropout,
         target_modules=model.target_modules,
         exclude_modules=_excluded(model, base.config.model_type),
-        rank_pattern=dict(model.rank_pattern),
-        alpha_pattern=dict(model.alpha_pattern),
+        target_parameters=list(experts) or None,
+        rank_pattern={**{re.escape(name): rank for name, (rank, _) in experts.items()}, **model.rank_pattern},
+        alpha_pattern={**{re.escape(name): alpha for name, (_, alpha) in experts.items()}, **model.alpha_pattern},
         trainable_token_indices={name: rows for name in layers_with_rows(base)} if rows else None,
         modules_to_save=model.modules_to_save or None,
         use_rslora=model.lora_variant == "rslora",
@@ -55,14 +61,35 @@ def wrap(
         revision=model.revision,
     )
     try:
-        return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
+        with names_as_written(), stand_ins(base):
+            return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
     except ValueError as error:
-        if "lora_dropout" in str(error):
-            raise ConfigError(
-                f"model.lora_dropout={model.lora_dropout}: PEFT has no dropout for experts of {base.config.model_type} "
-                "models. Set model.lora_dropout=0, or name target_modules without the experts."
-            ) from error
         raise ConfigError(f"model.target_modules={model.target_modules}: {error}") from error
+
+
+def expert_settings(base: PreTrainedModel, model: ModelConfig) -> dict[str, tuple[int, float]]:
+    """Rank and lora_alpha of the stacks of experts, by the ends of their names. Raises ConfigError."""
+    sizes, names = expert_sizes(base, are_packed=True), list(stacks_of(base))
+    if sizes is None or not names:
+        raise ConfigError(
+            f"model.expert_lora=true: {base.config.model_type} has no experts that compute by transformers' interface."
+        )
+    if model.lora_dropout or model.lora_variant in ("dora", "loftq"):
+        key = f"lora_dropout={model.lora_dropout}" if model.lora_dropout else f"lora_variant={model.lora_variant}"
+        raise ConfigError(f"model.{key}: PEFT has none on experts. Set model.expert_lora=false, or leave it out.")
+    rank = max(1, model.lora_r // sizes.num_per_token)
+    share = (rank / model.lora_r) ** (0.5 if model.lora_variant == "rslora" else 1)  # the same factor of B A
+    return {".".join(name.split(".")[-2:]): (rank, model.lora_alpha * share) for name in names}
+
+
+def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
+    """The base with an adapter's LoRA on it, in the dtype that it is stored in: that of training.
+
+    Raises ValueError or RuntimeError where they do not fit.
+    """
+    config = as_modules(LoraConfig.from_pretrained(folder), base)
+    with names_as_written(), stand_ins(base):
+        return PeftModel.from_pretrained(base, folder, config=config, autocast_adapter_dtype=False)
 
 
 def _excluded(model: ModelConfig, model_type: str) -> str | list[str] | None:

@@ -1,9 +1,11 @@
-"""Loads the frozen base in 4 bits: each linear layer packed, everything else in the compute dtype.
+"""Loads the frozen base in 4 bits: linear layers and experts packed, everything else in the compute dtype.
 
 Stands on three internals of transformers and bitsandbytes: PLAIN_LINEAR, STAY_TRAINABLE and LAYERS_BY_NAME.
 """
 
 import logging
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +16,12 @@ from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.architecture import load_filled
+from qlora_ray.model.experts import packed_while_loading
 from qlora_ray.model.facts import loadable_folder, packed_weights, stored_quantization
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.own_code import refuse_unread_code
+from qlora_ray.model.routed import compute_in_4_bits
+from qlora_ray.model.stack_files import Piece, pieces_of_stacks
 from qlora_ray.model.whole import build_from_headers, refuse_unfilled
 
 PLAIN_LINEAR = Patch(
@@ -53,9 +58,12 @@ class BytesByKind:
 
 
 def load_base(
-    model: ModelConfig, quantization: QuantizationConfig, compute_dtype: str, device: torch.device, **attributes
-) -> PreTrainedModel:
+    model: ModelConfig, quantization: QuantizationConfig, compute_dtype: str, device: torch.device,
+    pack_experts: bool = True,
+) -> PreTrainedModel:  # fmt: skip
     """Load a causal language model, quantized while loading, frozen, without a key-value cache.
+
+    Experts are packed too, where they can be, unless they shall stay as they were in an adapter's training.
 
     Packed weights are stored as uint8: ZeRO-3 casts floating storage to its own dtype, which silently breaks 4-bit
     weights stored in another one. Raises ConfigError where the files do not fill the model, or bring unread code.
@@ -64,19 +72,17 @@ def load_base(
     key, dtype = f"model.base_model={model.base_model}", getattr(torch, compute_dtype)
     folder = local_folder(model.base_model, model.revision)
     refuse_unread_code(folder, model, key)
-    base, found = load_filled(
-        loadable_folder(folder, key),
-        model.trust_remote_code,
-        model.factory,
-        quantization_config=four_bit_config(quantization, dtype),
-        dtype=dtype,
-        device_map={"": device},
-        **attributes,
-    )
+    four_bit = four_bit_config(quantization, dtype)
+    with packed_while_loading() if four_bit and pack_experts else nullcontext():
+        base, found = load_filled(
+            loadable_folder(folder, key), model.trust_remote_code, model.factory, quantization_config=four_bit,
+            dtype=dtype, device_map={"": device},
+        )  # fmt: skip
     refuse_unfilled(key, base, found)
     base.name_or_path = base_model_path(model.base_model)  # which PEFT writes down: not where it lies here
     _keep_weights_trainable_on_cpu(base)
     _compute_in(base, dtype)
+    compute_in_4_bits(base)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
@@ -138,7 +144,7 @@ def _compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def packed_layers(model: torch.nn.Module) -> list[str]:
-    """Names of the layers of a loaded base that are in 4 bits, also where PEFT has wrapped them."""
+    """Names of the linear layers of a loaded base that are in 4 bits, also where PEFT has wrapped them."""
     from bitsandbytes.nn import Linear4bit
 
     names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
@@ -158,16 +164,31 @@ def four_bit_modules(
     return {name: layer.source_cls is Conv1D for name, layer in _pack(model, folder).items()}, model.base_model_prefix
 
 
-def count_parameters(model: PreTrainedModel, folder: str) -> tuple[int, int]:
-    """Parameters of the base in `folder`, built without weights, that load_base packs, and all. Packs it.
+def pieces_in_files(
+    folder: str, names: Iterable[str], trust_remote_code: bool = False, factory: str | None = None
+) -> dict[str, Piece]:
+    """What the weights of these names in a base's files are of its stacks of experts. Raises ConfigError."""
+    try:
+        return pieces_of_stacks(build_without_weights(folder, trust_remote_code, factory), names)
+    except ValueError as error:
+        raise ConfigError(f"model.base_model={folder}: {error}.") from error
 
-    Raises ConfigError where the files hold others in 4 bits than config.json says.
+
+def count_parameters(model: PreTrainedModel, folder: str) -> tuple[int, int]:
+    """Parameters of the linear layers that load_base packs, and all of the base in `folder`. Packs the layers.
+
+    `model` is built without weights. Raises ConfigError where the files hold others in 4 bits than config.json says.
     """
     layers = _pack(model, folder)
     if stored_quantization(folder):
         _refuse_half_packed(folder, list(layers))
     packed = sum(layer.weight.numel() for layer in layers.values())
     return packed, sum(parameter.numel() for parameter in model.parameters())
+
+
+def packs_experts(folder: str) -> bool:
+    """Whether load_base packs the experts that can be: not of a folder whose linear layers are packed already."""
+    return stored_quantization(folder) is None
 
 
 def _refuse_half_packed(folder: str, layers: list[str]) -> None:

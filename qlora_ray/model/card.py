@@ -140,6 +140,7 @@ def _shown_lora(settings: dict[str, Any]) -> str:
     parts = [
         f"r {model.lora_r}, alpha {model.lora_alpha:g}, on {wanted}" + (f" without {excluded}" if excluded else "")
     ]
+    parts += ["each expert r / experts of a token"] * model.expert_lora
     patterns: dict[str, dict[str, Any]] = {"r": model.rank_pattern, "alpha": model.alpha_pattern}
     parts += [
         f"{name} " + ", ".join(f"{value:g} in {pattern}" for pattern, value in some.items())

@@ -40,6 +40,33 @@ class RopeLimit:
     num_tokens: int
 
 
+EXPERT_CHUNK_BYTES = 2**30  # of experts' weights dequantized at a time: all of a layer of Qwen3-30B-A3B, half Mixtral's
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Sizes of the mixtures of experts of a base, as it will be built."""
+
+    num_experts: int  # of a layer
+    num_per_token: int
+    hidden: int  # what each token brings
+    up: int  # outputs of an expert's first projection
+    inner: int  # inputs of its last
+    num_layers: int  # that have experts
+    num_parameters: int  # of all experts
+    num_packed: int  # of these, in 4 bits
+
+    @property
+    def num_active(self) -> int:
+        """Parameters of the experts of one token."""
+        return self.num_parameters * self.num_per_token // self.num_experts
+
+    @property
+    def largest_stack(self) -> int:
+        """Parameters of one projection of all experts of a layer, whichever has more."""
+        return self.num_experts * self.hidden * max(self.up, self.inner)
+
+
 @dataclass(frozen=True)
 class BaseFacts:
     """Sizes of a base model."""
@@ -47,7 +74,6 @@ class BaseFacts:
     model_type: str
     num_parameters: int
     num_linear_parameters: int  # of the layers that become 4-bit
-    num_expert_parameters: int  # of fused mixture-of-experts weights, which stay 16-bit
     num_layers: int
     hidden_size: int
     vocab_size: int
@@ -58,8 +84,17 @@ class BaseFacts:
     num_positions: int | None = field(default=None, kw_only=True)  # where each has learned weights; no row is longer
     rope_limit: RopeLimit | None = field(default=None, kw_only=True)
     is_packed: bool = field(default=False, kw_only=True)  # stored in bitsandbytes' 4 bits
-    experts_per_token: int = field(default=0, kw_only=True)
-    expert_width: int = field(default=0, kw_only=True)
+    experts: ExpertSizes | None = field(default=None, kw_only=True)  # known once the model is built
+
+    @property
+    def num_packed_parameters(self) -> int:
+        """Of everything that becomes 4-bit."""
+        return self.num_linear_parameters + (self.experts.num_packed if self.experts else 0)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Of everything that a token passes."""
+        return self.num_parameters - (self.experts.num_parameters - self.experts.num_active if self.experts else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +123,6 @@ def read_facts(folder: str) -> BaseFacts:
         model_type=str(config.get("model_type", "unknown")),
         num_parameters=sum(math.prod(shape) for shape in shapes.values()),
         num_linear_parameters=sum(math.prod(shape) for shape in linear.values()),
-        num_expert_parameters=sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name),
         num_layers=int(text.get("num_hidden_layers") or text.get("n_layer") or 0),
         hidden_size=int(text.get("hidden_size") or text.get("n_embd") or 0),
         vocab_size=int(text.get("vocab_size") or 0),
@@ -99,8 +133,6 @@ def read_facts(folder: str) -> BaseFacts:
         num_positions=_rows_of(shapes, LEARNED_POSITIONS),
         rope_limit=_rope_limit(text),
         is_packed=_quantization_of(config) is not None,
-        experts_per_token=int(text.get("num_experts_per_tok") or 0),
-        expert_width=int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 0),
     )
 
 

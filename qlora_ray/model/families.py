@@ -51,3 +51,8 @@ FAMILIES = {
         norm_of_heads="head",
     ),
 }  # fmt: skip
+
+# Types whose decoder layers are not fused, and whose logits are what their head returns, or that over logits_scaling.
+PLAIN_HEADS = {
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
+}  # fmt: skip

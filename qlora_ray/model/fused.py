@@ -13,12 +13,14 @@ import torch
 from qlora_ray.libraries import Patch
 from qlora_ray.model.attention import dense_mask
 from qlora_ray.model.dropout import drop_of, probability_of
-from qlora_ray.model.families import FAMILIES, Family
+from qlora_ray.model.experts import blocks_around_experts
+from qlora_ray.model.families import FAMILIES, PLAIN_HEADS, Family
 from qlora_ray.model.head import make_head_return_nats
 from qlora_ray.model.layer import ACTIVATIONS, FusedLayer, Passed, activation_of, sight_of
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.projection import LoraProjection, Single, Turn, member, ops_for, why_not
 from qlora_ray.model.recompute import Choice
+from qlora_ray.model.routed import compute_in_4_bits
 from qlora_ray.model.stash import HostStash
 
 GELU_IN_STEPS = ("NewGELUActivation", "FastGELUActivation")
@@ -41,6 +43,7 @@ LORA_LAYERS = Patch(
 
 def fuse(model: torch.nn.Module) -> str:
     """Fuse what can be fused, in place; log and return one line that says what was, and why the rest was not."""
+    compute_in_4_bits(model)
     device = next(model.parameters()).device
     stash = HostStash(device) if device.type == "cuda" else None
     reasons: Counter[str] = Counter()
@@ -65,6 +68,8 @@ def fuse(model: torch.nn.Module) -> str:
             num_projections += _fuse_projection(module, num_projections, reasons)
     if fused and len(fused) == len(layers):
         _fuse_ends(model, fused[-1].fused)
+    elif model.config.model_type in PLAIN_HEADS:
+        _fuse_head(model, _NoLayer())
     line = f"fused: {len(fused)} decoder layers, {num_projections} other projections"
     if reasons:
         line += "; left to PEFT: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
@@ -87,7 +92,11 @@ def leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that read the weights of their submodules without calling them: ZeRO-3 must gather each as one."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
-    return [m for m in model.modules() if "fused" in m.__dict__ or isinstance(m, TrainableTokensLayer)]
+    experts = {id(module) for module in blocks_around_experts(model)}
+    return [
+        m for m in model.modules()
+        if "fused" in m.__dict__ or id(m) in experts or isinstance(m, TrainableTokensLayer)
+    ]  # fmt: skip
 
 
 def keep(model: torch.nn.Module, choice: Choice) -> None:
@@ -177,10 +186,22 @@ def _use_one_kernel_for_gelu(model: torch.nn.Module) -> None:
 def _fuse_ends(model: torch.nn.Module, last: FusedLayer) -> None:
     """The final norm, and the head with its loss."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    norm, head = causal_lm.model.norm, causal_lm.get_output_embeddings()
+    norm = causal_lm.model.norm
     causal_lm.takes_borders = True
     if not _is_trained_whole(norm):
         norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, last.family)
+    _fuse_head(causal_lm, last)
+
+
+class _NoLayer:
+    """Stands for the layer before a head that is fused alone: it always returns all rows."""
+
+    places: torch.Tensor | None = None
+
+
+def _fuse_head(model: Any, last: Any) -> None:
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = causal_lm.get_output_embeddings()
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
         make_head_return_nats(head, last, float(getattr(causal_lm.config, "logits_scaling", 1.0)))
 

@@ -139,7 +139,7 @@ class _Maker:
     ) -> None:
         """What core_model_loading.set_param_for_module does, which is `plain`."""
         if self._cache.writer and not self._has_begun:
-            self._cache.writer.make_room([f"{path}.weight" for path, one in model.named_modules() if _is_packed(one)])
+            self._cache.writer.make_room([one for one, _ in model.named_parameters() if _is_packed(model, one)])
         self._has_begun = True
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -147,10 +147,11 @@ class _Maker:
         if old is None:  # a buffer, or what the config switches off
             value = value.read() if isinstance(value, Pieces) else value
             return plain(model, name, value, found, quantizer)
-        is_transposed = isinstance(value, Pieces) and _is_packed(module, attribute) and _is_conv1d(module)
+        is_four_bit = _is_packed(model, name)
+        is_transposed = isinstance(value, Pieces) and is_four_bit and _is_conv1d(module)
         shape = value.shape[::-1] if is_transposed else value.shape
         found.missing_keys.discard(name)
-        if shape != old.shape or isinstance(value, Packed) and not _is_packed(module, attribute):
+        if shape != old.shape or isinstance(value, Packed) and not is_four_bit:
             found.mismatched_keys.add((name, value.shape, old.shape))
             return None
         if self._stays_whole(model, name):
@@ -163,12 +164,13 @@ class _Maker:
         return None
 
     def _make(self, name: str, module: Any, value: Any, is_transposed: bool) -> torch.nn.Parameter:
-        if _is_packed(module, name.rpartition(".")[2]):
+        old: Any = module._parameters[name.rpartition(".")[2]]
+        if _is_to_be_packed(old):
             module._is_hf_initialized = True
             stored = self._cache.weights.get(name)
-            parameter = self._four_bit(module, stored or (value.T if is_transposed else value))
+            parameter = self._four_bit(module, old, stored or (value.T if is_transposed else value))
             if self._cache.writer:
-                self._cache.writer.add(name, self._keeper.whole(parameter), module.quant_state)
+                self._cache.writer.add(name, self._keeper.whole(parameter), parameter.quant_state)
         else:
             parameter = torch.nn.Parameter(self._nothing(value.shape, self._dtype), requires_grad=False)
             share, numel = self._keeper.share, value.numel()
@@ -176,23 +178,25 @@ class _Maker:
         self.sources.append(Source(name, parameter, value, is_transposed))
         return parameter
 
-    def _four_bit(self, module: Any, value: Any) -> torch.nn.Parameter:
-        from bitsandbytes.nn import Params4bit
+    def _four_bit(self, module: Any, old: Any, value: Any) -> Any:
+        from bitsandbytes.nn import Linear4bit, Params4bit
 
         if isinstance(value, Packed):
             state, size = value.state(self._device), value.content.numel()
             ends = self._keeper.share.of(size)
             mine = self._keeper.share.padded(value.content.cut(*ends).to(self._device), size)
         else:
-            old, size = module.weight, num_packed(value.numel())
+            size = num_packed(value.numel())
             how = FourBit(old.quant_type, old.compress_statistics, old.blocksize)
             mine, scales = pack_share(lambda *ends: self._cut(value, *ends), value.numel(), self._keeper.share, how)
             self._keeper.take_largest(scales)
             state = state_of(scales, value.shape, self._dtype, how)
-        module.quant_state = state
+        layer = module if isinstance(module, Linear4bit) else None  # or a block of experts, of which this is a stack
+        if layer is not None:
+            layer.quant_state = state
         parameter = Params4bit(
             self._nothing(torch.Size((size, 1)), torch.uint8), quant_state=state, blocksize=state.blocksize,
-            compress_statistics=state.nested, quant_type=state.quant_type, module=module, bnb_quantized=True,
+            compress_statistics=state.nested, quant_type=state.quant_type, module=layer, bnb_quantized=True,
         )  # fmt: skip
         self._keeper.keep(parameter, mine)
         return parameter
@@ -246,10 +250,14 @@ def _ends_of(model: Any) -> list[torch.nn.Parameter]:
     return [end.weight for end in ends if end is not None]
 
 
-def _is_packed(module: torch.nn.Module, attribute: str = "weight") -> bool:
-    from bitsandbytes.nn import Linear4bit
+def _is_packed(model: torch.nn.Module, name: str) -> bool:
+    return _is_to_be_packed(model.get_parameter(name))
 
-    return isinstance(module, Linear4bit) and attribute == "weight"
+
+def _is_to_be_packed(parameter: torch.nn.Parameter | None) -> bool:
+    from bitsandbytes.nn import Params4bit
+
+    return isinstance(parameter, Params4bit)
 
 
 def _is_conv1d(module: Any) -> bool:

@@ -16,15 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from qlora_ray.config import ModelConfig
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.adapter import ADAPTER_NAME, trainable, wrap
-from qlora_ray.model.base import build_without_weights, count_parameters
-from qlora_ray.model.facts import ModelFacts, left_out_of_all_linear, read_facts, read_shapes
+from qlora_ray.model.base import build_without_weights, count_parameters, packs_experts
+from qlora_ray.model.experts import expert_sizes
+from qlora_ray.model.facts import ModelFacts, left_out_of_all_linear, read_facts
+from qlora_ray.model.peft_names import taken_for_experts
 from qlora_ray.model.start import check_base, check_tensors, check_tokens, open_start
 from qlora_ray.model.token_rows import NewTokens
 
-# Experts' matrices and routers, and the models where PEFT adapts both as its target modules say of the files' names
-# (peft/utils/transformers_weight_conversion.py).
-EXPERT_LINEAR = re.compile(r"(\.experts\.\d+\.\w+|block_sparse_moe\.gate|mlp\.gate)\.weight$")
-ADAPTED_EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe"}
 SHOWN = 3
 
 
@@ -36,9 +34,10 @@ def model_facts(folder: str, model: ModelConfig, new_tokens: NewTokens) -> Model
     facts = read_facts(folder)
     base = build_without_weights(folder, model.trust_remote_code, model.factory)
     packed, all_of_them = count_parameters(copy.deepcopy(base), folder)
-    names = layer_names(base, folder)
+    names = layer_names(base)
     adapted = check_names(model, names, type(base).__name__)
     _check_ends(model, base, adapted)
+    _check_variant(model, base, adapted)
     start = open_start(model)
     if start:
         check_tokens(start, new_tokens)
@@ -46,7 +45,8 @@ def model_facts(folder: str, model: ModelConfig, new_tokens: NewTokens) -> Model
     if start:
         check_base(start, folder)
         check_tensors(start, _names_of_peft(wrapped), model)
-    sizes = {"num_linear_parameters": packed, "num_parameters": all_of_them}
+    experts = expert_sizes(base, packs_experts(folder))
+    sizes = {"num_linear_parameters": packed, "num_parameters": all_of_them, "experts": experts}
     return ModelFacts(
         **{**vars(facts), **sizes},
         num_trainable_parameters=sum(parameter.numel() for parameter in trainable(wrapped).values()),
@@ -73,7 +73,17 @@ def _check_ends(model: ModelConfig, base: PreTrainedModel, adapted: list[str]) -
         raise ConfigError(f"model.modules_to_save: {whole[0]} is trained whole, and model.new_tokens trains its rows.")
 
 
-def layer_names(base: PreTrainedModel, folder: str) -> dict[str, str]:
+def _check_variant(model: ModelConfig, base: PreTrainedModel, adapted: list[str]) -> None:
+    """Raise ConfigError where PEFT could not read the adapter: shared experts reach it as parameters, without DoRA."""
+    beside = [name for name in adapted if last_part(name) in taken_for_experts(base.config.model_type)]
+    if beside and model.lora_variant == "dora":
+        raise ConfigError(
+            f"model.lora_variant=dora: PEFT takes the name of {beside[0]} for an expert's in {base.config.model_type} "
+            "models, and has no DoRA there. Use lora or rslora, or name target_modules without it."
+        )
+
+
+def layer_names(base: PreTrainedModel) -> dict[str, str]:
     """Names that target_modules may mean, and what they name.
 
     "linear" or "head", which a LoRA fits, "left out", a linear layer that PEFT does not adapt, or "other".
@@ -85,9 +95,6 @@ def layer_names(base: PreTrainedModel, folder: str) -> dict[str, str]:
             names[name] = "head"
         elif isinstance(module, torch.nn.Linear | Conv1D):
             names[name] = "left out" if name.endswith(left_out) else "linear"
-    if base.config.model_type in ADAPTED_EXPERTS:
-        stored = read_shapes(folder, is_tied=False)
-        names |= {name.removesuffix(".weight"): "linear" for name in stored if EXPERT_LINEAR.search(name)}
     return names
 
 

@@ -76,10 +76,13 @@ class Pieces:
 
     def cut(self, start: int, stop: int) -> torch.Tensor:
         """The values from `start` to `stop` of the flattened tensor, on the CPU, as they are stored."""
-        parts = [one.read() for one in self.between(start, stop)]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=getattr(torch, DTYPES[self.stored]))
+        stretches, at = self.between(start, stop), 0
+        if len(stretches) == 1:
+            return stretches[0].read()
+        values = torch.empty(sum(one.stop - one.start for one in stretches), dtype=getattr(torch, DTYPES[self.stored]))
+        for one in stretches:  # one after the other, so that no more than one is there twice
+            values[at : (at := at + one.stop - one.start)] = one.read()
+        return values
 
     def read(self) -> torch.Tensor:
         """The whole tensor."""

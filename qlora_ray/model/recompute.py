@@ -87,6 +87,7 @@ class PlainShape:
     widest: int  # of its activations
     element_bytes: int
     has_whole_logits: bool = True
+    dequantized_bytes: int = 0  # of experts' weights at a time
 
     @property
     def steps(self) -> tuple[tuple[Keep, ...], ...]:
@@ -101,7 +102,8 @@ class PlainShape:
 
     def passing_bytes(self, num_tokens: int) -> int:
         """The most that one layer's backward holds beyond what was or is kept: gradients, one dequantized weight."""
-        return (num_tokens * (self.hidden + 2 * self.widest) + self.hidden * self.widest) * self.element_bytes
+        elements = num_tokens * (self.hidden + 2 * self.widest) + self.hidden * self.widest
+        return elements * self.element_bytes + self.dequantized_bytes
 
     def repeated_flops(self, level: Keep, length: int) -> float:
         """Computed a second time, for each token."""

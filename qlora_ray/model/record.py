@@ -35,6 +35,11 @@ class Adapter:
         return QuantizationConfig.model_validate(self.record["quantization"])
 
     @property
+    def packed_stacks(self) -> list[str]:
+        """Experts that were in 4 bits in training; none in adapters of earlier versions."""
+        return self.record.get("four_bit_stacks", [])
+
+    @property
     def compute_dtype(self) -> str:
         """Name of the dtype that training computed in, e.g. "bfloat16"."""
         return self.record["quantization"]["compute_dtype"]

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 
 from qlora_ray.config import Config
-from qlora_ray.model.facts import BaseFacts
-from qlora_ray.model.families import FAMILIES
+from qlora_ray.model.facts import EXPERT_CHUNK_BYTES, BaseFacts
+from qlora_ray.model.families import FAMILIES, PLAIN_HEADS
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, activation_bytes
 
 GIB = 2**30
@@ -60,10 +60,11 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
     family = FAMILIES.get(base.model_type)
     rank = max(model.lora_r, *model.rank_pattern.values(), 0)
     first = {name.split(".")[-1]: (rows, columns) for name, rows, columns in base.linear_shapes if ".0." in name}
+    has_whole_logits = bool(model.new_tokens) or "lm_head" in model.modules_to_save
     can_fuse = config.quantization.type != "none" and not (model.lora_variant == "dora" and model.lora_dropout)
     can_fuse = can_fuse and not set(model.modules_to_save) - BESIDE_LAYERS
     if family is None or not can_fuse or not {*family.qkv, "o_proj", *family.gate_up} <= first.keys():
-        return _plain_shape(base, rank, element_bytes)
+        return _plain_shape(base, rank, element_bytes, has_whole_logits)
     queries = first["o_proj"][1]
     return LayerShape(
         hidden=first["o_proj"][0], inner=sum(first[name][0] for name in family.gate_up) // 2, queries=queries,
@@ -71,34 +72,37 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
         rank=rank, element_bytes=element_bytes, adapted=(len(family.qkv), 1, len(family.gate_up), 1),
         has_head_norms=bool(family.norm_of_heads), norms_after=family.num_norms_after,
         is_dora=model.lora_variant == "dora",
-        has_whole_logits=bool(model.new_tokens) or "lm_head" in model.modules_to_save,
+        has_whole_logits=has_whole_logits,
     )  # fmt: skip
 
 
-def _plain_shape(base: BaseFacts, rank: int, element_bytes: int) -> PlainShape:
+def _plain_shape(base: BaseFacts, rank: int, element_bytes: int, has_whole_logits: bool) -> PlainShape:
     """What autograd keeps of a layer by its projections: what each reads, once, what each gives, and its LoRA's share.
 
     What one gives to the residual stream is not kept, but a norm keeps as much there.
     """
     layers = max(1, base.num_layers)
-    # Of each expert that a token goes to: gate, up, what they become, and three times the hidden width around them.
-    elements = layers * base.experts_per_token * (4 * base.expert_width + 3 * base.hidden_size)
-    read = set()
+    elements, read = 0, set()
     for name, rows, columns in base.linear_shapes:
         place = name.rpartition(".")[0] if SAME_INPUT.search(name) else name
         elements += rows + rank + (0 if place in read else columns)
         read.add(place)
     widest = max((max(rows, columns) for _, rows, columns in base.linear_shapes), default=base.hidden_size)
+    dequantized, experts = 0, base.experts
+    if experts:  # model/routed.py keeps the first products; the others, and what is around them, are of one layer
+        elements += experts.num_layers * experts.num_per_token * experts.up
+        widest = max(widest, experts.num_per_token * (2 * experts.inner + 3 * experts.hidden) // 2)
+        dequantized = min(EXPERT_CHUNK_BYTES, experts.num_experts * experts.up * experts.hidden * element_bytes)
     return PlainShape(
         base.hidden_size, elements * element_bytes // layers, base.num_linear_parameters // layers, widest,
-        element_bytes,
+        element_bytes, base.model_type not in PLAIN_HEADS or has_whole_logits, dequantized,
     )  # fmt: skip
 
 
 def resident_gib(sizes: Sizes) -> dict[str, float]:
     """GiB a worker holds all the time, by part."""
     base, wide = sizes.base, sizes.element_bytes
-    quantized = base.num_linear_parameters if sizes.quantized else 0
+    quantized = base.num_packed_parameters if sizes.quantized else 0
     packed = quantized * 0.5
     scales = quantized * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5)  # ZeRO shards weights, not their scales
     rest = (base.num_parameters - quantized) * wide
@@ -126,9 +130,12 @@ def memory_gib(sizes: Sizes, num_tokens: int, choice: Choice) -> dict[str, float
 def loading_gib(sizes: Sizes) -> float:
     """GiB that a worker holds at most while it loads the base."""
     base, wide = sizes.base, sizes.element_bytes
-    quantized = base.num_linear_parameters if sizes.quantized else 0
+    quantized = base.num_packed_parameters if sizes.quantized else 0
     if sizes.loads_in_shares:
-        largest = max((rows * columns for _, rows, columns in base.linear_shapes), default=0)
+        stack = (
+            base.experts and max(base.experts.up, base.experts.inner) * base.experts.hidden * base.experts.num_experts
+        )
+        largest = max(stack or 0, *(rows * columns for _, rows, columns in base.linear_shapes), 0)
         one = largest * (wide / sizes.num_workers + 2 * 4 / 64)  # its share, and float32 scales of all of it
         return resident_gib(sizes)["base"] + one / GIB
     return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB
@@ -145,7 +152,7 @@ def tokens_per_second(sizes: Sizes, length: int, choice: Choice, gpu: str) -> fl
     It is for mixtures of experts: nothing was measured of how fast these products are.
     """
     base, layer = sizes.base, sizes.layer
-    if gpu not in PRODUCT_FLOPS or base.num_expert_parameters:
+    if gpu not in PRODUCT_FLOPS or base.experts:
         return None
     head = base.hidden_size * base.vocab_size
     flops = 4.0 * (base.num_linear_parameters + head) + 6.0 * sizes.num_trainable

@@ -103,7 +103,7 @@ def make_plan(
     compute_dtype = _compute_dtype(config, use_gpu, hardware)
     stage = zero_stage(config)
     trainable = base.num_trainable_parameters
-    quantized = base.num_linear_parameters if config.quantization.type != "none" else 0
+    quantized = base.num_packed_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
     num_tokens = config.training.batch_size * data.rows_of_tokens * min(config.training.max_length, data.longest_row)
     known = memory.sizes(config, base, trainable, stage, compute_dtype)
@@ -342,12 +342,15 @@ def zero_stage(config: Config) -> int:
 
 
 def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: int, use_gpu: bool) -> tuple[str, ...]:
-    notes = []
-    if base.num_expert_parameters and config.quantization.type != "none":
-        share = base.num_expert_parameters / base.num_parameters
-        notes.append(f"{share:.0%} of the base's weights are mixture-of-experts weights: they stay 16-bit.")
-    elif config.quantization.type != "none" and base.num_linear_parameters < 0.5 * base.num_parameters:
-        share = 1 - base.num_linear_parameters / base.num_parameters
+    notes, is_quantized, experts = [], config.quantization.type != "none", base.experts
+    if experts and is_quantized and experts.num_packed < experts.num_parameters:
+        share = (experts.num_parameters - experts.num_packed) / base.num_parameters
+        notes.append(
+            f"{share:.0%} of the base's weights are experts that stay 16-bit: those of {base.model_type} models do not "
+            "compute as transformers' interface for experts has it, or lie in a folder whose other layers are 4-bit."
+        )
+    elif is_quantized and base.num_packed_parameters < 0.5 * base.num_parameters:
+        share = 1 - base.num_packed_parameters / base.num_parameters
         notes.append(f"{share:.0%} of the base's weights are not linear layers (embeddings mostly): they stay 16-bit.")
     if base.is_packed:
         how = config.quantization

@@ -26,9 +26,11 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
     loading = memory.loading_gib(known)
+    active = f" ({base.num_active_parameters / 1e9:.2f} B for a token)" if base.experts else ""
     lines = [
-        f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters, LoRA r={config.model.lora_r}, "
-        f"rows of {row} tokens, ZeRO stage {known.stage}, {workers} x {gib:g} GiB ({gpu})",
+        f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters{active}, "
+        f"LoRA r={config.model.lora_r}, rows of {row} tokens, ZeRO stage {known.stage}, "
+        f"{workers} x {gib:g} GiB ({gpu})",
         f"{base.num_trainable_parameters:,} parameters trained, in {shown_layers(base)}",
         f"weights and optimizer {resident:.2f} GiB a worker, "
         f"{loading:.2f} while loading{'' if loading <= SHARE_OF_MEMORY * gib else ': does not fit'}",

@@ -19,6 +19,8 @@ from qlora_ray.config import ModelConfig
 from qlora_ray.model import card
 from qlora_ray.model.adapter import ADAPTER_NAME
 from qlora_ray.model.base import packed_layers
+from qlora_ray.model.experts import packed_stacks
+from qlora_ray.model.peft_names import for_plain_peft
 from qlora_ray.model.record import FILE, LAYOUT, describe_base, rows_of_tokens, tokenizer_sha256
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
@@ -38,7 +40,7 @@ def write_adapter(
 ) -> None:  # fmt: skip
     """Write trained weights, by parameter name, as a PEFT adapter; `about` is its record, without the tokenizer's."""
     exported = {saved: weights[name] for name, saved in names_in_file(model, weights).items()}
-    config = model.peft_config[ADAPTER_NAME]
+    config = for_plain_peft(model, ADAPTER_NAME)
     was_in_training, config.inference_mode = config.inference_mode, True
     with tempfile.TemporaryDirectory() as temporary:
         config.save_pretrained(temporary)
@@ -50,7 +52,8 @@ def write_adapter(
     if about is not None:
         record = {
             **about, "tokenizer_sha256": tokenizer_sha256(tokenizer), "four_bit_layers": packed_layers(model),
-            "token_rows": rows_of_tokens(config.trainable_token_indices),
+            "four_bit_stacks": packed_stacks(model),
+            "token_rows": rows_of_tokens(model.peft_config[ADAPTER_NAME].trainable_token_indices),
         }  # fmt: skip
         (folder / FILE).write_bytes(json.dumps(record, indent=1).encode())
         (folder / "README.md").write_bytes(card.render(record).encode())

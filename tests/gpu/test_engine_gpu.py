@@ -11,21 +11,6 @@ from tests.integration import engines, tiny_models
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def nccl(tmp_path_factory):
-    import os
-
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        pytest.skip("another process group is there; run this file by itself")
-    os.environ["LOCAL_RANK"] = "0"
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.fixture
 def adding_in_one_order():
     """What training.deterministic asks for, for one test."""

@@ -14,6 +14,7 @@ from qlora_ray.data.tokenize import load_tokenizer
 from qlora_ray.inference.judge import Examples
 from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import load_base
+from qlora_ray.model.routed import compute_in_4_bits
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import about, in_dtype, write_adapter
 from qlora_ray.worker.messages import Run
@@ -28,6 +29,7 @@ def trained(folder: Path, base: str, dtype: str = "float32", steps: int = 40, **
     compute_dtype = getattr(torch, dtype)
     base_model = load_base(config.model, config.quantization, dtype, torch.device("cpu"))
     adapted = add_adapter(base_model, config.model, compute_dtype, 0)
+    compute_in_4_bits(adapted)
     parameters = trainable(adapted)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
     adapted.train()

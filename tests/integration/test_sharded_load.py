@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -75,7 +76,10 @@ def test_shares_of_two_workers_are_those_of_the_whole_for_all_kinds_of_files(tmp
 
 def test_merged_experts_and_shares_that_begin_inside_a_block_are_those_of_the_whole(tmp_path):
     mixtral = save(tmp_path / "a", "mixtral", torch.bfloat16, **LAYERS)
-    left = check_same(3, tmp_path / "run", Job(mixtral), Job(save(tmp_path / "b", "falcon", torch.float32, **LAYERS)))
+    others = [Job(save(tmp_path / one, one, torch.float32, **LAYERS)) for one in ("gpt_oss", "falcon")]
+    left = check_same(3, tmp_path / "run", Job(mixtral), *others)
+    for held in (left[0][0], left[1][0]):
+        assert any("experts" in name for name in held.scales)
     stored = sum(entry.size for entry in base_tensors(mixtral, "").entries.values())
     # Its third of each tensor, at both ends up to a block of 64 values more; the first reads two weights once more.
     borders = 2 * 64 * 2 * len(base_tensors(mixtral, "").entries)
@@ -159,4 +163,8 @@ def test_memory_while_loading_is_the_share_and_less_than_one_layer_more(family, 
         assert held < 0.4 * whole
     facts = exact_facts(config)
     forecast = memory.loading_gib(memory.sizes(config, facts, facts.num_trainable_parameters, 3, "float32"))
-    assert forecast * 2**30 == pytest.approx(peak, rel=0.2)
+    # Packing needs no buffers on a GPU, which the forecast is for.
+    largest = 4 * 256 * 2 * 512 if family == "mixtral" else 256 * 512
+    values = torch.zeros(largest // 4)
+    packing, _ = peak_bytes(lambda: quantize_4bit(values, quant_type="nf4"))
+    assert forecast * 2**30 + packing == pytest.approx(peak, rel=0.1)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qlora_ray.config import Config, make_config
-from tests.integration import door
+from tests.integration import door, tiny_models
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ class Case:
     stage: int
     has_validation: bool
     steps: int = 3
+    base: str = "embedded"
 
     @property
     def name(self) -> str:
         validated = "validated" if self.has_validation else "alone"
-        return f"records{self.records}-stage{self.stage}-{validated}-steps{self.steps}"
+        return f"{Path(self.base).name}-records{self.records}-stage{self.stage}-{validated}-steps{self.steps}"
 
 
 FEW = [
@@ -50,7 +51,7 @@ def config_of(case: Case, folder: Path, num_workers: int) -> Config:
     data = folder / f"{case.records}.json"
     data.write_text(json.dumps([{"instruction": f"say {i}", "output": f"{i} it is"} for i in range(case.records)]))
     return make_config({
-        "model": {"lora_dropout": 0.1},
+        "model": {"base_model": case.base, "lora_dropout": 0.1},
         "training": {"max_steps": case.steps, "batch_size": 2, "global_batch_size": 4, "max_length": 32,
                      "eval_every_steps": 1},
         "data": {"train_file": str(data), "validation_split": 0.1 if case.has_validation else 0},
@@ -102,6 +103,13 @@ def check(cases: list[Case], folder: Path) -> None:
 @pytest.mark.timeout(900)
 def test_run_of_a_few_records_ends_with_the_same_bits_for_any_workers_and_after_a_resume(tmp_path):
     check(FEW, tmp_path)
+
+
+@pytest.mark.timeout(900)
+def test_experts_in_4_bits_end_with_the_same_bits_for_any_workers_and_after_a_resume(tmp_path):
+    bases = [tiny_models.save(family, tmp_path / family) for family in ("qwen2_moe", "gpt_oss")]
+    cases = [Case(5, stage, True, base=base) for base in bases for stage in (0, 3)]
+    check(cases, tmp_path)
 
 
 @pytest.mark.slow

@@ -22,11 +22,33 @@ FAMILIES: dict[str, dict] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16},
 }  # fmt: skip
+LATENT = dict(q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+MIXTURES: dict[str, dict] = {
+    "mixtral": FAMILIES["mixtral"], "qwen3_moe": FAMILIES["qwen3_moe"],
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "glm4_moe": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1,
+        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 16, "norm_topk_prob": True,
+    },
+    "deepseek_v2": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1,
+        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4, **LATENT,
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1,
+        "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4, **LATENT,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "head_dim": 16},
+}  # fmt: skip
 
 
 def save(family: str, folder: Path, **more: Any) -> str:
     """Write a random model of a family, with the embedded base's tokenizer; returns the folder."""
-    sizes = {**({} if family == "gpt2" else SIZES), **FAMILIES[family], **more}
+    sizes = {**({} if family == "gpt2" else SIZES), **{**FAMILIES, **MIXTURES}[family], **more}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     model.save_pretrained(folder)

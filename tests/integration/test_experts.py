@@ -1,0 +1,241 @@
+"""Experts in 4 bits: bitsandbytes' own bits, PEFT's losses and gradients, one result however they are shared."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qlora_ray.config import base_model_path
+from qlora_ray.errors import ConfigError
+from qlora_ray.inference import merge
+from qlora_ray.inference.load import load as load_for_use
+from qlora_ray.model import routed
+from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, load_adapter, trainable
+from qlora_ray.model.base import count_bytes, load_base
+from qlora_ray.model.experts import is_packed, packed_stacks
+from qlora_ray.model.fused import fuse, leaf_modules
+from qlora_ray.model.record import FILE, open_adapter
+from qlora_ray.model.routed import compute_in_4_bits
+from qlora_ray.planning.early import exact_facts
+from qlora_ray.storage import open_folder
+from qlora_ray.worker.export import write_adapter
+from qlora_ray.worker.loss import sum_of_nats
+from tests.integration import adapters, engines, tiny_models
+
+CPU = torch.device("cpu")
+FAMILIES = list(tiny_models.MIXTURES)
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory):
+    """A folder of each family, made once."""
+    folders: dict[str, str] = {}
+
+    def folder_of(family: str) -> str:
+        if family not in folders:
+            folders[family] = tiny_models.save(family, tmp_path_factory.mktemp(family))
+            stir(Path(folders[family]))
+        return folders[family]
+
+    return folder_of
+
+
+def stir(folder: Path) -> None:
+    """Give biases and the routers' corrections, which begin as zeros, values that matter."""
+    from safetensors.torch import load_file, save_file
+
+    weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(2)
+    for name, weight in weights.items():
+        if "bias" in name or weight.dim() == 1 or ".gate.weight" in name or "router" in name:
+            weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(folder: str, **sections):
+    config = tiny_models.make_config(folder, **sections)
+    return load_base(config.model, config.quantization, "float32", CPU)
+
+
+def dense(folder: str):
+    """The base as plain transformers loads it, with the values that its 4-bit weights stand for."""
+    packed, model = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, parameter in packed.named_parameters():
+        if hasattr(parameter, "quant_state"):
+            model.get_parameter(name).data.copy_(dequantize_4bit(parameter.data, parameter.quant_state))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.bites("model.experts.STACKS_TOO")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_experts_have_the_bits_of_bitsandbytes_and_are_what_the_plan_counts(family, base_of):
+    folder = base_of(family)
+    base, plain = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert packed_stacks(base)
+    for name in packed_stacks(base):
+        packed = base.get_parameter(name)
+        bits, state = quantize_4bit(plain.get_parameter(name), quant_type="nf4", compress_statistics=True)
+        assert torch.equal(packed.data, bits)
+        assert torch.equal(packed.quant_state.absmax, state.absmax) and packed.quant_state.offset == state.offset
+    facts, stored = exact_facts(tiny_models.make_config(folder)), count_bytes(base)
+    assert facts.num_packed_parameters == stored.four_bit_parameters
+    assert facts.num_parameters == stored.parameters
+    assert facts.experts.num_packed == facts.experts.num_parameters > 0
+
+
+@pytest.mark.parametrize("expert_lora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_of_the_lora_are_those_of_peft_on_the_dense_base(family, expert_lora, base_of):
+    config = tiny_models.make_config(base_of(family), model={"expert_lora": expert_lora})
+    ours = add_adapter(load(config.model.base_model), config.model, torch.float32, seed=0).train()
+    theirs = add_adapter(dense(config.model.base_model), config.model, torch.float32, seed=0).train()
+    names = list(trainable(ours))
+    fuse(ours)
+    assert names == list(trainable(theirs)) and not any(".gate." in name or ".router." in name for name in names)
+    assert any(".experts." in name for name in names) == expert_lora
+    assert exact_facts(config).num_trainable_parameters == sum(one.numel() for one in trainable(ours).values())
+    generator = torch.Generator().manual_seed(1)
+    for one, other in zip(trainable(ours).values(), trainable(theirs).values(), strict=True):
+        value = torch.randn(one.shape, generator=generator) * 0.05
+        one.data.copy_(value)
+        other.data.copy_(value)
+    losses = [sum_of_nats(model, tiny_models.batch()) for model in (ours, theirs)]
+    assert abs(losses[0].item() / losses[1].item() - 1) < 1e-6
+    for loss in losses:
+        loss.backward()
+    for name, one in trainable(ours).items():
+        other = trainable(theirs)[name]
+        assert tiny_models.difference(one.grad, other.grad) < 1e-4, name
+
+
+@pytest.mark.bites("model.peft_names.TAKEN_AS_WRITTEN")
+@pytest.mark.parametrize("expert_lora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_trained_under_zero3_has_its_logits_in_plain_peft(
+    family, expert_lora, base_of, tmp_path, process_group
+):
+    folder = base_of(family)
+    config = tiny_models.make_config(folder, deepspeed={"zero_stage": 3}, model={"expert_lora": expert_lora})
+    engine = engines.build(config, tmp_path)
+    blocks = [module for module in leaf_modules(engine.module) if "fused" not in module.__dict__]
+    assert len(blocks) == len([module for module in engine.module.modules() if is_packed(module)])
+    losses = engines.train(engine, range(8))
+    assert losses[-1] < losses[0] - 0.05
+    adapter = open_folder(str(tmp_path / "adapter"))
+    write_adapter(adapter, engine.module, engine.weights(), AutoTokenizer.from_pretrained(folder))
+    live = tiny_models.logits(engine.module)
+    plain = PeftModel.from_pretrained(dense(folder), adapter.path)
+    assert tiny_models.difference(live, tiny_models.logits(plain)) < 1e-6
+    ours = load_adapter(load(folder), adapter.path)
+    compute_in_4_bits(ours)
+    assert tiny_models.difference(live, tiny_models.logits(ours)) < 1e-6
+
+
+@pytest.mark.bites("model.stack_files.CONVERSIONS")
+@pytest.mark.parametrize("expert_lora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_mixture_has_the_logits_of_the_adapter_on_its_packed_experts(family, expert_lora, base_of, tmp_path):
+    folder = adapters.trained(tmp_path / "run", base_of(family), steps=4, expert_lora=expert_lora)
+    adapter = open_adapter(str(folder))
+    assert len(adapter.packed_stacks) > 0
+    merge.merge(adapter, tmp_path / "merged", "training", "float32", CPU)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    live = tiny_models.logits(load_for_use(adapter, CPU).model)
+    assert tiny_models.difference(live, tiny_models.logits(merged)) < 2e-5
+    merge.merge(adapter, tmp_path / "original", "original", "float32", CPU)
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float32)
+    assert tiny_models.difference(live, tiny_models.logits(original)) > 1e-3
+
+
+def test_adapter_of_an_earlier_version_is_used_on_experts_in_16_bits_as_it_was_trained(base_of, tmp_path):
+    folder = adapters.trained(tmp_path / "run", base_of("qwen3_moe"), steps=1)
+    record = json.loads((folder / FILE).read_text())
+    del record["four_bit_stacks"]
+    (folder / FILE).write_text(json.dumps(record))
+    assert packed_stacks(load_for_use(open_adapter(str(folder)), CPU).model) == []
+
+
+@pytest.mark.parametrize(("variant", "scaling"), [("lora", 4.0), ("rslora", 32 / 8**0.5)])
+def test_an_experts_lora_has_its_share_of_the_rank_and_the_scale_of_the_others(variant, scaling, base_of):
+    config = tiny_models.make_config(base_of("mixtral"), model={"expert_lora": True, "lora_variant": variant})
+    adapted = add_adapter(load(config.model.base_model), config.model, torch.float32, 0)
+    loras = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    assert {lora.r[ADAPTER_NAME] for lora in loras if hasattr(lora, "parameter_name")} == {8 // 2}
+    assert {round(lora.scaling[ADAPTER_NAME], 6) for lora in loras} == {round(scaling, 6)}
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "said"),
+    [
+        ("qwen3_moe", {"lora_dropout": 0.1}, "^model.lora_dropout=0.1: PEFT has none on experts"),
+        ("qwen3_moe", {"lora_variant": "dora"}, "^model.lora_variant=dora: PEFT has none on experts"),
+        ("llama", {}, "^model.expert_lora=true: llama has no experts"),
+    ],
+)
+def test_expert_lora_that_peft_does_not_have_is_refused_by_the_driver(family, model, said, tmp_path):
+    folder = tiny_models.save(family, tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        exact_facts(tiny_models.make_config(folder, model={"expert_lora": True, **model}))
+
+
+def routed_to(experts: list[list[int]], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, the experts of each and their scores."""
+    index, generator = torch.tensor(experts), torch.Generator().manual_seed(seed)
+    x = torch.randn(len(index), tiny_models.SIZES["hidden_size"], generator=generator)
+    return x, index, torch.rand(index.shape, generator=generator)
+
+
+ROUTES = {
+    "an expert without tokens": [[0, 1], [3, 1], [0, 3], [1, 0], [3, 0]],
+    "all tokens on one": [[2]] * 6,
+    "one expert each": [[3], [0], [1], [1]],
+    "all experts each": [[0, 1, 2, 3], [3, 2, 1, 0]],
+    "one token": [[1, 3]],
+}
+
+
+@pytest.mark.parametrize("chunk_bytes", [routed.EXPERT_CHUNK_BYTES, 1])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_and_their_gradients_are_those_of_transformers_own_loop(
+    family, route, chunk_bytes, base_of, monkeypatch
+):
+    monkeypatch.setattr(routed, "EXPERT_CHUNK_BYTES", chunk_bytes)
+    ours, theirs = load(base_of(family)).model.layers[1].mlp.experts, dense(base_of(family)).model.layers[1].mlp.experts
+    theirs.config._experts_implementation = "eager"
+    outcomes = []
+    for experts in (ours, theirs):
+        x, index, scores = routed_to(ROUTES[route])
+        y = experts(x.requires_grad_(), index, scores.requires_grad_())
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5)))
+        outcomes.append((y.detach(), x.grad, scores.grad))
+    for one, other in zip(*outcomes, strict=True):
+        assert tiny_models.difference(one, other) < 1e-5
+
+
+def test_what_a_chunk_holds_does_not_change_the_bits(base_of, monkeypatch):
+    model = load(base_of("mixtral"))
+    whole = tiny_models.logits(model)
+    monkeypatch.setattr(routed, "EXPERT_CHUNK_BYTES", 3 * 128 * 64 * 4)  # three experts of four
+    assert torch.equal(whole, tiny_models.logits(model))
+
+
+def test_experts_that_compute_otherwise_stay_in_16_bits_and_the_plan_says_how_much(tmp_path):
+    sizes = dict(num_local_experts=4, intermediate_size_mlp=64, interleave_moe_layer_step=1, head_dim=16)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama4_text", **{**tiny_models.SIZES, **sizes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(base_model_path("embedded")).save_pretrained(tmp_path)
+    asked = tiny_models.make_config(str(tmp_path))
+    stored, facts = count_bytes(load(str(tmp_path))), exact_facts(asked)
+    assert not packed_stacks(load(str(tmp_path))) and facts.experts.num_packed == 0
+    assert facts.num_packed_parameters == stored.four_bit_parameters
+    plan = engines.plan_of(asked, engines.rows_of_batch(tmp_path / "cache"))
+    share = facts.experts.num_parameters / facts.num_parameters
+    assert any(
+        note.startswith(f"{share:.0%} of the base's weights are experts that stay 16-bit") for note in plan.notes
+    )
