@@ -39,7 +39,8 @@ def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
     """Write a bitsandbytes 4-bit weight into `out`, (rows, columns) in the compute dtype, any row stride."""
     from bitsandbytes.functional import dequantize_4bit
 
-    out.copy_(dequantize_4bit(weight.data.reshape(-1, 1), weight.quant_state))  # type: ignore[attr-defined]
+    whole = dequantize_4bit(weight.data.reshape(-1, 1), weight.quant_state)  # type: ignore[attr-defined]
+    out.copy_(whole.view(out.shape))
 
 
 def place(b: torch.Tensor | None, scale: float, column: int, out: torch.Tensor) -> None:
@@ -139,6 +140,21 @@ def glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, is_gelu: bool) -> No
     dup = wide * active.float()
     grad.copy_(active * up.to(grad.dtype))
     gate_up.copy_(torch.cat((dgate, dup), -1))
+
+
+def glu_backward_with_dots(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """As `glu_backward` of SiLU; returns <grad, what `glu` returned> of each row: (M,) float32."""
+    before = grad.clone()
+    glu_backward(grad, gate_up, False)
+    return (before.float() * grad.float()).sum(-1)
+
+
+def sum_of_rows(rows: torch.Tensor, places: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
+    """out (T, N) = of rows (M, N) those at places (T, k), each times its score (T, k), added in this order."""
+    total = torch.zeros(out.shape, device=out.device)
+    for place, score in zip(places.unbind(1), scores.unbind(1), strict=True):
+        total += rows[place].float() * score[:, None].float()
+    out.copy_(total)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, scale: float) -> torch.Tensor:

@@ -342,20 +342,79 @@ def glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, is_gelu: bool) -> No
 
 
 @triton.jit
+def _glu_gradients(stored, up, wide, IS_GELU: tl.constexpr):
+    # Of gate and up, and what `glu` returned, for a gradient `wide` of it.
+    gate = stored.to(tl.float32)
+    inner, slope = _inner(gate, IS_GELU)
+    sigmoid = tl.sigmoid(inner)
+    active = (gate * sigmoid).to(stored.dtype).to(tl.float32)
+    return wide * up * sigmoid * (1 + gate * slope * (1 - sigmoid)), wide * active, active * up
+
+
+@triton.jit
 def _glu_backward(grad, gate_up, width, stride, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < width
     gate_place = gate_up + row * 2 * width + column
     stored = tl.load(gate_place, mask=there, other=0.0)
-    gate, up = stored.to(tl.float32), tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
     wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    inner, slope = _inner(gate, IS_GELU)
-    sigmoid = tl.sigmoid(inner)
-    active = (gate * sigmoid).to(stored.dtype).to(tl.float32)
-    tl.store(gate_place, (wide * up * sigmoid * (1 + gate * slope * (1 - sigmoid))).to(stored.dtype), mask=there)
-    tl.store(gate_place + width, (wide * active).to(stored.dtype), mask=there)
-    tl.store(grad + row * stride + column, (active * up).to(stored.dtype), mask=there)
+    of_gate, of_up, hidden = _glu_gradients(stored, up, wide, IS_GELU)
+    tl.store(gate_place, of_gate.to(stored.dtype), mask=there)
+    tl.store(gate_place + width, of_up.to(stored.dtype), mask=there)
+    tl.store(grad + row * stride + column, hidden.to(stored.dtype), mask=there)
+
+
+def glu_backward_with_dots(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """As `glu_backward` of SiLU; returns <grad, what `glu` returned> of each row: (M,) float32."""
+    rows, width = grad.shape
+    dots = torch.empty(rows, dtype=torch.float32, device=grad.device)
+    if rows:
+        block = min(1024, triton.next_power_of_2(width))
+        _glu_backward_with_dots[(rows,)](grad, gate_up, dots, width, grad.stride(0), block)
+    return dots
+
+
+@triton.jit
+def _glu_backward_with_dots(grad, gate_up, dots, width, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        there = column < width
+        gate_place = gate_up + row * 2 * width + column
+        stored = tl.load(gate_place, mask=there, other=0.0)
+        up = tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
+        wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
+        of_gate, of_up, hidden = _glu_gradients(stored, up, wide, False)
+        kept = hidden.to(stored.dtype)
+        total += wide * kept.to(tl.float32)
+        tl.store(gate_place, of_gate.to(stored.dtype), mask=there)
+        tl.store(gate_place + width, of_up.to(stored.dtype), mask=there)
+        tl.store(grad + row * stride + column, kept, mask=there)
+    tl.store(dots + row, tl.sum(total, 0))
+
+
+def sum_of_rows(rows: torch.Tensor, places: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
+    """out (T, N) = of rows (M, N) those at places (T, k), each times its score (T, k), added in this order."""
+    (tokens, width), block = out.shape, 1024
+    _sum_of_rows[(tokens, triton.cdiv(width, block))](
+        rows, places, scores.contiguous(), out, width, rows.stride(0), out.stride(0), places.shape[1], block
+    )
+
+
+@triton.jit
+def _sum_of_rows(rows, places, scores, out, width, stride, out_stride, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for each in range(COUNT):
+        row = tl.load(places + token * COUNT + each).to(tl.int64)
+        score = tl.load(scores + token * COUNT + each).to(tl.float32)
+        total += tl.load(rows + row * stride + column, mask=there, other=0.0).to(tl.float32) * score
+    tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=there)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, scale: float) -> torch.Tensor:
