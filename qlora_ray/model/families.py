@@ -50,9 +50,13 @@ FAMILIES = {
         after=("post_attention_layernorm", "post_feedforward_layernorm"), plus_one=True, rounds_first=False,
         norm_of_heads="head",
     ),
+    "mixtral": Family("MixtralDecoderLayer"),
+    "qwen2_moe": Family("Qwen2MoeDecoderLayer"),
+    "qwen3_moe": Family("Qwen3MoeDecoderLayer", norm_of_heads="head"),
+    "glm4_moe": Family("Glm4MoeDecoderLayer", norm_of_heads="head"),
 }  # fmt: skip
 
 # Types whose decoder layers are not fused, and whose logits are what their head returns, or that over logits_scaling.
 PLAIN_HEADS = {
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
+    "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "gpt_oss",
 }  # fmt: skip

@@ -74,6 +74,7 @@ class Pass:
     x: torch.Tensor | None = None  # (M, K) what they read
     routing: Routing | None = None
     up: torch.Tensor | None = None  # (S, 2 I) their first products; None: computed again
+    is_whole: bool = False  # what lies beside the experts is kept, too
 
 
 class Stack:
@@ -226,8 +227,11 @@ class Experts:
     def __call__(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """x (M, K), index and scores (M, k) -> (M, K)."""
         is_adapted = self.wrapper is not None and not self.wrapper.disable_adapters
-        parameters = [*self.up.parameters(), *self.down.parameters()] if is_adapted else []
-        return _Routed.apply(x, index, scores, self, is_adapted, *parameters)
+        return _Routed.apply(x, index, scores, self, is_adapted, *(self.parameters() if is_adapted else ()))
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The LoRA matrices, in the order of `backward`'s gradients."""
+        return [*self.up.parameters(), *self.down.parameters()]
 
     def gate(self, up: torch.Tensor) -> torch.Tensor:
         """(S, 2 I) -> (S, I)."""
@@ -290,7 +294,8 @@ def compute_in_4_bits(model: torch.nn.Module) -> None:
     for block in blocks_around_experts(model):
         for child in block.children():
             if is_packed(unwrapped(child)):
-                child.forward = Experts(unwrapped(child), _loras(child)).__call__  # type: ignore[method-assign]
+                child.routed = Experts(unwrapped(child), _loras(child))
+                child.forward = child.routed.__call__
 
 
 def _loras(wrapper: Any) -> dict[str, Any]:
