@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict] = {
     "gemma3_text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
     "mixtral": {"sliding_window": 9}, "qwen3_moe": {"mlp_only_layers": [0], "norm_topk_prob": True},
     "qwen2_moe": {"qkv_bias": True},
+    "gpt_oss": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 0.5},
     "glm4_moe": {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.7},
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }  # fmt: skip

@@ -17,7 +17,8 @@ MAX_FLASH_HEAD = 256  # largest E of PyTorch's FlashAttention
 logger = logging.getLogger(__name__)
 
 FLASH = Patch(
-    "torch", "2.13.0", "torch.ops.aten._flash_attention_forward is called with the borders of samples",
+    "torch", "2.13.0", "torch.ops.aten._flash_attention_forward and _backward are called with the borders of samples, "
+    "and the sums of scores that they hand on, (H, M), get the sinks' part",
     gains="all samples of packed rows in one kernel, without a mask",
     delete_when="torch.nn.attention.varlen is no prototype any more",
 )  # fmt: skip
@@ -49,6 +50,7 @@ class Sight:
 
     scale: float
     window: int | None = None  # None: of all
+    sinks: torch.nn.Parameter | None = None  # (H,) scores of a key more, whose value is 0; never trained
 
     def is_whole(self, length: int) -> bool:
         """Whether the window shows all of a sample of this length."""
@@ -65,6 +67,12 @@ def dense_mask(mask: torch.Tensor, num_rows: int, length: int, sight: Sight) -> 
     return is_same & _band(length, sight, mask.device)
 
 
+def added_mask(mask: torch.Tensor | None, like: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """`dense_mask` for attention that is written out, which adds one to its scores; it reads `like` (B, T, D)."""
+    seen = _band(like.shape[1], sight, like.device)[None, None] if mask is None else mask
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, torch.finfo(like.dtype).min)
+
+
 def _band(length: int, sight: Sight, device: torch.device) -> torch.Tensor:
     """Whether a query sees a key of its own sample: (T, T)."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -78,7 +86,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     """
     rows, _, length, _ = q.shape
     if mask is None or not mask.numel():
-        mask = None if sight.is_whole(length) else _borders_of_rows(rows, length, q.device)
+        is_plain = sight.is_whole(length) and sight.sinks is None
+        mask = None if is_plain else _borders_of_rows(rows, length, q.device)
     if mask is not None and mask.dtype == torch.int32:
         within = _attend_flash if _has_flash(q) else _attend_one_by_one
         output = within(_as_rows(q), _as_rows(k), _as_rows(v), mask, sight)
@@ -88,12 +97,26 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 def _attend_dense(q, k, v, mask: torch.Tensor | None, sight: Sight) -> torch.Tensor:
     groups = q.shape[1] // k.shape[1]
+    if sight.sinks is not None:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        q, k, v, mask = _with_sinks(q, k, v, mask, sight)
+        groups = 1
     if groups > 1 and not (mask is None and _kernels_share_keys(q)):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         groups = 1
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, scale=sight.scale, enable_gqa=groups > 1
     )
+
+
+def _with_sinks(q, k, v, mask: torch.Tensor | None, sight: Sight):
+    """The same with one more key: queries get a value of 1, keys one of 0, and this key's is the sink."""
+    assert sight.sinks is not None
+    sinks = (sight.sinks.data.to(q.dtype) / sight.scale).view(1, -1, 1, 1).expand(len(q), -1, 1, 1)
+    key = F.pad(sinks, (q.shape[-1], 0))  # (B, H, 1, E + 1)
+    seen = _band(q.shape[2], Sight(sight.scale), q.device) if mask is None else mask
+    seen = F.pad(seen, (1, 0), value=True if seen.dtype == torch.bool else 0.0)
+    return F.pad(q, (0, 1), value=1.0), torch.cat((key, F.pad(k, (0, 1))), 2), F.pad(v, (0, 0, 1, 0)), seen
 
 
 def _borders_of_rows(rows: int, length: int, device: torch.device) -> torch.Tensor:
@@ -104,11 +127,45 @@ def _borders_of_rows(rows: int, length: int, device: torch.device) -> torch.Tens
 
 def _attend_flash(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
     """All samples in one kernel: q (M, H, E), k and v (M, fewer, E) -> (M, H, E)."""
+    if sight.sinks is not None:
+        return _FlashWithSinks.apply(q, k, v, mask, sight)
+    return _flash(q, k, v, mask, sight)[0]
+
+
+def _flash(q, k, v, mask: torch.Tensor, sight: Sight) -> tuple[torch.Tensor, ...]:
     longest, borders = mask.shape[2], mask[0, 0, 0]
-    window = {} if sight.window is None else {"window_size_left": sight.window - 1, "window_size_right": 0}
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, borders, borders, longest, longest, 0.0, True, False, scale=sight.scale, **window
-    )[0]
+        q, k, v, borders, borders, longest, longest, 0.0, True, False, scale=sight.scale, **_flash_window(sight)
+    )
+
+
+def _flash_window(sight: Sight) -> dict[str, int]:
+    return {} if sight.window is None else {"window_size_left": sight.window - 1, "window_size_right": 0}
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    """A sink adds its part to the sum that a query's weights are divided by, and nothing else: forward and backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, sight: Sight):
+        assert sight.sinks is not None
+        output, sums, *state, _ = _flash(q, k, v, mask, sight)
+        assert sums.shape == (q.shape[1], q.shape[0]), "(H, M)"
+        with_sinks = torch.logaddexp(sums, sight.sinks.data.float()[:, None])
+        output = output * torch.exp(sums - with_sinks).t()[:, :, None].to(output.dtype)
+        ctx.sight = sight
+        ctx.save_for_backward(q, k, v, mask, output, with_sinks, *state)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, mask, output, sums, *state = ctx.saved_tensors
+        longest, borders = mask.shape[2], mask[0, 0, 0]
+        gradients = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), q, k, v, output, sums, borders, borders, longest, longest, 0.0, True, *state,
+            scale=ctx.sight.scale, **_flash_window(ctx.sight),
+        )  # fmt: skip
+        return *gradients, None, None
 
 
 def _attend_one_by_one(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:

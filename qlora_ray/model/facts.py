@@ -108,6 +108,7 @@ class ModelFacts(BaseFacts):
     whole_modules: dict[str, int]  # how many are trained whole, in the same way
     new_tokens: dict[int, list[int]]  # id of each, and the tokens that its text was before
     num_embedding_rows: int  # with those that new tokens need
+    has_balancing_loss: bool = False  # of its routers
 
 
 def read_facts(folder: str) -> BaseFacts:

@@ -19,6 +19,7 @@ class Family:
     norm_of_heads: str = ""  # of queries and keys: each head for itself, or the whole width; "" is none
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    halves_angles: bool = False  # cos and sin come with each value once
     interleaved: bool = False  # which values are rotated together: neighbours, or those half a head apart
 
     @property
@@ -54,9 +55,10 @@ FAMILIES = {
     "qwen2_moe": Family("Qwen2MoeDecoderLayer"),
     "qwen3_moe": Family("Qwen3MoeDecoderLayer", norm_of_heads="head"),
     "glm4_moe": Family("Glm4MoeDecoderLayer", norm_of_heads="head"),
+    "gpt_oss": Family("GptOssDecoderLayer", rounds_first=False, halves_angles=True),
 }  # fmt: skip
 
 # Types whose decoder layers are not fused, and whose logits are what their head returns, or that over logits_scaling.
 PLAIN_HEADS = {
-    "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "gpt_oss",
+    "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3",
 }  # fmt: skip

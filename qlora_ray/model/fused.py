@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qlora_ray.libraries import Patch
-from qlora_ray.model.attention import dense_mask
+from qlora_ray.model.attention import added_mask, dense_mask
 from qlora_ray.model.dropout import drop_of, probability_of
 from qlora_ray.model.experts import blocks_around_experts
 from qlora_ray.model.families import FAMILIES, PLAIN_HEADS, Family
@@ -175,6 +175,8 @@ def _fuse_layer(layer: torch.nn.Module, fused: FusedLayer) -> None:
         if past_key_values is not None or not mask_is_known or adapter.disable_adapters or adapter.merged:
             if attention_mask is not None and attention_mask.dtype == torch.int32:
                 attention_mask = dense_mask(attention_mask, *hidden_states.shape[:2], fused.sight)
+                if layer.self_attn.config._attn_implementation == "eager":
+                    attention_mask = added_mask(attention_mask, hidden_states, fused.sight)
             more |= {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
             return plain(hidden_states, attention_mask=attention_mask, **more)
         return fused(hidden_states, *position_embeddings, attention_mask)

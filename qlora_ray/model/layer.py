@@ -113,7 +113,8 @@ class FusedLayer:
 
     def angles(self, cos: torch.Tensor, sin: torch.Tensor) -> Angles | None:
         """How queries and keys are rotated; None where this layer does not."""
-        flat = (part.reshape(-1, part.shape[-1]) for part in (cos, sin))  # (T or M, 2 F)
+        repeats = 2 if self.family.halves_angles else 1
+        flat = (part.reshape(-1, part.shape[-1]).repeat(1, repeats) for part in (cos, sin))  # (T or M, 2 F)
         return Angles(*flat, self.family.interleaved) if self.rotates else None
 
     def attention_part(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask, with_graph: bool) -> None:
@@ -353,7 +354,7 @@ def sight_of(attention: torch.nn.Module) -> Sight:
     types = getattr(config, "layer_types", None)
     if types and types[attention.layer_idx] == "full_attention":
         window = None
-    return Sight(float(attention.scaling), window)  # type: ignore[arg-type]
+    return Sight(float(attention.scaling), window, getattr(attention, "sinks", None))  # type: ignore[arg-type]
 
 
 class _Layer(torch.autograd.Function):

@@ -223,6 +223,7 @@ class Experts:
         self.has_silu = has_silu(module)
         self.wrapper = next(iter(loras.values()), None)
         self.held: Pass | None = None  # where the next forward leaves what it has; None: with autograd
+        self.num_rows: torch.Tensor | None = None  # (E,) that each expert had in training, since it was asked for
 
     def __call__(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """x (M, K), index and scores (M, k) -> (M, K)."""
@@ -232,6 +233,12 @@ class Experts:
     def parameters(self) -> list[torch.nn.Parameter]:
         """The LoRA matrices, in the order of `backward`'s gradients."""
         return [*self.up.parameters(), *self.down.parameters()]
+
+    def count(self, rows: Rows) -> None:
+        """Add up, in training, the rows of each expert. The host does not wait."""
+        if self.module.training:
+            counts = torch.diff(rows.ends.long(), prepend=rows.ends.new_zeros(1))
+            self.num_rows = counts if self.num_rows is None else self.num_rows.add_(counts)
 
     def gate(self, up: torch.Tensor) -> torch.Tensor:
         """(S, 2 I) -> (S, I)."""
@@ -258,6 +265,7 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, scores, experts: Experts, is_adapted: bool, *parameters):
         routing = Routing(index, experts.num_experts)
+        experts.count(routing)
         up = experts.up.forward(x[routing.tokens], routing, is_adapted)  # (S, 2 I)
         y = experts.down.forward(experts.gate(up), routing, is_adapted)  # (S, K)
         ctx.experts, ctx.is_adapted, ctx.routing, ctx.held = experts, is_adapted, routing, experts.held
@@ -273,14 +281,14 @@ class _Routed(torch.autograd.Function):
         held = ctx.held or Pass(kept[1] if is_adapted else None, routing, kept[0])
         x_rows = held.x[routing.tokens] if is_adapted or held.up is None else None
         up = experts.up.forward(x_rows, routing, is_adapted) if held.up is None else held.up
-        held.up = None  # it is overwritten
+        held.up, x_rows = None, x_rows if is_adapted else None  # the first is overwritten
         score = routing.by_row(scores)[:, None] if is_adapted else None  # (S, 1)
         # Scores are factors of the rows of the sum; left out here, they come in where gradients are sums over rows.
         dy = grad[routing.tokens]  # (S, K)
         dh, dz = experts.down.input_gradient(dy, routing, is_adapted)  # (S, I)
         dup, h, dots = experts.gate_backward(dh, up)
         of_down = experts.down.parameter_gradients(dy, dz, h, score, routing)
-        del dy, h, dh
+        del dy, h, dh, up
         dx, dz = experts.up.input_gradient(dup, routing, is_adapted)
         of_up = experts.up.parameter_gradients(dup, dz, x_rows, score, routing)
         dscores = dots[routing.places]  # (M, k)
@@ -296,6 +304,17 @@ def compute_in_4_bits(model: torch.nn.Module) -> None:
             if is_packed(unwrapped(child)):
                 child.routed = Experts(unwrapped(child), _loras(child))
                 child.forward = child.routed.__call__
+
+
+def take_counts(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Of each layer with experts, the rows (E,) that each of them had in training since the last call."""
+    all_of_them = {id(m.routed): m.routed for m in model.modules() if isinstance(m.__dict__.get("routed"), Experts)}
+    found = []
+    for experts in all_of_them.values():
+        if experts.num_rows is not None:
+            found.append(experts.num_rows)
+            experts.num_rows = None
+    return found
 
 
 def _loras(wrapper: Any) -> dict[str, Any]:
