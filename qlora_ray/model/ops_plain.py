@@ -149,6 +149,37 @@ def glu_backward_with_dots(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.T
     return (before.float() * grad.float()).sum(-1)
 
 
+@dataclass(frozen=True)
+class Clamp:
+    """Of gpt_oss's gate: (up + 1) x gate x sigmoid(alpha x gate), both clamped, which lie by turns."""
+
+    alpha: float
+    limit: float
+
+
+def clamped_glu(gate_up: torch.Tensor, clamp: Clamp, out: torch.Tensor) -> None:
+    """out (M, I) of gate_up (M, 2 I)."""
+    gate, up = _clamped(gate_up, clamp)
+    out.copy_((up + 1) * gate * (clamp.alpha * gate).sigmoid())
+
+
+def clamped_glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, clamp: Clamp) -> torch.Tensor:
+    """Back from grad (M, I), in place, as `glu_backward_with_dots`."""
+    gate, up = _clamped(gate_up, clamp)
+    sigmoid, wide = (clamp.alpha * gate).sigmoid(), grad.float()
+    is_free = (gate_up[:, ::2] <= clamp.limit, gate_up[:, 1::2].abs() <= clamp.limit)
+    dgate = wide * (up + 1) * sigmoid * (1 + clamp.alpha * gate * (1 - sigmoid))
+    gate_up[:, 1::2] = wide * gate * sigmoid * is_free[1]
+    gate_up[:, ::2] = dgate * is_free[0]
+    grad.copy_((up + 1) * gate * sigmoid)
+    return (wide * grad.float()).sum(-1)
+
+
+def _clamped(gate_up: torch.Tensor, clamp: Clamp) -> tuple[torch.Tensor, torch.Tensor]:
+    gate, up = gate_up[:, ::2].float(), gate_up[:, 1::2].float()
+    return gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+
+
 def sum_of_rows(rows: torch.Tensor, places: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
     """out (T, N) = of rows (M, N) those at places (T, k), each times its score (T, k), added in this order."""
     total = torch.zeros(out.shape, device=out.device)

@@ -9,7 +9,7 @@ from triton.language.extra import libdevice
 from qlora_ray.model import ops_plain
 from qlora_ray.model.dropout import Drop
 from qlora_ray.model.norm import Norm
-from qlora_ray.model.ops_plain import Angles
+from qlora_ray.model.ops_plain import Angles, Clamp
 
 WEIGHTS_PER_SCALE = 64  # bitsandbytes' block size
 SCALES_PER_SCALE = 256  # and that of double quantization
@@ -392,6 +392,67 @@ def _glu_backward_with_dots(grad, gate_up, dots, width, stride, BLOCK: tl.conste
         total += wide * kept.to(tl.float32)
         tl.store(gate_place, of_gate.to(stored.dtype), mask=there)
         tl.store(gate_place + width, of_up.to(stored.dtype), mask=there)
+        tl.store(grad + row * stride + column, kept, mask=there)
+    tl.store(dots + row, tl.sum(total, 0))
+
+
+def clamped_glu(gate_up: torch.Tensor, clamp: Clamp, out: torch.Tensor) -> None:
+    """out (M, I) of gate_up (M, 2 I)."""
+    (rows, width), block = out.shape, 1024
+    if rows:
+        _clamped_glu[(rows, triton.cdiv(width, block))](
+            gate_up, out, width, out.stride(0), clamp.alpha, clamp.limit, block
+        )
+
+
+@triton.jit
+def _clamped(gate_up, row, column, width, limit):
+    there = column < width
+    place = gate_up + row * 2 * width + 2 * column
+    gate = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(place + 1, mask=there, other=0.0).to(tl.float32)
+    return gate, up, tl.minimum(gate, limit), tl.maximum(tl.minimum(up, limit), -limit)
+
+
+@triton.jit
+def _clamped_glu(gate_up, out, width, stride, alpha, limit, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    _, _, gate, up = _clamped(gate_up, row, column, width, limit)
+    made = (up + 1.0) * gate * tl.sigmoid(alpha * gate)
+    tl.store(out + row * stride + column, made.to(out.dtype.element_ty), mask=column < width)
+
+
+def clamped_glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, clamp: Clamp) -> torch.Tensor:
+    """Back from grad (M, I), in place, as `glu_backward_with_dots`."""
+    rows, width = grad.shape
+    dots = torch.empty(rows, dtype=torch.float32, device=grad.device)
+    if rows:
+        block = min(1024, triton.next_power_of_2(width))
+        _clamped_glu_backward[(rows,)](
+            grad, gate_up, dots, width, grad.stride(0), clamp.alpha, clamp.limit, block
+        )  # fmt: skip
+    return dots
+
+
+@triton.jit
+def _clamped_glu_backward(grad, gate_up, dots, width, stride, alpha, limit, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    kind = grad.dtype.element_ty
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        there = column < width
+        free_gate, free_up, gate, up = _clamped(gate_up, row, column, width, limit)
+        wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(alpha * gate)
+        of_gate = wide * (up + 1.0) * sigmoid * (1.0 + alpha * gate * (1.0 - sigmoid))
+        of_up = wide * gate * sigmoid
+        kept = ((up + 1.0) * gate * sigmoid).to(kind)
+        total += wide * kept.to(tl.float32)
+        place = gate_up + row * 2 * width + 2 * column
+        tl.store(place, tl.where(free_gate <= limit, of_gate, 0.0).to(kind), mask=there)
+        tl.store(place + 1, tl.where(tl.abs(free_up) <= limit, of_up, 0.0).to(kind), mask=there)
         tl.store(grad + row * stride + column, kept, mask=there)
     tl.store(dots + row, tl.sum(total, 0))
 

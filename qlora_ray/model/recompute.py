@@ -109,7 +109,7 @@ class RoutedShape(LayerShape):
 
     def kept_bytes(self, level: Keep) -> int:
         """Between forward and backward, for each token."""
-        routing = 8 * self.num_experts + 32 * self.num_per_token  # probabilities; experts, scores, and rows' places
+        routing = 4 * self.num_experts + 32 * self.num_per_token  # probabilities; experts, scores, and rows' places
         elements = self.num_per_token * self.up if level < Keep.ATTENTION else 0
         shared = (
             2 * self.inner * self.element_bytes if Keep.ALL < level < Keep.ATTENTION else 0

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_ray.model.adapter import ADAPTER_NAME
-from qlora_ray.model.experts import blocks_around_experts, gate, has_silu, is_packed, stack_names, unwrapped
+from qlora_ray.model.experts import blocks_around_experts, clamp_of, gate, has_silu, is_packed, stack_names, unwrapped
 from qlora_ray.model.facts import EXPERT_CHUNK_BYTES
 from qlora_ray.model.projection import ops_for
 
@@ -220,7 +220,7 @@ class Experts:
         self.module = module
         self.up, self.down = (Stack(module, name, loras.get(name)) for name in stack_names(module))
         self.num_experts = int(module.down_proj.quant_state.shape[0])
-        self.has_silu = has_silu(module)
+        self.has_silu, self.clamp = has_silu(module), clamp_of(module)
         self.wrapper = next(iter(loras.values()), None)
         self.held: Pass | None = None  # where the next forward leaves what it has; None: with autograd
         self.num_rows: torch.Tensor | None = None  # (E,) that each expert had in training, since it was asked for
@@ -242,17 +242,24 @@ class Experts:
 
     def gate(self, up: torch.Tensor) -> torch.Tensor:
         """(S, 2 I) -> (S, I)."""
-        if not self.has_silu:
+        if not self.has_silu and not self.clamp:
             return gate(self.module, up)
-        out = up.new_empty(len(up), up.shape[1] // 2)
-        ops_for(up.device).glu(up, False, out)
+        out, ops = up.new_empty(len(up), up.shape[1] // 2), ops_for(up.device)
+        if self.clamp:
+            ops.clamped_glu(up, self.clamp, out)
+        else:
+            ops.glu(up, False, out)
         return out
 
     def gate_backward(self, dh: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradient of what `gate` was given, what it returned, and <dh, that> of each row. Overwrites both."""
-        if self.has_silu:
-            dots = ops_for(up.device).glu_backward_with_dots(dh, up)
-            return up, dh, dots
+        ops = ops_for(up.device)
+        if self.has_silu or self.clamp:
+            return (
+                up,
+                dh,
+                ops.clamped_glu_backward(dh, up, self.clamp) if self.clamp else ops.glu_backward_with_dots(dh, up),
+            )
         with torch.enable_grad():
             leaf = up.detach().requires_grad_()
             h = self.gate(leaf)

@@ -9,6 +9,7 @@ from qlora_ray.model.attention import Sight, attend, mask_of_borders
 from qlora_ray.model.base import load_base
 from qlora_ray.model.experts import is_packed
 from qlora_ray.model.fused import fuse
+from qlora_ray.model.ops_plain import Clamp
 from qlora_ray.model.projection import ops_for
 from qlora_ray.worker.loss import sum_of_nats
 from tests.integration import engines, tiny_models
@@ -96,7 +97,10 @@ def test_row_steps_of_experts_are_those_of_plain_pytorch():
         ops = ops_for(torch.device(device))
         ops.sum_of_rows(rows.to(device, dtype), places.to(device), scores.to(device), out)
         dh, up = grad.to(device, dtype), gate_up.to(device, dtype)
-        outcomes.append([out, ops.glu_backward_with_dots(dh, up), dh, up])
+        made = [out, ops.glu_backward_with_dots(dh, up), dh, up]
+        dh, up, out = grad.to(device, dtype), gate_up.to(device, dtype), torch.empty_like(dh)
+        ops.clamped_glu(up, Clamp(1.702, 1.0), out)
+        outcomes.append([*made, out, ops.clamped_glu_backward(dh, up, Clamp(1.702, 1.0)), dh, up])
     assert all(error(one, other) < TOLERANCE for one, other in zip(*outcomes, strict=True))
 
 
