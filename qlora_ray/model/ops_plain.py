@@ -171,8 +171,10 @@ def clamped_glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, clamp: Clamp
     dgate = wide * (up + 1) * sigmoid * (1 + clamp.alpha * gate * (1 - sigmoid))
     gate_up[:, 1::2] = wide * gate * sigmoid * is_free[1]
     gate_up[:, ::2] = dgate * is_free[0]
-    grad.copy_((up + 1) * gate * sigmoid)
-    return (wide * grad.float()).sum(-1)
+    made = ((up + 1) * gate * sigmoid).to(grad.dtype)
+    dots = (wide * made.float()).sum(-1)
+    grad.copy_(made)
+    return dots
 
 
 def _clamped(gate_up: torch.Tensor, clamp: Clamp) -> tuple[torch.Tensor, torch.Tensor]:
