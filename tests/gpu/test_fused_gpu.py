@@ -255,7 +255,7 @@ def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(
     mask = attention.mask_of_borders(borders, torch.device("cuda"))
     parts = [random(2, 512, count, 64, dtype=dtype).transpose(1, 2).requires_grad_() for count in (heads, few, few)]
     grad = random(2, 512, heads, 64, dtype=dtype).transpose(1, 2)
-    sight = attention.Sight(0.125, window, random(heads) if has_sinks else None)
+    sight = attention.Sight(0.125, window, random(heads, dtype=torch.float32) if has_sinks else None)
     with caplog.at_level("INFO"):
         output = attention.attend(*parts, mask, sight)
     assert ("no FlashAttention" in caplog.text) == (dtype == torch.float32)
