@@ -5,7 +5,6 @@ import torch
 
 from qlora_ray.model import routed
 from qlora_ray.model.adapter import add_adapter, trainable
-from qlora_ray.model.attention import Sight, attend, mask_of_borders
 from qlora_ray.model.base import load_base
 from qlora_ray.model.experts import is_packed
 from qlora_ray.model.fused import fuse
@@ -68,22 +67,6 @@ def test_grouped_product_is_taken_and_is_the_loop_within_rounding():
     for one, operand in ((weights.mT, x), (weights, torch.randn(300, 512, device="cuda").bfloat16())):
         exact = routed.grouped(operand.float(), one.float(), rows)
         assert error(routed.grouped(operand, one, rows), exact) < 5e-3
-
-
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("borders", [[0, 256, 512], [0, 90, 256, 300, 512]])
-def test_attention_with_sinks_is_that_with_one_key_more(window, borders):
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 8, 256, 64), (2, 2, 256, 64), (2, 2, 256, 64))
-    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-    grad, sinks = torch.randn(q.shape, generator=generator), torch.randn(8, generator=generator)
-    outcomes = []
-    for dtype, device in ((torch.bfloat16, "cuda"), (torch.float32, "cpu")):
-        sight = Sight(0.125, window, torch.nn.Parameter(sinks.to(device, dtype), requires_grad=False))
-        some = [part.to(device, dtype).requires_grad_() for part in (q, k, v)]
-        output = attend(*some, mask_of_borders(torch.tensor(borders), torch.device(device)), sight)
-        outcomes.append([output.detach(), *torch.autograd.grad(output, some, grad.to(device, dtype))])
-    assert all(error(one, other) < TOLERANCE for one, other in zip(*outcomes, strict=True))
 
 
 def test_row_steps_of_experts_are_those_of_plain_pytorch():
