@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_ray.config import Config
 from qlora_ray.model.facts import EXPERT_CHUNK_BYTES, BaseFacts
@@ -71,7 +72,7 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
     if family is None or not can_fuse or not set(read) <= first.keys():
         return _plain_shape(base, rank, element_bytes, has_whole_logits)
     queries = first["o_proj"][1]
-    shape = dict(
+    shape: dict[str, Any] = dict(
         hidden=first["o_proj"][0], queries=queries, keys=(sum(first[name][0] for name in family.qkv) - queries) // 2,
         rank=rank, element_bytes=element_bytes, has_head_norms=bool(family.norm_of_heads),
         norms_after=family.num_norms_after, is_dora=model.lora_variant == "dora", has_whole_logits=has_whole_logits,
