@@ -130,7 +130,7 @@ class QuantizationConfig(Section):
 
 # What each objective reads of training's settings of objectives; the others must be left as they are.
 OBJECTIVES = {
-    "sft": (),
+    "sft": ("router_aux_loss_coef",),
     "dpo": ("beta", "label_smoothing", "rpo_alpha", "reference"),
     "ipo": ("beta", "rpo_alpha", "reference"),
     "orpo": ("beta",),
@@ -139,7 +139,9 @@ OBJECTIVES = {
 }
 # Figures of a validation of pairs that can decide between adapters: more is better.
 OF_PAIRS = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_rewards/chosen", "eval_logps/chosen")
-OF_OBJECTIVES = ("beta", "label_smoothing", "simpo_gamma", "rpo_alpha", "cpo_alpha", "reference")
+OF_OBJECTIVES = (
+    "beta", "label_smoothing", "simpo_gamma", "rpo_alpha", "cpo_alpha", "reference", "router_aux_loss_coef",
+)  # fmt: skip
 
 
 class TrainingConfig(Section):
@@ -185,6 +187,11 @@ class TrainingConfig(Section):
     """LoRA+ (arXiv:2402.12354): learning rate of the B matrices over that of the A matrices."""
     neftune_noise_alpha: float = Field(0.0, ge=0)
     """NEFTune (arXiv:2310.05914): strength of uniform noise on the input embeddings; 0 is off."""
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    """Mixtures of experts: weight of the load-balancing loss (arXiv:2101.03961), each layer's, as a mean; 0 is off.
+
+    Pretraining had 0.001 to 0.02. metrics.jsonl tells of imbalance by busiest_expert_share.
+    """
     max_length: int = Field(512, ge=8)
     """Tokens per row; longer records are cut."""
     packing: bool = True

@@ -67,6 +67,12 @@ def dense_mask(mask: torch.Tensor, num_rows: int, length: int, sight: Sight) -> 
     return is_same & _band(length, sight, mask.device)
 
 
+def added_mask(mask: torch.Tensor | None, like: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """`dense_mask` for attention that is written out, which adds one to its scores; it reads `like` (B, T, D)."""
+    seen = _band(like.shape[1], sight, like.device)[None, None] if mask is None else mask
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, torch.finfo(like.dtype).min)
+
+
 def _band(length: int, sight: Sight, device: torch.device) -> torch.Tensor:
     """Whether a query sees a key of its own sample: (T, T)."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -158,6 +164,7 @@ def _attend_with_a_sink(q, k, v, mask: torch.Tensor | None, sight: Sight) -> tor
     """The same by one key more, of zeros, whose score is the sink."""
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     seen = _band(length, Sight(sight.scale), q.device) if mask is None else mask
+    seen = seen if seen.dtype == torch.bool else seen == 0  # of attention that is written out, which adds its mask
     assert sight.sinks is not None
     shape = (*seen.shape[:-3], len(sight.sinks), length)
     scores = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)

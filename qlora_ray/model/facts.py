@@ -40,7 +40,9 @@ class RopeLimit:
     num_tokens: int
 
 
-EXPERT_CHUNK_BYTES = 2**30  # of experts' weights dequantized at a time: all of a layer of Qwen3-30B-A3B, half Mixtral's
+# Of experts' weights dequantized at a time: a projection of a layer of Mixtral-8x7B, Qwen3-30B-A3B or gpt-oss-20b.
+# More than one part a projection needs the number of its rows on the host, which waits for the GPU.
+EXPERT_CHUNK_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class ModelFacts(BaseFacts):
     whole_modules: dict[str, int]  # how many are trained whole, in the same way
     new_tokens: dict[int, list[int]]  # id of each, and the tokens that its text was before
     num_embedding_rows: int  # with those that new tokens need
+    has_balancing_loss: bool = False  # of its routers
 
 
 def read_facts(folder: str) -> BaseFacts:

@@ -13,15 +13,17 @@ from qlora_ray import laps
 from qlora_ray.data.delivery import Stream
 from qlora_ray.data.order import Order
 from qlora_ray.errors import ConfigError, GuardError, Stop
+from qlora_ray.model.balance import balance_of
 from qlora_ray.planning.plan import learning_rate_at
 from qlora_ray.rundir import names
 from qlora_ray.rundir.metrics import MetricsFile
 from qlora_ray.worker import checkpoint, evaluate, export, reference, setup
 from qlora_ray.worker.engine import Engine
-from qlora_ray.worker.loss import sum_of_nats
+from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Done, Evaluated, Fatal, Holding, Ready, Refused, Run, Warned
 from qlora_ray.worker.metrics import Meter, RowCounts
 from qlora_ray.worker.micro_batches import MicroBatch, MicroBatches
+from qlora_ray.worker.routing import busiest_expert
 from qlora_ray.worker.saver import Saver
 from qlora_ray.worker.state import State
 from qlora_ray.worker.stopwatch import Stopwatch
@@ -159,6 +161,8 @@ def _sums(engine: Engine, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.
     """What is differentiated of a micro-batch, and what is added up for the log."""
     if micro_batch.preference is None:
         nats = sum_of_nats(engine, micro_batch.tensors)
+        if balance := balance_of(engine.module):
+            balance.follow(nats, num_label_tokens(micro_batch.tensors))
         return nats, nats.detach()
     loss, figures = micro_batch.preference.sums(engine, micro_batch.tensors)
     return loss, torch.cat([loss.detach()[None], figures])
@@ -166,8 +170,9 @@ def _sums(engine: Engine, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.
 
 def _log(worker: Worker, state: State, learning_rate: float) -> State:
     entry = worker.meter.log(
-        learning_rate=learning_rate, grad_norm=worker.engine.grad_norm(), epoch=worker.meter.counts.epochs(state.step)
-    )
+        learning_rate=learning_rate, grad_norm=worker.engine.grad_norm(), epoch=worker.meter.counts.epochs(state.step),
+        **busiest_expert(worker.engine.module, worker.team),
+    )  # fmt: skip
     loss = entry.get("loss", state.last_loss)
     return replace(state, first_loss=loss if state.first_loss is None else state.first_loss, last_loss=loss)
 

@@ -18,6 +18,7 @@ from qlora_ray.data.tokenize import open_tokenizer, with_template
 from qlora_ray.errors import ConfigError, GuardError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
+from qlora_ray.model.balance import balance
 from qlora_ray.model.base import count_bytes
 from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse
@@ -163,6 +164,8 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     plan = recomputation.prepare(model, plan, device)
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
+    if config.training.router_aux_loss_coef:
+        balance(model, config.training.router_aux_loss_coef)
     sample = to_tensors(open_rows(run.rows, "train").gather(np.array([0])), pad_token_id, device)
     sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items() if values.dim() == 2}
     if run.debug and team.rank == 0:
