@@ -114,15 +114,14 @@ class FusedLayer:
         """x (B, T, D), cos and sin (B or 1, T, E) -> (B, T, D), or (1, L, D) of `places`."""
         return _Layer.apply(x, self, cos, sin, mask, torch.is_grad_enabled(), *self.parameters())
 
-    def draw(self, x: torch.Tensor) -> tuple[Turn, ...]:
-        """Which values the LoRAs of each group shall not see in this micro-batch, x (B, T, D)."""
-        seed, probabilities, group = torch.initial_seed(), list(map(probability_of, self.loras)), self.holders.row_group
-        numbers = group.numbers(*x.shape[:2], x.device) if group and any(probabilities) else None
+    def draw(self) -> tuple[Turn, ...]:
+        """Which values the LoRAs of each group shall not see in this micro-batch."""
+        seed, numbers = torch.initial_seed(), self.holders.numbers
         behind = numbers if self.place_numbers is None else self.place_numbers
         of_groups = (numbers, behind, behind, behind)
         return tuple(
-            Turn(drop_of(probability, seed, 4 * self.index + i, of_groups[i]))
-            for i, probability in enumerate(probabilities)
+            Turn(drop_of(probability_of(lora), seed, 4 * self.index + i, of_groups[i]))
+            for i, lora in enumerate(self.loras)
         )
 
     def angles(self, cos: torch.Tensor, sin: torch.Tensor) -> Angles | None:
@@ -369,7 +368,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, x, fused: FusedLayer, cos, sin, mask, with_graph: bool, *parameters):
         angles = fused.angles(cos, sin)
         flat, row_group = x.reshape(-1, x.shape[-1]), fused.holders.row_group
-        kept = Kept(flat, turns=fused.draw(x), places=fused.places, row_group=row_group)
+        kept = Kept(flat, turns=fused.draw(), places=fused.places, row_group=row_group)
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
         y = fused.mlp_part(kept)

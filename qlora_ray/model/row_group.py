@@ -31,7 +31,8 @@ class RowGroup:
         must call this.
         """
         copies = self.copies(k.shape[1])
-        parts = [self._by_worker(part) for part in (q, *(one.repeat_interleave(copies, 1) for one in (k, v)))]
+        k, v = (part.repeat_interleave(copies, 1) if copies > 1 else part for part in (k, v))
+        parts = [self._by_worker(part) for part in (q, k, v)]
         whole = self._exchange(torch.cat(parts, 3)).transpose(0, 1).flatten(1, 2)  # (B, T, heads, E)
         return whole.transpose(1, 2).split([part.shape[3] for part in parts], 1)
 
@@ -56,11 +57,6 @@ class RowGroup:
         """Workers that get each head of keys."""
         return math.lcm(num_keys, self.size) // num_keys
 
-    def numbers(self, rows: int, length: int, device: torch.device) -> torch.Tensor:
-        """Where this worker's tokens stand, counted through whole rows: (B x S,) int32; `length` is S."""
-        row = torch.arange(rows, dtype=torch.int32, device=device)[:, None] * (length * self.size)
-        return (row + torch.arange(self.rank * length, (self.rank + 1) * length, device=device)).flatten().int()
-
     def _by_worker(self, part: torch.Tensor) -> torch.Tensor:
         """(B, H, S, E) -> (N, B, S, H / N, E)."""
         return part.transpose(1, 2).unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4)
@@ -82,15 +78,16 @@ class Holders:
     """Who holds the rows of the next forward pass; one for all layers of a model."""
 
     row_group: RowGroup | None = None  # None: this worker holds them whole
+    numbers: torch.Tensor | None = None  # of this worker's tokens, counted through whole rows: (B S,) int32
 
     @contextmanager
-    def are(self, row_group: RowGroup | None) -> Iterator[None]:
-        """Within, forward passes read parts of rows, as this group holds them."""
-        self.row_group = row_group
+    def are(self, row_group: RowGroup, numbers: torch.Tensor) -> Iterator[None]:
+        """Within, forward passes read parts of rows, as this group holds them; numbers (B, S)."""
+        self.row_group, self.numbers = row_group, numbers.flatten()
         try:
             yield
         finally:
-            self.row_group = None
+            self.row_group = self.numbers = None
 
 
 def make_row_group(rank: int, num_workers: int, size: int) -> RowGroup | None:

@@ -31,8 +31,10 @@ def to_tensors(
     """
     offsets = rows["input_ids"].combine_chunks().offsets.to_numpy()
     lengths = np.diff(offsets)
-    multiple = PAD_TO_MULTIPLE_OF * seat.num_parts
-    width = -(-int(lengths.max()) // multiple) * multiple
+    width, whole_width = (
+        -(-int(lengths.max()) // multiple) * multiple
+        for multiple in (PAD_TO_MULTIPLE_OF * seat.num_parts, PAD_TO_MULTIPLE_OF)
+    )
     is_token = np.arange(width) < lengths[:, None]  # (B, T)
     batch = {
         name: np.full(is_token.shape, fill, np.int64)
@@ -58,19 +60,20 @@ def to_tensors(
         batch |= _answers(rows, (np.cumsum(starts_sample) - 1)[batch["label_places"]])
     borders = np.append(np.flatnonzero(batch["position_ids"] == 0), is_token.size) if is_packed else None
     if seat.num_parts > 1:
-        batch = _part(batch, seat)
+        batch = _part(batch, seat, whole_width)
     tensors = {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
     if borders is not None:
         tensors["sample_borders"] = torch.from_numpy(borders.astype(np.int32))
     return tensors
 
 
-def _part(batch: dict[str, np.ndarray], seat: Seat) -> dict[str, np.ndarray]:
+def _part(batch: dict[str, np.ndarray], seat: Seat, whole_width: int) -> dict[str, np.ndarray]:
     """This worker's S = T / N tokens of each row: input_ids, position_ids and targets, each (B, S) int64.
 
     targets are the labels of the next tokens, also of one that the next worker has. label_places are counted through
-    these tokens; place_numbers, (L,) int32, say which of all label_places of the whole rows they are. Borders of
-    samples stay those of the whole rows, which attention sees.
+    these tokens. Dropout counts as if nobody shared rows, which then are `whole_width` wide: token_numbers, (B, S)
+    int32, say where the tokens stand in all rows, and place_numbers, (L,) int32, where the places do among all places.
+    Borders of samples stay those of the whole rows, which attention sees.
     """
     count, width = batch["input_ids"].shape
     length = width // seat.num_parts
@@ -82,6 +85,7 @@ def _part(batch: dict[str, np.ndarray], seat: Seat) -> dict[str, np.ndarray]:
         "targets": np.concatenate([batch["labels"][:, 1:], ends], 1),
     }
     part = {name: np.ascontiguousarray(values[:, own]) for name, values in whole.items()}
+    part["token_numbers"] = (np.arange(count)[:, None] * whole_width + np.arange(width)[own]).astype(np.int32)
     row, column = np.divmod(batch["label_places"], width)
     is_own = column // length == seat.part
     part["label_places"] = row[is_own] * length + column[is_own] - own.start

@@ -69,7 +69,7 @@ def _forward(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> tuple
     is_nats = returns_nats(head)
     labels = F.pad(labels, (0, ids.shape[1] - labels.shape[1]), value=IGNORE_INDEX)  # (B, T): the last has no successor
     with (
-        nullcontext() if numbers is None else module.row_holders.are(module.row_group),
+        nullcontext() if numbers is None else module.row_holders.are(module.row_group, batch["token_numbers"]),
         expecting(head, labels, batch.get("label_places"), numbers) if is_nats else nullcontext(),
     ):
         return model(**inputs, use_cache=False).logits, is_nats

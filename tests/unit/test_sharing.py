@@ -175,8 +175,11 @@ def test_each_worker_attends_with_its_heads_and_the_keys_that_these_share(heads,
         assert torch.allclose(mine, exact.chunk(size, 1)[rank], atol=1e-6)
 
 
-def test_dropout_of_a_part_is_that_of_the_whole_rows():
-    group = RowGroup(1, 2, None)
-    whole = kept(2 * 16, 9, drop_of(0.5, 3, 1), CPU).view(2, 16, 9)
-    part = kept(2 * 8, 9, drop_of(0.5, 3, 1, group.numbers(2, 8, CPU)), CPU).view(2, 8, 9)
-    assert torch.equal(part, whole[:, 8:])
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_dropout_of_a_part_is_that_of_whole_rows_that_nobody_shares(tmp_path, num_parts):
+    rows = open_rows(make_random_entry(tmp_path, [[39], [24]]), "train").gather(np.array([0, 1]))
+    width = to_tensors(rows, 0, CPU)["input_ids"].shape[1]
+    whole = kept(2 * width, 9, drop_of(0.5, 3, 1), CPU).view(2, width, 9)
+    parts = [to_tensors(rows, 0, CPU, Seat(0, 1, part, num_parts))["token_numbers"] for part in range(num_parts)]
+    masks = [kept(part.numel(), 9, drop_of(0.5, 3, 1, part.flatten()), CPU).view(2, -1, 9) for part in parts]
+    assert torch.equal(torch.cat(masks, 1)[:, :39], whole[:, :39])
