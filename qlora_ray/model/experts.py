@@ -27,7 +27,7 @@ def stack_names(module: torch.nn.Module) -> tuple[str, ...]:
 
     Known by what transformers' use_experts_implementation leaves: experts that it does not mark compute otherwise.
     """
-    is_marked = hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate")
+    is_marked = hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate")
     if not is_marked or getattr(module, "has_post_expert_norm", False):
         return ()
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")

@@ -9,6 +9,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from qlora_ray import laps
 from qlora_ray.data.delivery import Stream
 from qlora_ray.data.order import Order
 from qlora_ray.errors import ConfigError, GuardError, Stop
@@ -107,7 +108,7 @@ def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
 
 def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
     """The newest checkpoint, the model, and the rows from there on."""
-    began, config, plan = time.perf_counter(), run.config, run.plan
+    config, plan = run.config, run.plan
     resumed = checkpoint.load_latest(run.folder, set_aside=team.rank == 0)
     state = State.of(resumed.progress["state"]) if resumed else State()
     order = Order(
@@ -116,15 +117,16 @@ def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
     )  # fmt: skip
     device = ray.train.torch.get_device()
     setup.choose_kernels(config, device)
-    tokenizer = setup.tokenizer_of(config, run.rows)
     seat = seat_of(team.rank, team.size, config.training.sequence_parallel)
-    stream = Stream(run.rows, order, seat.group, seat.num_groups, state.step, plan.num_steps)
+    with laps.part("tokenizer and rows"):
+        tokenizer = setup.tokenizer_of(config, run.rows)
+        stream = Stream(run.rows, order, seat.group, seat.num_groups, state.step, plan.num_steps)
     micro_batches = MicroBatches(stream, seat, config.training.seed, tokenizer.pad_token_id, device)
     engine = setup.build_engine(run, team, device, tokenizer.pad_token_id, resumed.adapter if resumed else None)
     writer = MetricsFile(run.folder, state.step) if team.rank == 0 else None
     meter = Meter(team, RowCounts(run.rows, order), writer, device)
     engine.time_gathers(meter.stopwatch)
-    team.tell(Ready(state.step, time.perf_counter() - began, resumed.broken if resumed else []))
+    team.tell(Ready(state.step, laps.taken(), resumed.broken if resumed else []))
     return Worker(run, team, engine, tokenizer, device, meter, Saver(run, team)), state, micro_batches
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlora_ray import laps
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.rows import chat_template_of, open_rows
 from qlora_ray.data.tokenize import open_tokenizer, with_template
@@ -148,17 +149,19 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     dtype = getattr(torch, plan.compute_dtype)
     log = logging.getLogger(__name__)
     log.info("base model: loading")
-    loaded = base.load(run, team, device)
+    with laps.part("base"):
+        loaded = base.load(run, team, device)
     log.info("base model: loaded%s", ", each worker its share" if loaded.is_share else "")
     check_four_bit_share(count_bytes(loaded.base).four_bit_share, plan)
-    model = add_adapter(loaded.base, config.model, dtype, config.training.seed, plan.new_tokens)
-    _put_in_one_dtype(model, dtype)
-    if resumed:
-        for name, parameter in trainable(model).items():
-            parameter.data.copy_(resumed.weights[name])
-    elif config.model.start_from:
-        load_weights(model, (run.folder / names.START_FROM / WEIGHTS).read_bytes(), ADAPTER_NAME)
-    share_rows(model, config.training.sequence_parallel, fuse(model), team)
+    with laps.part("adapter"):
+        model = add_adapter(loaded.base, config.model, dtype, config.training.seed, plan.new_tokens)
+        _put_in_one_dtype(model, dtype)
+        if resumed:
+            for name, parameter in trainable(model).items():
+                parameter.data.copy_(resumed.weights[name])
+        elif config.model.start_from:
+            load_weights(model, (run.folder / names.START_FROM / WEIGHTS).read_bytes(), ADAPTER_NAME)
+        share_rows(model, config.training.sequence_parallel, fuse(model), team)
     plan = recomputation.prepare(model, plan, device)
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
@@ -166,15 +169,18 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items() if values.dim() == 2}
     if run.debug and team.rank == 0:
         log.info("parameters:\n%s", parameter_table(model, plan))
-    before = None if loaded.is_share else _loss(model, sample)
+    with laps.part("guard"):
+        before = None if loaded.is_share else _loss(model, sample)
     log.info("engine: starting")
-    engine = Engine(model, config.training, plan.deepspeed)
+    with laps.part("engine"):
+        engine = Engine(model, config.training, plan.deepspeed)
     log.info("engine: started")
     if resumed:
         engine.load_state(resumed)
-    check_same_weights(loaded.sources, config.training.seed, team)
-    if before is not None:
-        check_same_loss(before, _loss(engine.module, sample), plan)
+    with laps.part("guard"):
+        check_same_weights(loaded.sources, config.training.seed, team)
+        if before is not None:
+            check_same_loss(before, _loss(engine.module, sample), plan)
     recomputation.keep_what_fits(model, config, plan, device)
     engine.train()
     return engine

@@ -245,8 +245,11 @@ def test_what_is_kept_for_backward_changes_no_bit(folders, family, variant, leve
 
 @pytest.mark.bites("model.attention.FLASH")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("heads, few, window", [(8, 2, None), (6, 6, None), (8, 2, 100)])
-def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(dtype, heads, few, window, caplog):
+def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(
+    dtype, heads, few, window, has_sinks, caplog
+):
     from qlora_ray.model import attention
 
     attention._say_once.cache_clear()
@@ -254,7 +257,7 @@ def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(dtype
     mask = attention.mask_of_borders(borders, torch.device("cuda"))
     parts = [random(2, 512, count, 64, dtype=dtype).transpose(1, 2).requires_grad_() for count in (heads, few, few)]
     grad = random(2, 512, heads, 64, dtype=dtype).transpose(1, 2)
-    sight = attention.Sight(0.125, window)
+    sight = attention.Sight(0.125, window, random(heads, dtype=torch.float32) if has_sinks else None)
     with caplog.at_level("INFO"):
         output = attention.attend(*parts, mask, sight)
     assert ("no FlashAttention" in caplog.text) == (dtype == torch.float32)
