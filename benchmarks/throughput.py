@@ -404,11 +404,12 @@ def save_checkpoint(name: str, folder: str, device: str, num_layers: int | None 
     return str(target)
 
 
-def save_rows(folder: str, length: int) -> Path:
-    """200 records that each fill `length` tokens and more."""
-    words, path = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)], Path(folder, f"rows_{length}.jsonl")
+def save_rows(folder: str, length: int, count: int = 200) -> Path:
+    """Records that each fill `length` tokens and more."""
+    words = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)]
+    path = Path(folder, f"rows_{length}_{count}.jsonl")
     with path.open("w") as file:
-        for row in range(200):
+        for row in range(count):
             text = " ".join(random.Random(row).choices(words, k=length))
             file.write(json.dumps({"instruction": "Go on.", "input": "", "output": text}) + "\n")
     return path

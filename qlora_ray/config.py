@@ -194,6 +194,9 @@ class TrainingConfig(Section):
     """
     max_length: int = Field(512, ge=8)
     """Tokens per row; longer records are cut."""
+    sequence_parallel: int = Field(1, ge=1)
+    """So many workers share each row, a part of its tokens each: for rows that one GPU has no room for. ray.num_workers
+    is a multiple of it. See docs/speed.md."""
     packing: bool = True
     """Fill each row with several samples that do not see each other: no time goes into padding."""
     recompute: Literal["auto", "all", "none"] = "auto"
@@ -605,10 +608,44 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _rows_can_be_shared(self):
+        training, size = self.training, self.training.sequence_parallel
+        ends = (self.ray.min_workers, self.ray.max_workers)
+        if size == 1:
+            return self
+        key = f"training.sequence_parallel={size}"
+        if any(end % size for end in ends):
+            fits = [max(size, end // size * size) for end in ends]
+            raise ValueError(
+                f"{key}: {size} workers share each row, and ray.num_workers={_range(ends)} is not a multiple of it. "
+                f"Use ray.num_workers={_range(fits)}."
+            )
+        if training.pairs:
+            raise ValueError(
+                f"{key}: training.objective={training.objective} compares whole answers, of which each worker would "
+                "have a part. Use 1."
+            )
+        if training.neftune_noise_alpha:
+            raise ValueError(
+                f"{key}: training.neftune_noise_alpha={training.neftune_noise_alpha:g} draws the noise of a whole row "
+                "at once. Set it to 0, or sequence_parallel to 1."
+            )
+        return self
+
+    @property
+    def num_row_groups(self) -> int:
+        """Groups of workers at most, each of which computes rows of its own."""
+        return self.ray.max_workers // self.training.sequence_parallel
+
+    @model_validator(mode="after")
     def _lora_variant_fits(self):
         if self.model.lora_variant == "loftq" and self.quantization.type == "none":
             raise ValueError("model.lora_variant=loftq: starts from the quantization error; quantization.type is none.")
         return self
+
+
+def _range(ends: Sequence[int]) -> str:
+    return str(ends[0]) if ends[0] == ends[1] else f"[{ends[0]},{ends[1]}]"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

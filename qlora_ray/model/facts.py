@@ -85,6 +85,8 @@ class BaseFacts:
     fingerprint: str  # of names, shapes and sizes; contents are not read
     num_embeddings: int | None = field(default=None, kw_only=True)  # rows of the input embedding
     num_positions: int | None = field(default=None, kw_only=True)  # where each has learned weights; no row is longer
+    num_heads: int | None = field(default=None, kw_only=True)  # of queries
+    num_key_heads: int | None = field(default=None, kw_only=True)
     rope_limit: RopeLimit | None = field(default=None, kw_only=True)
     is_packed: bool = field(default=False, kw_only=True)  # stored in bitsandbytes' 4 bits
     experts: ExpertSizes | None = field(default=None, kw_only=True)  # known once the model is built
@@ -135,6 +137,8 @@ def read_facts(folder: str) -> BaseFacts:
         fingerprint=_fingerprint(path, {name: entry.shape for name, entry in _read_entries(path, key).items()}),
         num_embeddings=_rows_of(shapes, EMBEDDING),
         num_positions=_rows_of(shapes, LEARNED_POSITIONS),
+        num_heads=text.get("num_attention_heads") or text.get("n_head"),
+        num_key_heads=text.get("num_key_value_heads") or text.get("num_attention_heads") or text.get("n_head"),
         rope_limit=_rope_limit(text),
         is_packed=_quantization_of(config) is not None,
     )

@@ -16,7 +16,7 @@ from qlora_ray.model.dropout import drop_of, probability_of
 from qlora_ray.model.experts import blocks_around_experts
 from qlora_ray.model.families import FAMILIES, PLAIN_HEADS, Family
 from qlora_ray.model.head import make_head_return_nats
-from qlora_ray.model.layer import ACTIVATIONS, FusedLayer, Passed, activation_of, sight_of
+from qlora_ray.model.layer import ACTIVATIONS, FusedLayer, Shared, activation_of, sight_of
 from qlora_ray.model.mixture import RoutedLayer, experts_of
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.projection import LoraProjection, Single, Turn, member, ops_for, why_not
@@ -46,9 +46,8 @@ def fuse(model: torch.nn.Module) -> str:
     """Fuse what can be fused, in place; log and return one line that says what was, and why the rest was not."""
     compute_in_4_bits(model)
     device = next(model.parameters()).device
-    stash = HostStash(device) if device.type == "cuda" else None
+    shared = Shared(HostStash(device) if device.type == "cuda" else None)
     reasons: Counter[str] = Counter()
-    passed = Passed()
     classes = {family.layer: family for family in FAMILIES.values()}
     layers = [module for module in model.modules() if type(module).__name__ in classes]
     fused, inside = [], set[int]()
@@ -60,7 +59,7 @@ def fuse(model: torch.nn.Module) -> str:
         reasons.update(f"layer: {reason}" for reason in why)
         if not why:
             kind = RoutedLayer if _is_mixture(layer.mlp) else FusedLayer
-            _fuse_layer(layer, kind(layer, classes[type(layer).__name__], index, stash, passed))
+            _fuse_layer(layer, kind(layer, classes[type(layer).__name__], index, shared))
             fused.append(layer)
             inside |= {id(part) for projection in projections for part in projection.modules()}
     _use_one_kernel_for_gelu(model)
@@ -173,6 +172,7 @@ def _fuse_layer(layer: torch.nn.Module, fused: FusedLayer) -> None:
     def forward(hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **more: Any):
         mask_is_known = attention_mask is None or attention_mask.dim() == 4
         if past_key_values is not None or not mask_is_known or adapter.disable_adapters or adapter.merged:
+            assert fused.holders.row_group is None, "plain layers attend to what they are given, here a part of a row"
             if attention_mask is not None and attention_mask.dtype == torch.int32:
                 attention_mask = dense_mask(attention_mask, *hidden_states.shape[:2], fused.sight)
                 if layer.self_attn.config._attn_implementation == "eager":
@@ -213,6 +213,7 @@ def _fuse_ends(model: torch.nn.Module, last: FusedLayer) -> None:
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     norm = causal_lm.model.norm
     causal_lm.takes_borders = True
+    causal_lm.row_holders = last.holders
     if not _is_trained_whole(norm):
         norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, last.family)
     _fuse_head(causal_lm, last)
@@ -222,6 +223,7 @@ class _NoLayer:
     """Stands for the layer before a head that is fused alone: it always returns all rows."""
 
     places: torch.Tensor | None = None
+    place_numbers: torch.Tensor | None = None
 
 
 def _fuse_head(model: Any, last: Any) -> None:

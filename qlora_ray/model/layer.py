@@ -18,6 +18,7 @@ from qlora_ray.model.norm import norm_of
 from qlora_ray.model.ops_plain import Angles
 from qlora_ray.model.projection import Group, Single, Turn, member, ops_for
 from qlora_ray.model.recompute import Keep
+from qlora_ray.model.row_group import Holders, RowGroup
 from qlora_ray.model.stash import HostStash
 
 
@@ -29,6 +30,8 @@ class Kept:
     n1: torch.Tensor | None = None  # (M, D + R) what q, k, v read, with its LoRA
     heads: torch.Tensor | None = None  # (M, H of q and k, E) as projected, where a norm follows or DoRA learns
     attention: tuple[torch.Tensor, ...] | None = None  # q, k, v and the output, each (B, H, T, E), with their graph
+    attended: torch.Tensor | None = None  # (B, H, T, E) the output for the tokens and heads that x has
+    values: torch.Tensor | None = None  # (B, H, T, E) v for these, where DoRA learns
     z_o: torch.Tensor | None = None  # (M, R)
     given1: torch.Tensor | None = None  # (M, D) of o_proj, in the same cases
     x1: torch.Tensor | None = None  # (M, D)
@@ -39,6 +42,7 @@ class Kept:
     routed: Any = None  # of a mixture: model/mixture.py
     turns: tuple[Turn, ...] = field(default_factory=lambda: tuple(Turn() for _ in range(4)))  # q k v, o, gate up, down
     places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
+    row_group: RowGroup | None = None  # the workers that hold the rows in parts: `attention` has whole ones
 
     def rows(self, whole: torch.Tensor) -> torch.Tensor:
         """Those that are asked for."""
@@ -57,10 +61,19 @@ class Passed:
     buffer: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the layers of a model have in common."""
+
+    stash: HostStash | None
+    passed: Passed = field(default_factory=Passed)
+    holders: Holders = field(default_factory=Holders)
+
+
 class FusedLayer:
     """The arithmetic of one decoder layer. Holds modules, never their weights."""
 
-    def __init__(self, layer: torch.nn.Module, family: Family, index: int, stash: HostStash | None, passed: Passed):
+    def __init__(self, layer: torch.nn.Module, family: Family, index: int, shared: Shared):
         attention = layer.self_attn
         self.family = family
         self.before, self.after = (
@@ -81,8 +94,10 @@ class FusedLayer:
         self.num_heads = [many, few, few]  # of q, k, v
         self.multiplier = float(getattr(layer, "residual_multiplier", 1.0))
         self.rotates = bool(getattr(attention, "use_rope", True))
-        self.index, self.stash, self.passed, self.keep = index, stash, passed, Keep.ALL
+        self.index, self.stash, self.passed, self.keep = index, shared.stash, shared.passed, Keep.ALL
+        self.holders = shared.holders
         self.places: torch.Tensor | None = None  # the only rows that the next forward is to return; None: all
+        self.place_numbers: torch.Tensor | None = None  # of them among all such, where the rows are parts: (L,) int32
 
     def take_mlp(self, mlp: Any) -> None:
         """Find the MLP's projections."""
@@ -108,8 +123,13 @@ class FusedLayer:
 
     def draw(self) -> tuple[Turn, ...]:
         """Which values the LoRAs of each group shall not see in this micro-batch."""
-        seed = torch.initial_seed()
-        return tuple(Turn(drop_of(probability_of(lora), seed, 4 * self.index + i)) for i, lora in enumerate(self.loras))
+        seed, numbers = torch.initial_seed(), self.holders.numbers
+        behind = numbers if self.place_numbers is None else self.place_numbers
+        of_groups = (numbers, behind, behind, behind)
+        return tuple(
+            Turn(drop_of(probability_of(lora), seed, 4 * self.index + i, of_groups[i]))
+            for i, lora in enumerate(self.loras)
+        )
 
     def angles(self, cos: torch.Tensor, sin: torch.Tensor) -> Angles | None:
         """How queries and keys are rotated; None where this layer does not."""
@@ -137,10 +157,15 @@ class FusedLayer:
         turned, every = rows
         many, few, _ = self.num_heads
         parts = turned[:, :many], turned[:, many:], every[:, many + few :]
+        kept.values = parts[2] if self.learns_lengths[0] else None
+        if kept.row_group:
+            parts = kept.row_group.to_heads(*parts)
         q, k, v = (part.detach().requires_grad_(with_graph) for part in parts)
         with torch.set_grad_enabled(with_graph):
             output = attend(q, k, v, mask, self.sight)
-        kept.attention = (q, k, v, output)
+        kept.attention, kept.attended = (q, k, v, output), output.detach()
+        if kept.row_group:
+            kept.attended = kept.row_group.to_tokens(kept.attended)
 
     def _norms_of_heads(self, *heads: torch.Tensor):
         """For queries and for keys their norm, and their part of each of `heads` as the groups that it takes."""
@@ -156,7 +181,7 @@ class FusedLayer:
         added = None
         if kept.x1 is None:
             if kept.given1 is None:
-                output = kept.rows(kept.attention[3].detach().transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
+                output = kept.rows(kept.attended.transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
                 kept.given1, kept.z_o = self.out.forward(output, kept.turns[1])
             added = self._given(0, kept.given1)
             if not self.keeps_given[0]:
@@ -219,7 +244,8 @@ class FusedLayer:
         if self.keep >= Keep.ATTENTION:
             kept.gate_up = None
         if self.keep >= Keep.INPUT:
-            kept.attention = kept.heads = kept.x1 = kept.z_o = kept.given1 = kept.given2 = None
+            kept.attention = kept.attended = kept.values = kept.heads = None
+            kept.x1 = kept.z_o = kept.given1 = kept.given2 = None
         if self.keep >= Keep.HOST and self.stash is not None:
             self.stash.put(self.index, kept.x)
             kept.x = None
@@ -237,14 +263,18 @@ class FusedLayer:
         self._learn_from(1, kept, kept.given1)
         kept.given1 = None
         q, k, v, output = kept.attention
-        flat = kept.rows(output.detach().transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
+        flat = kept.rows(kept.attended.transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
         d_output, dz = self.out.input_gradient(d_given, kept.turns[1])
         of_out = self.out.parameter_gradients(d_given[:, :width], dz, flat, kept.z_o, kept.turns[1])
         kept.turns[1].given = None
         del d_given, dz
         d_output = kept.all_rows(d_output, shape[0] * shape[1])
         d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        if kept.row_group:
+            d_output = kept.row_group.to_heads_alone(d_output)
         dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
+        if kept.row_group:
+            dq, dk, dv = kept.row_group.to_tokens_of_all(dq, dk, dv, self.num_heads[1])
         d_qkv = dy.new_empty(shape[0] * shape[1], sum(self.qkv.rows))
         ops.rotate_backward(dq, dk, dv, angles, d_qkv)
         if self.head_norms:
@@ -252,10 +282,10 @@ class FusedLayer:
             for norm, grad, part in self._norms_of_heads(d_heads, kept.heads):
                 ops.norm_groups_backward(grad, part, norm)
         if self.learns_lengths[0]:
-            values = v.detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H of v x E)
+            values = kept.values.transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H of v x E)
             self._learn_from(0, kept, torch.cat((kept.heads.flatten(1), values), 1))
         del q, k, v, output, flat, d_output, dq, dk, dv
-        kept.attention = kept.heads = None
+        kept.attention = kept.attended = kept.values = kept.heads = None
         past = kept.all_rows(buffer1[:, :width], shape[0] * shape[1])
         of_qkv, buffer = self._through_group(0, kept, d_qkv, past)
         self.passed.buffer = buffer if self.index else None
@@ -361,7 +391,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fused: FusedLayer, cos, sin, mask, with_graph: bool, *parameters):
         angles = fused.angles(cos, sin)
-        kept = Kept(x.reshape(-1, x.shape[-1]), turns=fused.draw(), places=fused.places)
+        flat, row_group = x.reshape(-1, x.shape[-1]), fused.holders.row_group
+        kept = Kept(flat, turns=fused.draw(), places=fused.places, row_group=row_group)
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
         y = fused.mlp_part(kept, with_graph)

@@ -547,8 +547,20 @@ def lora_in(x: torch.Tensor, a: torch.Tensor, drop: Drop, out: torch.Tensor) -> 
     (rows, width), rank = x.shape, a.shape[0]
     _lora_in[(triton.cdiv(rows, 32),)](
         x, a, out, rows, width, rank, x.stride(0), a.stride(0), out.stride(0), drop.key, drop.threshold, drop.scale,
-        32, 128, max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=4,
+        *_numbers(drop, x), 32, 128, max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=4,
     )  # fmt: skip
+
+
+def _numbers(drop: Drop, instead: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The numbers of the rows for a mask, and whether they are given; `instead` is any tensor."""
+    return (instead, False) if drop.numbers is None else (drop.numbers, True)
+
+
+@triton.jit
+def _number(numbers, row, rows, GIVEN: tl.constexpr):
+    if GIVEN:
+        row = tl.load(numbers + row, mask=row < rows, other=0)
+    return row
 
 
 @triton.jit
@@ -570,17 +582,18 @@ def _kept(row, pair, key, threshold):
 
 @triton.jit
 def _lora_in(
-    x, a, out, rows, width, rank, stride, a_stride, out_stride, key, threshold, scale, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    x, a, out, rows, width, rank, stride, a_stride, out_stride, key, threshold, scale, numbers, GIVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there, r = row < rows, tl.arange(0, RANK)
     place = x + row.to(tl.int64)[:, None] * stride
+    number = _number(numbers, row, rows, GIVEN)
     total = tl.zeros((ROWS, RANK), tl.float32)
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         value = tl.load(place + column[None, :], mask=there[:, None] & (column < width)[None, :], other=0.0)
-        keep = _kept(row, start // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+        keep = _kept(number, start // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
         value = tl.where(keep, value.to(tl.float32) * scale, 0.0).to(value.dtype)
         weight = tl.load(
             a + r[None, :] * a_stride + column[:, None], mask=(r < rank)[None, :] & (column < width)[:, None], other=0.0
@@ -600,16 +613,16 @@ def lora_in_gradient(dz: torch.Tensor, x: torch.Tensor, drop: Drop) -> torch.Ten
     each = triton.cdiv(triton.cdiv(rows, parts), 64) * 64
     sums = torch.empty(parts, rank, width, dtype=torch.float32, device=x.device)
     _lora_in_gradient[(triton.cdiv(width, 128), parts)](
-        dz, x, sums, rows, width, rank, dz.stride(0), x.stride(0), each, drop.key, drop.threshold, drop.scale, 64, 128,
-        max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
+        dz, x, sums, rows, width, rank, dz.stride(0), x.stride(0), each, drop.key, drop.threshold, drop.scale,
+        *_numbers(drop, x), 64, 128, max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
     )  # fmt: skip
     return sums.sum(0).to(x.dtype)
 
 
 @triton.jit
 def _lora_in_gradient(
-    dz, x, sums, rows, width, rank, dz_stride, stride, each, key, threshold, scale, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    dz, x, sums, rows, width, rank, dz_stride, stride, each, key, threshold, scale, numbers, GIVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     part, r = tl.program_id(1), tl.arange(0, RANK)
     first = tl.program_id(0) * COLUMNS
@@ -622,7 +635,7 @@ def _lora_in_gradient(
             x + row.to(tl.int64)[:, None] * stride + column[None, :],
             mask=there[:, None] & (column < width)[None, :], other=0.0,
         )  # fmt: skip
-        keep = _kept(row, first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+        keep = _kept(_number(numbers, row, rows, GIVEN), first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
         value = tl.where(keep, value.to(tl.float32) * scale, 0.0).to(value.dtype)
         gradient = tl.load(
             dz + row.to(tl.int64)[None, :] * dz_stride + r[:, None],
@@ -638,15 +651,15 @@ def add_lora_back(dz: torch.Tensor, a: torch.Tensor, drop: Drop, dx: torch.Tenso
     """Add to dx (M, K) what reaches x through its LoRA: dz A where it was kept."""
     (rows, width), rank = dx.shape, a.shape[0]
     _add_lora_back[(triton.cdiv(rows, 64), triton.cdiv(width, 128))](
-        dz, a, dx, rows, width, rank, dz.stride(0), a.stride(0), dx.stride(0), drop.key, drop.threshold, drop.scale, 64,
-        128, max(16, triton.next_power_of_2(rank)), num_warps=4,
+        dz, a, dx, rows, width, rank, dz.stride(0), a.stride(0), dx.stride(0), drop.key, drop.threshold, drop.scale,
+        *_numbers(drop, dx), 64, 128, max(16, triton.next_power_of_2(rank)), num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _add_lora_back(
-    dz, a, dx, rows, width, rank, dz_stride, a_stride, stride, key, threshold, scale, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    dz, a, dx, rows, width, rank, dz_stride, a_stride, stride, key, threshold, scale, numbers, GIVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
@@ -660,7 +673,7 @@ def _add_lora_back(
         a + r[:, None] * a_stride + column[None, :], mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0
     )
     added = tl.dot(gradient, weight, input_precision="ieee")
-    keep = _kept(row, first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+    keep = _kept(_number(numbers, row, rows, GIVEN), first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
     place = dx + row.to(tl.int64)[:, None] * stride + column[None, :]
     value = tl.load(place, mask=there, other=0.0)
     total = value.to(tl.float32) + tl.where(keep, added * scale, 0.0)

@@ -32,6 +32,14 @@ class LayerShape:
     norms_after: int = 0  # of what attention and MLP give: each keeps what it reads
     is_dora: bool = False  # lengths learn from what projections give, which is kept, or copied in backward
     has_whole_logits: bool = False  # the output layer is not fused with its loss
+    row_parts: int = 1  # workers that hold each row together
+    key_copies: int = 1  # workers among these that get each head of keys
+
+    @property
+    def exchanged_bytes(self) -> float:
+        """What a worker sends for each of its tokens, forward, backward and forward again: model/row_group.py."""
+        elements = 3 * 2 * (self.queries + self.keys * self.key_copies)  # q, k and v one way, as much as q the other
+        return elements * self.element_bytes * (1 - 1 / self.row_parts)
 
     @property
     def steps(self) -> tuple[tuple[Keep, ...], ...]:
@@ -48,7 +56,8 @@ class LayerShape:
         of_qkv, of_out, of_gate_up, of_down = (count * self.rank for count in self.adapted)
         elements = of_down + (self.hidden if level < Keep.HOST else 0)
         if level < Keep.INPUT:  # q, k, v, the attention's output and its sums, what o_proj's LoRA read, x1
-            elements += 2 * self.queries + 2 * self.keys + self.queries // 64 + of_out + self.hidden
+            elements += 2 * self.queries + 2 * self.keys * self.key_copies + self.queries // 64 + of_out + self.hidden
+            elements += self.queries * (self.row_parts > 1)  # the output of all heads, beside that of whole rows
             elements += (self.queries + self.keys) * (self.has_head_norms or self.is_dora)
             elements += self.hidden * (2 if self.is_dora else self.norms_after)
         if level < Keep.ATTENTION:

@@ -45,7 +45,7 @@ def refuse_early(config: Config, deepspeed_json: dict[str, Any] | None) -> None:
     if deepspeed_json:
         ours = deepspeed.defaults(config, stage, accumulation, dtype, num_trainable=1)
         open_sections = ("bf16", "fp16") if dtype == "auto" else ()  # the GPU decides
-        deepspeed.refuse_contradictions(deepspeed_json, ours, config.ray.max_workers, open_sections)
+        deepspeed.refuse_contradictions(deepspeed_json, ours, config.num_row_groups, open_sections)
 
 
 def check_files(config: Config) -> None:

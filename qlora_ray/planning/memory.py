@@ -1,5 +1,6 @@
 """How much memory a run will take and how fast it will be, before it starts. No torch, no GPU."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -71,11 +72,12 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
     can_fuse = can_fuse and not (base.experts and not base.experts.num_packed)
     if family is None or not can_fuse or not set(read) <= first.keys():
         return _plain_shape(base, rank, element_bytes, has_whole_logits)
-    queries = first["o_proj"][1]
+    queries, parts, key_heads = first["o_proj"][1], config.training.sequence_parallel, base.num_key_heads or 1
     shape: dict[str, Any] = dict(
         hidden=first["o_proj"][0], queries=queries, keys=(sum(first[name][0] for name in family.qkv) - queries) // 2,
         rank=rank, element_bytes=element_bytes, has_head_norms=bool(family.norm_of_heads),
         norms_after=family.num_norms_after, is_dora=model.lora_variant == "dora", has_whole_logits=has_whole_logits,
+        row_parts=parts, key_copies=math.lcm(key_heads, parts) // key_heads,
     )  # fmt: skip
     if base.experts:
         shared = [rows for name, rows, _ in base.linear_shapes if "shared_expert" in name and name.endswith("up_proj")]

@@ -8,6 +8,7 @@ from qlora_ray.planning import memory
 from qlora_ray.planning.early import as_stored, facts_at_hand
 from qlora_ray.planning.memory import GIB
 from qlora_ray.planning.plan import may_hold_weights, shown_layers, zero_stage
+from qlora_ray.planning.sharing import refuse_sharing, shown_sharing, tokens_of_a_worker
 from qlora_ray.planning.speed import speed_notes
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
@@ -22,6 +23,8 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     base, config = _facts(config), as_stored(config)
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     length, workers = config.training.max_length, config.ray.max_workers
+    refuse_sharing(config, base, known.layer, length)
+    of_worker, is_shared = tokens_of_a_worker(config, length), config.training.sequence_parallel > 1
     each = 2 if config.training.pairs else 1  # rows of tokens
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
@@ -34,12 +37,13 @@ def answer(config: Config, gib: float, gpu: str) -> str:
         f"{base.num_trainable_parameters:,} parameters trained, in {shown_layers(base)}",
         f"weights and optimizer {resident:.2f} GiB a worker, "
         f"{loading:.2f} while loading{'' if loading <= SHARE_OF_MEMORY * gib else ': does not fit'}",
+        *([shown_sharing(config, known.layer, base.num_layers, length)] if is_shared else []),
         f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",
     ]
     for rows in BATCH_SIZES:
         room = (SHARE_OF_MEMORY * gib - resident) * GIB
-        for choice in _choices(known, rows * each * length, room, may_hold_weights(config)):
-            peak = memory.peak_gib(memory.memory_gib(known, rows * each * length, choice))
+        for choice in _choices(known, rows * each * of_worker, room, may_hold_weights(config)):
+            peak = memory.peak_gib(memory.memory_gib(known, rows * each * of_worker, choice))
             speed = memory.tokens_per_second(known, length, choice, gpu)
             shown = f"{workers * speed:,.0f}" if speed else "-"
             fits = "" if peak <= SHARE_OF_MEMORY * gib else "  does not fit"

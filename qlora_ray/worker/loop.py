@@ -25,6 +25,7 @@ from qlora_ray.worker.metrics import Meter, RowCounts
 from qlora_ray.worker.micro_batches import MicroBatch, MicroBatches
 from qlora_ray.worker.routing import busiest_expert
 from qlora_ray.worker.saver import Saver
+from qlora_ray.worker.seat import seat_of
 from qlora_ray.worker.state import State
 from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.team import Team
@@ -118,10 +119,11 @@ def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
     )  # fmt: skip
     device = ray.train.torch.get_device()
     setup.choose_kernels(config, device)
+    seat = seat_of(team.rank, team.size, config.training.sequence_parallel)
     with laps.part("tokenizer and rows"):
         tokenizer = setup.tokenizer_of(config, run.rows)
-        stream = Stream(run.rows, order, team.rank, team.size, state.step, plan.num_steps)
-    micro_batches = MicroBatches(stream, config.training.seed, tokenizer.pad_token_id, device)
+        stream = Stream(run.rows, order, seat.group, seat.num_groups, state.step, plan.num_steps)
+    micro_batches = MicroBatches(stream, seat, config.training.seed, tokenizer.pad_token_id, device)
     engine = setup.build_engine(run, team, device, tokenizer.pad_token_id, resumed.adapter if resumed else None)
     writer = MetricsFile(run.folder, state.step) if team.rank == 0 else None
     meter = Meter(team, RowCounts(run.rows, order), writer, device)

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
 from qlora_ray.model.balance import balance
 from qlora_ray.model.base import count_bytes
 from qlora_ray.model.facts import read_facts
-from qlora_ray.model.fused import fuse
+from qlora_ray.model.fused import fuse, is_fused
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.load import Source
+from qlora_ray.model.row_group import make_row_group
 from qlora_ray.model.start import WEIGHTS, load_weights
 from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import names
@@ -160,7 +162,7 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
                 parameter.data.copy_(resumed.weights[name])
         elif config.model.start_from:
             load_weights(model, (run.folder / names.START_FROM / WEIGHTS).read_bytes(), ADAPTER_NAME)
-        fuse(model)
+        share_rows(model, config.training.sequence_parallel, fuse(model), team)
     plan = recomputation.prepare(model, plan, device)
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
@@ -185,6 +187,19 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     recomputation.keep_what_fits(model, config, plan, device)
     engine.train()
     return engine
+
+
+def share_rows(model: Any, size: int, what_is_fused: str, team: Team) -> None:
+    """Have `size` workers hold each row together. Every worker must call this.
+
+    Raises ConfigError where a layer attends to no more than the part that it is given.
+    """
+    if size > 1 and not (is_fused(model) and getattr(model, "takes_borders", False)):
+        raise ConfigError(
+            f"training.sequence_parallel={size}: only fused layers attend to rows that workers share, and not all are "
+            f"({what_is_fused}). Set it to 1."
+        )
+    model.row_group = make_row_group(team.rank, team.size, size)
 
 
 def check_four_bit_share(measured: float, plan: Plan) -> None:

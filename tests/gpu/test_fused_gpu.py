@@ -138,11 +138,13 @@ def test_cross_entropy_and_its_gradient(dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows, width, rank", [(300, 4096, 16), (70, 1000, 48), (8192, 256, 8)])
-def test_dropout_of_what_a_lora_reads_and_its_gradients(dtype, rows, width, rank):
+@pytest.mark.parametrize("is_part", [False, True])
+def test_dropout_of_what_a_lora_reads_and_its_gradients(dtype, rows, width, rank, is_part):
     from qlora_ray.model import ops_plain, ops_triton
     from qlora_ray.model.dropout import drop_of
 
-    drop = drop_of(0.1, 2**40 + 3, 17)
+    numbers = torch.arange(rows, dtype=torch.int32, device="cuda") + 70_001 if is_part else None
+    drop = drop_of(0.1, 2**40 + 3, 17, numbers)
     buffer = random(rows, width + rank, dtype=dtype)  # as in a fused layer: input and LoRA side by side
     x, a, dz = buffer[:, :width], random(rank, width, dtype=dtype), random(rows, rank, dtype=dtype)
     dx = random(rows, width + 16, dtype=dtype)
