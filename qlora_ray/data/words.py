@@ -12,7 +12,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-MOST_BYTES = 32 << 20  # of the words that are kept, and their tokens
+MOST_BYTES = 64 << 20  # of the words that are kept, and their tokens
+BYTES_PER_WORD = 160  # two objects, and their place in a dict
 
 # Each match is a word, together they are the text. A cut comes before a space that a letter follows, after a line that
 # a letter or digit ends and a letter follows, and between a letter and a mark. Letters and digits are ASCII's.
@@ -28,23 +29,23 @@ SPACED = re.compile(
 LETTERS = re.compile(r"(?:[^A-Za-z]++[A-Za-z]*+|[A-Za-z]++)(?:[^\x00-\x7f][^A-Za-z]*+[A-Za-z]*+)*+")
 
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-SHORT_FORMS, SPACES = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BEFORE, SHORT_FORMS = r"[^\r\n\p{L}\p{N}]?", "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+MARKS, SPACES = r" ?[^\s\p{L}\p{N}]+", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2 = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+|{MARKS}|\s+(?!\S)|\s+"
+LLAMA3 = rf"{SHORT_FORMS}|{BEFORE}\p{{L}}+|\p{{N}}{{1,3}}|{MARKS}[\r\n]*|{SPACES}"
+QWEN2 = rf"{SHORT_FORMS}|{BEFORE}\p{{L}}+|\p{{N}}|{MARKS}[\r\n]*|{SPACES}"
+QWEN35 = rf"{SHORT_FORMS}|{BEFORE}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}"
+GPT_OSS = (
+    rf"{BEFORE}{UPPER}*{LOWER}+{SHORT_FORMS}?|{BEFORE}{UPPER}+{LOWER}*{SHORT_FORMS}?|\p{{N}}{{1,3}}|{MARKS}[\r\n/]*|"
+    + SPACES
+)
+TEKKEN = rf"{BEFORE}{UPPER}*{LOWER}+|{BEFORE}{UPPER}+{LOWER}*|\p{{N}}|{MARKS}[\r\n/]*|{SPACES}"  # Mistral's
+EMBEDDED = r"\p{Han}|\p{N}|[\p{L}&&[^\p{Han}]]+|[^\p{L}\p{N}]+"
 # Where a tokenizer's pattern lets a text be cut.
 WORDS = {
-    GPT2: SPACED,
-    rf"{SHORT_FORMS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}": SPACED,  # Llama 3
-    rf"{SHORT_FORMS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}": SPACED,  # Qwen 2, 3
-    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{SHORT_FORMS}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{SHORT_FORMS}?|"
-    rf"\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}": SPACED,  # gpt-oss
-    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|"
-    rf"{SPACES}": SPACED,  # Mistral's tekken
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
-    + SPACES: SPACED,  # DeepSeek V3
-    r"\p{Han}|\p{N}|[\p{L}&&[^\p{Han}]]+|[^\p{L}\p{N}]+": LETTERS,  # the embedded base
+    GPT2: SPACED, LLAMA3: SPACED, QWEN2: SPACED, QWEN35: SPACED, GPT_OSS: SPACED, TEKKEN: SPACED, EMBEDDED: LETTERS,
 }  # fmt: skip
-# What may come before: it cuts out digits or signs, and joins nothing.
-SIGNS = {r"\p{N}{1,3}", r"\p{N}", "[一-龥\u3040-ゟ゠-ヿ]+"}
+DIGITS = (r"\p{N}{1,3}", r"\p{N}")  # may be cut out before: that joins nothing
 
 
 class Words:
@@ -65,7 +66,7 @@ class Words:
         new = list(set().union(*words) - self._known.keys())
         for word, encoding in zip(new, self._backend.encode_batch_fast(new, add_special_tokens=False), strict=True):
             self._known[word] = array("i", encoding.ids).tobytes()
-            self._num_bytes += len(word) + len(self._known[word])
+            self._num_bytes += len(word) + len(self._known[word]) + BYTES_PER_WORD
         known = self._known.__getitem__
         made = [array("i", b"".join(map(known, of_text))) for of_text in words]
         if self._num_bytes > MOST_BYTES:
@@ -105,7 +106,7 @@ def _word_of(pre_tokenizer: dict[str, Any]) -> re.Pattern | None:
             found += [SPACED] if step["use_regex"] else []
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
             pattern = step["pattern"].get("Regex")
-            if pattern not in WORDS and pattern not in SIGNS:
+            if pattern not in WORDS and pattern not in DIGITS:
                 return None
             found += [WORDS[pattern]] if pattern in WORDS else []
         elif step["type"] != "Digits":

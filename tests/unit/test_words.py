@@ -42,13 +42,13 @@ def test_every_short_text_falls_into_the_same_words_when_it_is_cut(pattern):
 
 
 @pytest.mark.parametrize("pattern", WORDS, ids=range(len(WORDS)))
-def test_long_texts_fall_into_the_same_words_also_after_digits_and_signs_are_cut_out(pattern):
+def test_long_texts_fall_into_the_same_words_also_after_digits_are_cut_out(pattern):
     pick = random.Random(0)
-    digits = [pre_tokenizers.Digits(individual_digits=True), *map(split_by, sorted(words.SIGNS))]
+    digits = [pre_tokenizers.Digits(individual_digits=True), *map(split_by, words.DIGITS)]
     for first in [None, *digits]:
         steps = split_by(pattern) if first is None else pre_tokenizers.Sequence([first, split_by(pattern)])
         for _ in range(100):
-            text = "".join(pick.choices(SIGNS + "xyzXYZ  \u0301ß", k=80))
+            text = "".join(pick.choices(SIGNS + "xyzXYZ  \u0301\u00a0ß", k=80))
             assert_words_are_cut_as_the_text(steps, WORDS[pattern], text)
 
 
