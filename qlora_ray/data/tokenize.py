@@ -138,7 +138,7 @@ def prompt_ids(tokenizer, messages: Messages) -> list[int]:
     if messages and messages[0]["role"] in RAW_ROLES:
         return first_ids(tokenizer) + tokenizer(messages[0]["content"], add_special_tokens=False)["input_ids"]
     rendered = _template_of(tokenizer, tokenizer.chat_template).prompt(messages)
-    return list(Borders(tokenizer).encode([rendered])[0].ids)
+    return list(_borders_of(tokenizer, len(tokenizer)).encode([rendered])[0].ids)
 
 
 def prompt_of(tokenizer, messages: Messages) -> dict[str, Any] | None:
@@ -167,6 +167,12 @@ def _expected(tokenizer, messages: Messages) -> str:
 def _template_of(tokenizer, chat_template: str) -> ChatTemplate:
     """What the tokenizer's template has shown of itself; `chat_template` is its text, for it may be replaced."""
     return ChatTemplate(tokenizer)
+
+
+@lru_cache(maxsize=4)
+def _borders_of(tokenizer, num_tokens: int) -> Borders:
+    """Tokenizes prompts whole, as generate does; `num_tokens` is how many it knows, for there may come more."""
+    return Borders(tokenizer)
 
 
 class Encoder:

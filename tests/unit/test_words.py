@@ -1,7 +1,6 @@
 """Texts tokenized word by word have the tokens that they have as a whole."""
 
 import itertools
-import pickle
 import random
 
 import pytest
@@ -121,11 +120,3 @@ def test_tokenizers_whose_tokens_heed_what_stands_around_them_are_not_taken(flag
     tokenizer = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
     tokenizer.add_tokens([AddedToken("<extra>", **{"normalized": False, flag: True})])
     assert words_of(type("Fast", (), {"backend_tokenizer": tokenizer})) is None
-
-
-def test_a_tokenizer_that_another_process_gets_makes_the_same_tokens():
-    own = load_tokenizer(base_model_path("embedded"), None)
-    got = pickle.loads(pickle.dumps(own))
-    assert [got(text)["input_ids"] for text in texts(50)] == [own(text)["input_ids"] for text in texts(50)]
-    assert (got.chat_template, got.special_tokens_map) == (own.chat_template, own.special_tokens_map)
-    assert str(got.added_tokens_decoder) == str(own.added_tokens_decoder)
