@@ -35,7 +35,7 @@ class Balance:
 
 def routers_of(base: Any) -> list[torch.nn.Module]:
     """The routers of a model for which transformers has this loss."""
-    record = (getattr(base.model, "_can_record_outputs", None) or {}).get("router_logits")
+    record = (getattr(base, "_can_record_outputs", None) or {}).get("router_logits")
     if record is None or not hasattr(base.config, "router_aux_loss_coef"):
         return []
     return [module for module in base.modules() if isinstance(module, record.target_class)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qlora_ray.libraries import Patch
+from qlora_ray.model import mxfp4
 from qlora_ray.model.facts import ExpertSizes
 from qlora_ray.model.ops_plain import Clamp
 
@@ -149,7 +150,7 @@ def make_room(model: torch.nn.Module, quantization: Any) -> None:
 
 
 @contextmanager
-def packed_while_loading() -> Iterator[None]:
+def packed_while_loading(is_mxfp4: bool) -> Iterator[None]:
     """Within, transformers packs stacks of experts as it packs linear layers, each as soon as it has been read."""
     from transformers.quantizers import auto
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -164,6 +165,9 @@ def packed_while_loading() -> Iterator[None]:
             owner, _, name = param_name.rpartition(".")
             is_stack = name in stack_names(model.get_submodule(owner))
             return is_stack or super().param_needs_quantization(model, param_name, **more)
+
+        def get_weight_conversions(self):
+            return [*super().get_weight_conversions(), *(mxfp4.conversions(self) if is_mxfp4 else ())]
 
     plain = auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
     auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = WithExperts

@@ -25,6 +25,7 @@ EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 # What bitsandbytes lays beside a weight that it has packed; the first holds the weight's own shape.
 PACKED_STATE = ".quant_state.bitsandbytes__"
 BESIDE_PACKED = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$")
+MXFP4 = re.compile(r"\.experts\.(gate_up|down)_proj_(blocks|scales)$")  # of gpt_oss
 SAMPLES = 16
 
 # What PEFT refuses in which model types (peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba).
@@ -255,7 +256,16 @@ def read_shapes(folder: str, is_tied: bool) -> dict[str, tuple[int, ...]]:
             shapes[weight] = tuple(json.loads(_read(entry, 0, entry.size))["shape"])
     embeddings = [entry for name, entry in entries.items() if is_tied and EMBEDDING.search(name)]
     twice = [n for n, e in entries.items() if HEAD.search(n) and any(_is_same(e, other) for other in embeddings)]
-    return {name: shape for name, shape in shapes.items() if name not in twice}
+    return _as_dense({name: shape for name, shape in shapes.items() if name not in twice})
+
+
+def _as_dense(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """With stacks in place of MXFP4's blocks and scales."""
+    dense = {name: shape for name, shape in shapes.items() if not MXFP4.search(name)}
+    for name, shape in shapes.items():
+        if MXFP4.search(name) and name.endswith("_blocks"):  # (E, N, K / 32, 16), two values a byte
+            dense[name.removesuffix("_blocks")] = (shape[0], shape[2] * 32, shape[1])
+    return dense
 
 
 def packed_weights(folder: str) -> list[str]:
@@ -269,8 +279,21 @@ def stored_quantization(folder: str) -> dict[str, Any] | None:
     return _quantization_of(_read_model_config(Path(folder), f"model.base_model={folder}"))
 
 
+def has_mxfp4(folder: str) -> bool:
+    """Whether a folder's experts are in MXFP4, which are made dense as they are read. Raises ConfigError."""
+    return _is_mxfp4(_read_model_config(Path(folder), f"model.base_model={folder}"))
+
+
+def _is_mxfp4(config: dict) -> bool:
+    stored = config.get("quantization_config") or {}
+    return config.get("model_type") == "gpt_oss" and stored.get("quant_method") == "mxfp4"
+
+
 def _quantization_of(config: dict) -> dict[str, Any] | None:
+    """None also of what is made dense."""
     found = None
+    if _is_mxfp4(config):
+        return None
     for section in (config, config.get("text_config") or {}):
         found = found or section.get("quantization_config") or section.get("compression_config")
     return found

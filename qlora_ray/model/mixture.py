@@ -21,7 +21,8 @@ from qlora_ray.model.routed import Experts, Pass
 
 def experts_of(block: torch.nn.Module) -> Experts | None:
     """The experts in 4 bits of a mixture's block; None where it has none."""
-    return next((child.routed for child in block.children() if hasattr(child, "routed")), None)
+    found = (child.__dict__.get("routed") for child in block.children())
+    return next((experts for experts in found if isinstance(experts, Experts)), None)
 
 
 @dataclass
@@ -64,7 +65,7 @@ class RoutedLayer(FusedLayer):
         experts = experts_of(mlp)
         assert experts is not None
         self.block, self.experts, self.room = mlp, experts, 0
-        self.gate_up = self.down = NoProjections(self.qkv.inputs)
+        self.gate_up = self.down = NoProjections(self.qkv.inputs)  # type: ignore[arg-type]
         for child in mlp.children():
             if not hasattr(child, "routed") and any(map(_is_lora, child.modules())):
                 _compute_again(child, experts)
@@ -95,7 +96,7 @@ class RoutedLayer(FusedLayer):
         kept.routed = Routed(held, get_gradient_edge(entered), get_gradient_edge(given), self._of_block())
         return given.detach()
 
-    def _of(self, x: torch.Tensor) -> torch.Tensor:
+    def _of(self, x: Any) -> torch.Tensor:
         given = self.block(x[None])
         return (given[0] if isinstance(given, tuple) else given)[0]
 
@@ -116,7 +117,9 @@ class RoutedLayer(FusedLayer):
         dn2, *gradients = torch.autograd.grad([routed.exit], [routed.entry, *routed.parameters], [d_given])
         kept.routed = None
         dx = dy.new_empty(dy.shape[0], width + self.out.room)
-        ops_for(dy.device).rms_norm_backward(dn2, kept.x1, norm_of(self.before[1], self.family), dy, dx[:, :width])
+        norm = self.before[1]
+        assert norm is not None
+        ops_for(dy.device).rms_norm_backward(dn2, kept.x1, norm_of(norm, self.family), dy, dx[:, :width])
         return gradients, dx
 
 

@@ -309,16 +309,16 @@ def compute_in_4_bits(model: torch.nn.Module) -> None:
     for block in blocks_around_experts(model):
         for child in block.children():
             if is_packed(unwrapped(child)):
-                child.routed = Experts(unwrapped(child), _loras(child))
-                child.forward = child.routed.__call__
+                routed = Experts(unwrapped(child), _loras(child))
+                child.routed, child.forward = routed, routed.__call__  # type: ignore[assignment,method-assign]
 
 
 def take_counts(model: torch.nn.Module) -> list[torch.Tensor]:
     """Of each layer with experts, the rows (E,) that each of them had in training since the last call."""
-    all_of_them = {id(m.routed): m.routed for m in model.modules() if isinstance(m.__dict__.get("routed"), Experts)}
     found = []
-    for experts in all_of_them.values():
-        if experts.num_rows is not None:
+    for module in model.modules():
+        experts = module.__dict__.get("routed")
+        if isinstance(experts, Experts) and experts.num_rows is not None:
             found.append(experts.num_rows)
             experts.num_rows = None
     return found

@@ -10,7 +10,7 @@ from typing import Any
 from qlora_ray import environment
 from qlora_ray.config import Config, find_file
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import ModelFacts, check_folder, read_facts, stored_quantization
+from qlora_ray.model.facts import ModelFacts, check_folder, has_mxfp4, read_facts, stored_quantization
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.start import check_base, open_start
 from qlora_ray.planning import deepspeed
@@ -129,6 +129,8 @@ def _check_base(config: Config, folder: str) -> None:
     check_folder(folder)
     key = f"model.base_model={config.model.base_model}"
     refuse_unread_code(folder, config.model, key)
+    if config.quantization.type == "none" and has_mxfp4(folder):
+        raise ConfigError(f"quantization.type=none: {key} is stored in MXFP4, and trained on in nf4 or fp4 alone.")
     stored = stored_quantization(folder)
     if stored is None:
         return

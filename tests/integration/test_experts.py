@@ -1,6 +1,7 @@
 """Experts in 4 bits: bitsandbytes' own bits, PEFT's losses and gradients, one result however they are shared."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,11 @@ from qlora_ray.model.balance import balance, balance_of
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.experts import is_packed, packed_stacks
 from qlora_ray.model.fused import fuse, fused_layers, keep, leaf_modules
+from qlora_ray.model.load import Whole, load_shares
 from qlora_ray.model.recompute import Choice, Keep
 from qlora_ray.model.record import FILE, open_adapter
 from qlora_ray.model.routed import compute_in_4_bits
+from qlora_ray.planning import early
 from qlora_ray.planning.early import exact_facts
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import write_adapter
@@ -316,6 +319,46 @@ def test_experts_that_compute_otherwise_stay_in_16_bits_and_the_plan_says_how_mu
     )
 
 
+def in_mxfp4(folder: str, target: Path) -> str:
+    """A copy with random stacks in MXFP4, as they are published; and what they stand for put into `folder`."""
+    from safetensors.torch import load_file, save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    shutil.copytree(folder, target)
+    dense = load_file(target / "model.safetensors")
+    weights, generator = dict(dense), torch.Generator().manual_seed(3)
+    for name in [name for name in dense if name.endswith(("gate_up_proj", "down_proj"))]:
+        num_experts, inputs, outputs = weights.pop(name).shape
+        blocks = torch.randint(256, (num_experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(119, 123, blocks.shape[:-1], generator=generator, dtype=torch.uint8)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        dense[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(dense, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (target / "config.json").write_text(json.dumps(config))
+    return str(target)
+
+
+@pytest.mark.bites("model.mxfp4.BLOCKS_AND_SCALES")
+def test_experts_in_mxfp4_become_the_4_bits_of_what_they_stand_for_whole_and_in_shares(tmp_path):
+    folder = tiny_models.save("gpt_oss", tmp_path / "dense")
+    published = in_mxfp4(folder, tmp_path / "mxfp4")
+    config = tiny_models.make_config(published)
+    shares, sources = load_shares(config.model, config.quantization, "float32", CPU, Whole())
+    expected = load(folder)
+    assert not any(isinstance(source.value, torch.Tensor) for source in sources)
+    for base in (load(published), shares):
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(base.get_parameter(name).data.view(-1), parameter.data.view(-1)), name
+        assert torch.equal(tiny_models.logits(base), tiny_models.logits(expected))
+    assert exact_facts(config).num_packed_parameters == count_bytes(expected).four_bit_parameters
+    assert exact_facts(config).num_parameters == count_bytes(expected).parameters
+    with pytest.raises(ConfigError, match="^quantization.type=none: .* is stored in MXFP4"):
+        early._check_base(tiny_models.make_config(published, quantization={"type": "none"}), published)
+
+
 @pytest.mark.timeout(600)
 def test_a_mixture_goes_through_the_doors(base_of, tmp_path, capsys):
     folder, run = base_of("qwen3_moe"), tmp_path / "run"
@@ -335,5 +378,5 @@ def test_a_mixture_goes_through_the_doors(base_of, tmp_path, capsys):
     assert generate.main(["--adapter", str(run), "--prompt", "Say yes.", "max_new_tokens=4"]) == 0
     assert evaluate.main(["--adapter", str(run), "--file", str(records), "max_new_tokens=4"]) == 0
     merged = ["--adapter", str(run), "--to", "merged", "--output", str(tmp_path / "merged"), "--verify"]
-    assert export.main(merged) == 0
+    assert export.main([*merged, "--dtype", "float32"]) == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
