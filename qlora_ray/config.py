@@ -330,6 +330,9 @@ class DeepSpeedConfig(Section):
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = 3
     """ZeRO stage: 3 shards the 4-bit base over the workers; auto: 3 with several workers, 0 with one."""
+    share_base: Literal["auto", "replicate", "world"] = "auto"
+    """How workers hold the 4-bit base at stage 3: replicate: each all of it, and no weights travel; world: each its
+    share. auto: replicate where base and activations fit every GPU. The same bits in all."""
     offload_params: Literal["none", "cpu"] = "none"
     """Keep the sharded base in host memory (stage 3). NVMe is not offered: its buffers do not hold 4-bit bytes."""
     offload_optimizer: Literal["none", "cpu"] = "none"

@@ -14,6 +14,7 @@ from qlora_ray.console import console, say_note
 from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import BaseFacts
 from qlora_ray.planning.plan import Plan, shown_layers
+from qlora_ray.planning.sharing import shown
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
 
@@ -33,6 +34,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
         **({"objective": _show_objective(config)} if config.training.pairs else {}),
         "data": _show_data(data),
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
+        **({"base on each": sharing} if (sharing := shown(plan.shares_base, plan.why_shared)) else {}),
         "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "
         f"{plan.gradient_accumulation_steps} accumulated x {plan.num_workers} workers",
         "steps": f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch), checkpoint every "

@@ -101,7 +101,7 @@ class Start:
                 hardware = connect.start_ray(config, self.debug)
                 at_hand = folder_at_hand(config.model.base_model, config.model.revision) is not None
                 facts = measured.result() if at_hand else None  # else it is still downloaded
-                notes, network = look_quickly(config, folder, hardware, facts)
+                notes, network, hardware = look_quickly(config, folder, hardware, facts)
                 started.set_result(hardware)
             except BaseException as error:
                 started.set_exception(error)  # the thread may be waiting for it

@@ -32,7 +32,13 @@ class Sizes:
     num_workers: int  # the fewest: each then holds most
     layer: LayerShape | PlainShape
     trains_rows: bool  # of embedding and output layer: model.new_tokens
-    loads_in_shares: bool
+    begins_whole: bool  # the adapter is made of whole weights, before ZeRO takes them apart
+    shares_base: bool  # over the workers; else each holds all of it
+
+    @property
+    def loads_in_shares(self) -> bool:
+        """Whether each worker reads and packs its share of the base alone."""
+        return self.shares_base and not self.begins_whole
 
 
 def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype: str) -> Sizes:
@@ -42,16 +48,14 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
     return Sizes(
         base, num_trainable, quantization.type != "none", quantization.double_quant, wide, stage,
         config.ray.min_workers, layer_shape(config, base, wide), bool(config.model.new_tokens),
-        loads_in_shares(config, stage, config.ray.min_workers),
+        begins_whole(config),
+        stage == 3 and config.ray.max_workers > 1 and config.deepspeed.share_base != "replicate",
     )  # fmt: skip
 
 
-def loads_in_shares(config: Config, stage: int, num_workers: int) -> bool:
-    """Whether each worker reads and packs its share of the base alone, or all of it before ZeRO takes it apart.
-
-    LoftQ and DoRA begin from whole weights.
-    """
-    return stage == 3 and num_workers > 1 and config.model.lora_variant in ("lora", "rslora")
+def begins_whole(config: Config) -> bool:
+    """Whether the adapter is made of whole weights, as LoftQ and DoRA do: before ZeRO takes the base apart."""
+    return config.model.lora_variant not in ("lora", "rslora")
 
 
 def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerShape | PlainShape:
@@ -106,7 +110,7 @@ def resident_gib(sizes: Sizes) -> dict[str, float]:
     packed = quantized * 0.5
     scales = quantized * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5)  # ZeRO shards weights, not their scales
     rest = (base.num_parameters - quantized) * wide
-    shards = sizes.num_workers if sizes.stage == 3 else 1
+    shards = sizes.num_workers if sizes.shares_base else 1
     shares = sizes.num_workers if sizes.stage > 0 else 1
     master = 4 if wide == 2 else 0
     # Weights and gradients; the float32 sum of gradients, and DeepSpeed's share of it; float32 copy and two moments.

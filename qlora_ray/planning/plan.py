@@ -9,7 +9,7 @@ from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, ModelFacts, left_out_of_all_linear
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, choose
-from qlora_ray.planning import deepspeed, memory
+from qlora_ray.planning import deepspeed, memory, sharing
 from qlora_ray.planning.memory import GIB, Sizes
 from qlora_ray.planning.speed import speed_notes
 
@@ -35,6 +35,7 @@ class Hardware:
     accelerator_types: tuple[str, ...] = ()
     other_resources: dict[str, float] = field(default_factory=dict)
     nodes: tuple[dict[str, float], ...] = ()  # resources of each: a worker lives on one
+    gpu_gib: float | None = None  # of the smallest GPU, where the nodes were asked
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Plan:
     may_hold_weights: bool  # whether these may keep dequantized weights between steps
     memory_forecast_gib: dict[str, float]  # per worker
     deepspeed: dict[str, Any]
+    shares_base: bool = False  # over the workers; else each holds all of it
+    why_shared: str = ""  # or not
     rows_of_tokens: int = 1  # that each row is read as: 2 where rows hold pairs
 
     @property
@@ -106,7 +109,10 @@ def make_plan(
     quantized = base.num_packed_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
     num_tokens = config.training.batch_size * data.rows_of_tokens * min(config.training.max_length, data.longest_row)
-    known = memory.sizes(config, base, trainable, stage, compute_dtype)
+    known, why_shared = sharing.decide(
+        config, memory.sizes(config, base, trainable, stage, compute_dtype), num_tokens,
+        hardware.gpu_gib if use_gpu else None,
+    )  # fmt: skip
     recompute = _recompute(config, use_gpu)
     plan = Plan(
         num_workers=config.ray.max_workers,
@@ -132,9 +138,11 @@ def make_plan(
         notes=_notes(config, base, data, steps_per_epoch, use_gpu),
         tokens_per_micro_batch=num_tokens,
         layer_shape=known.layer,
-        may_hold_weights=may_hold_weights(config),
+        may_hold_weights=may_hold_weights(config, known),
         memory_forecast_gib=_memory_forecast(config, known, num_tokens, recompute, use_gpu),
         deepspeed=deepspeed.defaults(config, stage, accumulation, compute_dtype, trainable),
+        shares_base=known.shares_base,
+        why_shared=why_shared,
         rows_of_tokens=data.rows_of_tokens,
     )
     if not deepspeed_json:
@@ -200,13 +208,13 @@ def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, budget_by
     return choose(plan.layer_shape, num_layers, tokens, vocab_size, budget_bytes, plan.may_hold_weights)
 
 
-def may_hold_weights(config: Config) -> bool:
+def may_hold_weights(config: Config, known: Sizes) -> bool:
     """Whether fused layers may keep their weights dequantized between steps, where there is room.
 
-    Several workers share the base: each holding all of it would undo that. DoRA changes their lengths at each step.
+    Where workers share the base, each holding all of it would undo that. DoRA changes their lengths at each step.
     """
     is_frozen = config.model.lora_variant != "dora"
-    return is_frozen and config.training.dequantized_weights == "auto" and config.ray.max_workers == 1
+    return is_frozen and config.training.dequantized_weights == "auto" and not known.shares_base
 
 
 def _recompute(config: Config, use_gpu: bool) -> str:
@@ -222,7 +230,7 @@ def _memory_forecast(
     choice = memory.all_layers(known, level)
     if recompute == "auto" and config.training.memory_budget_gib:
         room = config.training.memory_budget_gib * GIB - sum(memory.resident_gib(known).values()) * GIB
-        may_hold = may_hold_weights(config)
+        may_hold = may_hold_weights(config, known)
         choice = choose(known.layer, len(choice.levels), num_tokens, known.base.vocab_size, room, may_hold)
     return memory.memory_gib(known, num_tokens, choice)
 

@@ -4,14 +4,14 @@ from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import Choice, Keep, choose
-from qlora_ray.planning import memory
+from qlora_ray.planning import memory, sharing
 from qlora_ray.planning.early import as_stored, facts_at_hand
 from qlora_ray.planning.memory import GIB
 from qlora_ray.planning.plan import may_hold_weights, shown_layers, zero_stage
+from qlora_ray.planning.sharing import SHARE_OF_MEMORY
 from qlora_ray.planning.speed import speed_notes
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
-SHARE_OF_MEMORY = 0.93  # the rest is the CUDA context and the allocator's
 
 
 def answer(config: Config, gib: float, gpu: str) -> str:
@@ -20,9 +20,10 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     Raises ConfigError where the base is neither a local folder nor in the hub's cache.
     """
     base, config = _facts(config), as_stored(config)
-    known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     length, workers = config.training.max_length, config.ray.max_workers
     each = 2 if config.training.pairs else 1  # rows of tokens
+    known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
+    known, why_shared = sharing.decide(config, known, config.training.batch_size * each * length, gib)
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
     loading = memory.loading_gib(known)
@@ -36,9 +37,10 @@ def answer(config: Config, gib: float, gpu: str) -> str:
         f"{loading:.2f} while loading{'' if loading <= SHARE_OF_MEMORY * gib else ': does not fit'}",
         f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",
     ]
+    lines[2:2] = filter(None, [sharing.shown(known.shares_base, why_shared)])
     for rows in BATCH_SIZES:
         room = (SHARE_OF_MEMORY * gib - resident) * GIB
-        for choice in _choices(known, rows * each * length, room, may_hold_weights(config)):
+        for choice in _choices(known, rows * each * length, room, may_hold_weights(config, known)):
             peak = memory.peak_gib(memory.memory_gib(known, rows * each * length, choice))
             speed = memory.tokens_per_second(known, length, choice, gpu)
             shown = f"{workers * speed:,.0f}" if speed else "-"

@@ -14,7 +14,7 @@ from qlora_ray.model.facts import read_facts, stored_quantization
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.load import Cache, Source, Whole, files_of, load_shares
 from qlora_ray.model.packed_cache import Cached, Writer, cached
-from qlora_ray.planning.memory import BYTES_PER_WEIGHT, GIB, loads_in_shares
+from qlora_ray.planning.memory import BYTES_PER_WEIGHT, GIB, begins_whole
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.messages import Run, Warned
 from qlora_ray.worker.team import Team
@@ -35,7 +35,7 @@ class Loaded:
 def load(run: Run, team: Team, device: torch.device) -> Loaded:
     """Load the base. Every worker must call this. Raises ConfigError where it, or its cache, cannot be read."""
     config, plan = run.config, run.plan
-    is_share = loads_in_shares(config, plan.zero_stage, team.size)
+    is_share = plan.shares_base and team.size > 1 and not begins_whole(config)
     place = _cache_of(run, device)
     if not is_share and place is None:
         return Loaded(load_base(config.model, config.quantization, plan.compute_dtype, device), [], False)

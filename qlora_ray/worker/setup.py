@@ -166,7 +166,8 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
         log.info("parameters:\n%s", parameter_table(model, plan))
     before = None if loaded.is_share else _loss(model, sample)
     log.info("engine: starting")
-    engine = Engine(model, config.training, plan.deepspeed)
+    is_parted = plan.shares_base or config.deepspeed.offload_params != "none"
+    engine = Engine(model, config.training, plan.deepspeed, is_parted)
     log.info("engine: started")
     if resumed:
         engine.load_state(resumed)
@@ -224,7 +225,7 @@ def parameter_table(model: torch.nn.Module, plan: Plan) -> str:
         packed = hasattr(parameter, "quant_state")
         shape = tuple(parameter.quant_state.shape) if packed else tuple(parameter.shape)
         stored = "4-bit" if packed else str(parameter.dtype).removeprefix("torch.")
-        trained, sharded = "yes" if parameter.requires_grad else "no", "yes" if plan.zero_stage == 3 else "no"
+        trained, sharded = "yes" if parameter.requires_grad else "no", "yes" if plan.shares_base else "no"
         lines.append(f"{stored:10} {trained:7} {sharded:7} {shape!s:20} {name}")
     return "\n".join(lines)
 
