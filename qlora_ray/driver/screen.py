@@ -35,6 +35,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
         "data": _show_data(data),
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
         **({"base on each": sharing} if (sharing := shown(plan.shares_base, plan.why_shared)) else {}),
+        **({f"base on {'disk' if plan.passing.disk_bytes else 'host'}": str(plan.passing)} if plan.passing else {}),
         "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "
         f"{plan.gradient_accumulation_steps} accumulated x {plan.num_workers} workers",
         "steps": f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch), checkpoint every "

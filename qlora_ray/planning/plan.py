@@ -9,8 +9,9 @@ from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, ModelFacts, left_out_of_all_linear
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, choose
-from qlora_ray.planning import deepspeed, memory, sharing
+from qlora_ray.planning import deepspeed, memory, offload, sharing
 from qlora_ray.planning.memory import GIB, Sizes
+from qlora_ray.planning.offload import Passing
 from qlora_ray.planning.speed import speed_notes
 
 STORAGE_FOR_THE_REST = 32 * 2**20  # logs, metrics, report, tokenizer files
@@ -70,6 +71,7 @@ class Plan:
     deepspeed: dict[str, Any]
     shares_base: bool = False  # over the workers; else each holds all of it
     why_shared: str = ""  # or not
+    passing: Passing | None = None  # the layers' weights, where they are offloaded
     rows_of_tokens: int = 1  # that each row is read as: 2 where rows hold pairs
 
     @property
@@ -109,11 +111,9 @@ def make_plan(
     quantized = base.num_packed_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
     num_tokens = config.training.batch_size * data.rows_of_tokens * min(config.training.max_length, data.longest_row)
-    known, why_shared = sharing.decide(
-        config, memory.sizes(config, base, trainable, stage, compute_dtype), num_tokens,
-        hardware.gpu_gib if use_gpu else None,
-    )  # fmt: skip
-    recompute = _recompute(config, use_gpu)
+    known, gpu_gib = memory.sizes(config, base, trainable, stage, compute_dtype), hardware.gpu_gib if use_gpu else None
+    known, why_shared = sharing.decide(config, known, num_tokens, gpu_gib)
+    recompute = _recompute(config, use_gpu, known)
     plan = Plan(
         num_workers=config.ray.max_workers,
         min_workers=config.ray.min_workers,
@@ -135,7 +135,7 @@ def make_plan(
         whole_modules=base.whole_modules,
         new_tokens=base.new_tokens,
         four_bit_share=quantized / base.num_parameters,
-        notes=_notes(config, base, data, steps_per_epoch, use_gpu),
+        notes=(*_notes(config, base, data, steps_per_epoch, use_gpu), *offload.notes(deepspeed_json)),
         tokens_per_micro_batch=num_tokens,
         layer_shape=known.layer,
         may_hold_weights=may_hold_weights(config, known),
@@ -143,6 +143,7 @@ def make_plan(
         deepspeed=deepspeed.defaults(config, stage, accumulation, compute_dtype, trainable),
         shares_base=known.shares_base,
         why_shared=why_shared,
+        passing=offload.passing(known, num_tokens, config.training.max_length, gpu_gib, _gpu_of(hardware)),
         rows_of_tokens=data.rows_of_tokens,
     )
     if not deepspeed_json:
@@ -213,12 +214,25 @@ def may_hold_weights(config: Config, known: Sizes) -> bool:
 
     Where workers share the base, each holding all of it would undo that. DoRA changes their lengths at each step.
     """
-    is_frozen = config.model.lora_variant != "dora"
-    return is_frozen and config.training.dequantized_weights == "auto" and not known.shares_base
+    is_there = config.model.lora_variant != "dora" and known.offload == "none"
+    return is_there and config.training.dequantized_weights == "auto" and not known.shares_base
 
 
-def _recompute(config: Config, use_gpu: bool) -> str:
-    return "none" if config.training.recompute == "auto" and not use_gpu else config.training.recompute
+def _recompute(config: Config, use_gpu: bool, known: Sizes) -> str:
+    asked = config.training.recompute
+    passes = known.offload != "none" and isinstance(known.layer, PlainShape)
+    if passes and asked == "none":
+        raise ConfigError(
+            f"training.recompute=none: with deepspeed.offload_params={known.offload} layers of {known.base.model_type} "
+            "models are computed again, when their weights are there. Use auto or all."
+        )
+    if asked == "auto" and not use_gpu:
+        return "all" if passes else "none"
+    return asked
+
+
+def _gpu_of(hardware: Hardware) -> str:
+    return next((name for name in hardware.accelerator_types if name in memory.PRODUCT_FLOPS), "")
 
 
 def _memory_forecast(
@@ -337,11 +351,7 @@ def zero_stage(config: Config) -> int:
             "reads the base weight in backward, when ZeRO-3 has released it. Set model.lora_dropout: 0, or "
             "deepspeed.zero_stage: 2 (each worker then holds the whole 4-bit base)."
         )
-    if ds.offload_params != "none" and stage != 3:
-        raise ConfigError(
-            f"deepspeed.offload_params={ds.offload_params}: needs zero_stage 3, the stage is {stage}. "
-            "Set deepspeed.zero_stage=3."
-        )
+    offload.refuse(config, stage)
     if ds.offload_optimizer != "none" and stage == 0:
         raise ConfigError(
             f"deepspeed.offload_optimizer={ds.offload_optimizer}: needs zero_stage 1, 2 or 3, the stage is 0."

@@ -5,9 +5,7 @@ from dataclasses import replace
 from qlora_ray.config import Config
 from qlora_ray.model.recompute import Keep
 from qlora_ray.planning import memory
-from qlora_ray.planning.memory import Sizes
-
-SHARE_OF_MEMORY = 0.93  # the rest is the CUDA context and the allocator's
+from qlora_ray.planning.memory import SHARE_OF_MEMORY, Sizes
 
 
 def decide(config: Config, known: Sizes, num_tokens: int, worker_gib: float | None) -> tuple[Sizes, str]:
@@ -16,6 +14,8 @@ def decide(config: Config, known: Sizes, num_tokens: int, worker_gib: float | No
     Layers that keep the least must fit beside a whole base, while it loads too; the rest is for activations either way.
     """
     asked = config.deepspeed.share_base
+    if known.offload != "none":
+        return replace(known, shares_base=False), ""
     if known.stage != 3 or config.ray.max_workers == 1:
         return replace(known, shares_base=False), ""
     if asked != "auto":

@@ -6,9 +6,8 @@ from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import Choice, Keep, choose
 from qlora_ray.planning import memory, sharing
 from qlora_ray.planning.early import as_stored, facts_at_hand
-from qlora_ray.planning.memory import GIB
+from qlora_ray.planning.memory import GIB, SHARE_OF_MEMORY
 from qlora_ray.planning.plan import may_hold_weights, shown_layers, zero_stage
-from qlora_ray.planning.sharing import SHARE_OF_MEMORY
 from qlora_ray.planning.speed import speed_notes
 
 BATCH_SIZES = (1, 2, 4, 8, 16)

@@ -22,6 +22,7 @@ from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.load import Source
+from qlora_ray.model.ring import Ring, make_ring
 from qlora_ray.model.start import WEIGHTS, load_weights
 from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import names
@@ -157,6 +158,7 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     elif config.model.start_from:
         load_weights(model, (run.folder / names.START_FROM / WEIGHTS).read_bytes(), ADAPTER_NAME)
     fuse(model)
+    ring = make_ring(model, loaded.away, device) if loaded.away else None
     plan = recomputation.prepare(model, plan, device)
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
@@ -166,15 +168,14 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
         log.info("parameters:\n%s", parameter_table(model, plan))
     before = None if loaded.is_share else _loss(model, sample)
     log.info("engine: starting")
-    is_parted = plan.shares_base or config.deepspeed.offload_params != "none"
-    engine = Engine(model, config.training, plan.deepspeed, is_parted)
+    engine = Engine(model, config.training, plan.deepspeed, plan.shares_base)
     log.info("engine: started")
     if resumed:
         engine.load_state(resumed)
-    check_same_weights(loaded.sources, config.training.seed, team)
+    check_same_weights(loaded.sources, config.training.seed, team, ring)
     if before is not None:
         check_same_loss(before, _loss(engine.module, sample), plan)
-    recomputation.keep_what_fits(model, config, plan, device)
+    recomputation.keep_what_fits(model, config, plan, device, ring)
     engine.train()
     return engine
 
@@ -199,7 +200,7 @@ def check_same_loss(before: float, after: float, plan: Plan) -> None:
         )
 
 
-def check_same_weights(sources: list[Source], seed: int, team: Team) -> None:
+def check_same_weights(sources: list[Source], seed: int, team: Team, ring: Ring | None = None) -> None:
     """Raise GuardError where the workers do not hold together what the files hold: of a layer in 4 bits and another.
 
     Those are chosen by seed; rank 0 reads and packs them anew. Every worker must call this.
@@ -208,6 +209,8 @@ def check_same_weights(sources: list[Source], seed: int, team: Team) -> None:
     packed = [one for one in sources if hasattr(one.parameter, "quant_state")]
     others = [one for one in sources if not hasattr(one.parameter, "quant_state")]
     for source in [generator.choice(kind) for kind in (packed, others) if kind]:
+        if ring:
+            ring.bring(source.parameter)
         whole = patches.whole_of(source.parameter)
         is_held = team.gather(team.rank > 0 or source.is_held(whole))[0]
         if not is_held:
