@@ -5,6 +5,7 @@ The file has no name, so that nobody can change it or leave it behind: it is gon
 
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from qlora_ray.errors import ConfigError, Stop
 from qlora_ray.model.load import Whole
 
 NETWORKS = {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "beegfs", "glusterfs", "gpfs", "9p", "fuse", "afs"}
-BLOCK = 2**26  # bytes of one read: the kernel reads ahead within
+BLOCK, NUM_READERS = 2**24, 8  # bytes of one read, and reads at a time: a disk wants several
 
 
 class Home(Protocol):
@@ -70,6 +71,7 @@ class DiskFile:
                 "Name a folder on a local disk that the workers can write to and that has room."
             ) from None
         self._end = 0
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="disk")
 
     def put(self, content: torch.Tensor) -> OnDisk:
         """Append uint8 values."""
@@ -85,9 +87,13 @@ class DiskFile:
     def read_into(self, out: torch.Tensor, start: int) -> None:
         """Fill uint8 values on the CPU from there on. Raises Stop where the disk does not give them."""
         view = memoryview(out.numpy())
+        parts = [(view[at : at + BLOCK], start + at) for at in range(0, len(view), BLOCK)]
+        list(self._readers.map(lambda part: self._read(*part), parts))
+
+    def _read(self, view: memoryview, start: int) -> None:
         while view:
             try:
-                count = os.preadv(self._file.fileno(), [view[:BLOCK]], start)
+                count = os.preadv(self._file.fileno(), [view], start)
             except OSError as error:
                 raise Stop(f"{self.key}: {error.strerror}. {SAVED}") from None
             if not count:

@@ -124,12 +124,12 @@ class Ring:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def _fetch_where_needed(self, index: int, layer: torch.nn.Module) -> None:
+        layer.register_forward_pre_hook(lambda *_: self.fetch(index, 1))
         fused = layer.__dict__.get("fused")
         if isinstance(fused, FusedLayer):
             fused.before_backward = partial(self.fetch, index, -1)
-            layer.register_forward_pre_hook(lambda *_: self.fetch(index, 1))
-        else:  # backward computes it again: the forward pass with gradients is that one
-            layer.register_forward_pre_hook(lambda *_: self.fetch(index, -1 if torch.is_grad_enabled() else 1))
+        else:  # backward computes it again: the pass with gradients is that one
+            layer.bring_weights = lambda: self.fetch(index, -1 if torch.is_grad_enabled() else 1)  # type: ignore
 
 
 def _mark(device: torch.device) -> Any:

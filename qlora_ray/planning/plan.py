@@ -93,6 +93,7 @@ def make_plan(
     config: Config, data: DataStats, base: ModelFacts, hardware: Hardware, deepspeed_json: dict | None
 ) -> Plan:
     """Derive the plan. Raises ConfigError where several fields together ask for the impossible."""
+    config = offload.taken_from_json(config, deepspeed_json)
     use_gpu = uses_gpu(config, hardware)
     if not use_gpu and config.quantization.compute_dtype == "float16":
         raise ConfigError(

@@ -56,11 +56,12 @@ def keep_what_fits(
     stash = HostStash(device) if device.type == "cuda" and plain else None
     if fused:
         keep(model, choice)
-        # Weights that pass are there when a layer computes again, not when autograd goes back through it.
-        beside = Keep.ALL if plan.recompute == "none" and not ring else Keep.HOST
+        beside = Keep.ALL if plan.recompute == "none" else Keep.HOST
         keep_plain(plain, (beside,) * len(plain), stash)
     else:
-        keep_plain(plain, choice.levels, stash)
+        # Weights that pass are there when a layer computes again, not when autograd goes back through it.
+        levels = tuple(max(level, Keep.INPUT if ring else Keep.ALL) for level in choice.levels)
+        keep_plain(plain, levels, stash)
     logger.info("%s (%.1f GiB for activations)", choice, budget / 2**30)
     if ring:
         tokens = plan.tokens_per_micro_batch

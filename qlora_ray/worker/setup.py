@@ -3,6 +3,7 @@
 Stands on internals of torch and transformers: WORKSPACE and NOISE.
 """
 
+import dataclasses
 import logging
 import os
 import random
@@ -20,8 +21,10 @@ from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
 from qlora_ray.model.base import count_bytes
 from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse
+from qlora_ray.model.homes import Away
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.load import Source
+from qlora_ray.model.plain import plain_layers
 from qlora_ray.model.ring import Ring, make_ring
 from qlora_ray.model.start import WEIGHTS, load_weights
 from qlora_ray.planning.plan import Plan
@@ -158,7 +161,9 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     elif config.model.start_from:
         load_weights(model, (run.folder / names.START_FROM / WEIGHTS).read_bytes(), ADAPTER_NAME)
     fuse(model)
-    ring = make_ring(model, loaded.away, device) if loaded.away else None
+    ring = _ring_of(model, loaded.away, config, device) if loaded.away else None
+    if ring and plain_layers(model) and plan.recompute == "none":
+        plan = dataclasses.replace(plan, recompute="all")  # autograd would find the weights of other layers
     plan = recomputation.prepare(model, plan, device)
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
@@ -178,6 +183,17 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     recomputation.keep_what_fits(model, config, plan, device, ring)
     engine.train()
     return engine
+
+
+def _ring_of(model: torch.nn.Module, away: Away, config: Config, device: torch.device) -> Ring:
+    """What the layers' weights pass through. Raises ConfigError for a model whose layers are not known."""
+    ring = make_ring(model, away, device)
+    if ring is None:
+        raise ConfigError(
+            f"deepspeed.offload_params={config.deepspeed.offload_params}: this model does not mark its decoder layers "
+            "(GradientCheckpointingLayer of transformers), so nothing of it can pass. Leave the setting out."
+        )
+    return ring
 
 
 def check_four_bit_share(measured: float, plan: Plan) -> None:

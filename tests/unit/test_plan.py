@@ -179,7 +179,7 @@ def test_base_is_whole_on_each_gpu_where_it_fits_with_activations_and_shared_whe
     assert plan(dataclasses.replace(GPUS, gpu_gib=80), deepspeed={"share_base": "world"}, **two).shares_base
 
 
-@pytest.mark.parametrize(("stage", "key"), [(2, "offload_params"), (0, "offload_optimizer")])
+@pytest.mark.parametrize(("stage", "key"), [(2, "offload_params"), (0, "offload_params"), (0, "offload_optimizer")])
 def test_offload_that_its_zero_stage_cannot_do_is_refused(stage, key):
     assert refusal(deepspeed={"zero_stage": stage, key: "cpu"}).startswith(f"deepspeed.{key}=cpu: needs zero_stage")
 
