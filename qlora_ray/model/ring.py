@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.homes import Away, Home, InMemory, scales_of, values_of
 from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.plain import plain_layers
@@ -118,6 +119,8 @@ class Ring:
             self._resident.append(memory)
             slab.show(memory)
         if not self.num_passing:
+            for arrival in filter(None, self._arrivals):
+                self._copies.wait(arrival)  # else it would arrive in memory that others have by then
             self._slots = []
 
     def _memory(self, num_bytes: int) -> torch.Tensor:
@@ -153,7 +156,7 @@ class FromMemory:
                 parameter.home = None
             self._places[id(slab)] = place
         if self._stream:  # torch's own pinned memory comes in powers of two
-            _check_cuda(torch.cuda.cudart().cudaHostRegister(self._all.data_ptr(), self._all.numel(), 0))
+            self._pin()
 
     def copy(self, slab: Slab, slot: torch.Tensor, passed: Any) -> Any:
         """Launch it on a stream of its own."""
@@ -162,6 +165,14 @@ class FromMemory:
     def wait(self, arrival: Any) -> None:
         """Of the device alone."""
         _wait(arrival)
+
+    def _pin(self) -> None:
+        code = int(torch.cuda.cudart().cudaHostRegister(self._all.data_ptr(), self._all.numel(), 0))
+        if code:
+            raise ConfigError(
+                f"deepspeed.offload_params=cpu: {self._all.numel() / 2**30:.2f} GiB of host memory cannot be locked "
+                f"for copies to the GPU (CUDA error {code}). Raise the limit of locked memory (ulimit -l), or use nvme."
+            )
 
 
 class FromDisk:
@@ -207,11 +218,6 @@ def _copy(source: torch.Tensor, slot: torch.Tensor, stream: Any, passed: Any) ->
 def _wait(arrived: Any) -> None:
     if arrived is not None:
         torch.cuda.current_stream().wait_event(arrived)
-
-
-def _check_cuda(code: Any) -> None:
-    if int(code):
-        raise MemoryError(f"the host's memory cannot be pinned (CUDA error {int(code)})")
 
 
 def make_ring(model: torch.nn.Module, away: Away, device: torch.device) -> Ring | None:
