@@ -12,6 +12,7 @@ import torch
 
 from qlora_ray.libraries import Patch
 from qlora_ray.model.facts import ExpertSizes
+from qlora_ray.model.ops_plain import Clamp
 
 STACKS_TOO = Patch(
     "transformers", "5.23.0", "AUTO_QUANTIZER_MAPPING's bitsandbytes_4bit is a subclass while a base is loaded; marks "
@@ -27,7 +28,7 @@ def stack_names(module: torch.nn.Module) -> tuple[str, ...]:
 
     Known by what transformers' use_experts_implementation leaves: experts that it does not mark compute otherwise.
     """
-    is_marked = hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate")
+    is_marked = hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate")
     if not is_marked or getattr(module, "has_post_expert_norm", False):
         return ()
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
@@ -42,6 +43,12 @@ def has_silu(module: Any) -> bool:
     """Whether that is SiLU(first half) x second half."""
     is_plain = module.has_gate and type(module)._apply_gate.__name__ == "_default_apply_gate"
     return is_plain and type(module.act_fn).__name__ in SILU
+
+
+def clamp_of(module: Any) -> Clamp | None:
+    """That of gpt_oss's gate; None of another gate."""
+    is_clamped = module.has_gate and type(module).__name__ == "GptOssExperts"
+    return Clamp(float(module.alpha), float(module.limit)) if is_clamped else None
 
 
 def modules_of_stacks(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -40,7 +40,9 @@ class RopeLimit:
     num_tokens: int
 
 
-EXPERT_CHUNK_BYTES = 2**30  # of experts' weights dequantized at a time: all of a layer of Qwen3-30B-A3B, half Mixtral's
+# Of experts' weights dequantized at a time: a projection of a layer of Mixtral-8x7B, Qwen3-30B-A3B or gpt-oss-20b.
+# More than one part a projection needs the number of its rows on the host, which waits for the GPU.
+EXPERT_CHUNK_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class BaseFacts:
     fingerprint: str  # of names, shapes and sizes; contents are not read
     num_embeddings: int | None = field(default=None, kw_only=True)  # rows of the input embedding
     num_positions: int | None = field(default=None, kw_only=True)  # where each has learned weights; no row is longer
+    num_heads: int | None = field(default=None, kw_only=True)  # of queries
+    num_key_heads: int | None = field(default=None, kw_only=True)
     rope_limit: RopeLimit | None = field(default=None, kw_only=True)
     is_packed: bool = field(default=False, kw_only=True)  # stored in bitsandbytes' 4 bits
     experts: ExpertSizes | None = field(default=None, kw_only=True)  # known once the model is built
@@ -106,6 +110,7 @@ class ModelFacts(BaseFacts):
     whole_modules: dict[str, int]  # how many are trained whole, in the same way
     new_tokens: dict[int, list[int]]  # id of each, and the tokens that its text was before
     num_embedding_rows: int  # with those that new tokens need
+    has_balancing_loss: bool = False  # of its routers
 
 
 def read_facts(folder: str) -> BaseFacts:
@@ -131,6 +136,8 @@ def read_facts(folder: str) -> BaseFacts:
         fingerprint=_fingerprint(path, {name: entry.shape for name, entry in _read_entries(path, key).items()}),
         num_embeddings=_rows_of(shapes, EMBEDDING),
         num_positions=_rows_of(shapes, LEARNED_POSITIONS),
+        num_heads=text.get("num_attention_heads") or text.get("n_head"),
+        num_key_heads=text.get("num_key_value_heads") or text.get("num_attention_heads") or text.get("n_head"),
         rope_limit=_rope_limit(text),
         is_packed=_quantization_of(config) is not None,
     )

@@ -56,23 +56,25 @@ def defaults(config: Config, stage: int, accumulation: int, compute_dtype: str, 
     }
 
 
-def merge(user: dict[str, Any], ours: dict[str, Any], num_workers: int) -> dict[str, Any]:
+def merge(user: dict[str, Any], ours: dict[str, Any], num_row_groups: int) -> dict[str, Any]:
     """A user's JSON over ours: "auto" is filled in, explicit values win, contradictions are refused.
 
     Raises ConfigError with the key's dotted name.
     """
-    refuse_contradictions(user, ours, num_workers)
+    refuse_contradictions(user, ours, num_row_groups)
     zero = user.get("zero_optimization")
     if isinstance(zero, dict):  # planning/offload.py has taken its own
         user = {**user, "zero_optimization": {name: one for name, one in zero.items() if name != "offload_param"}}
-    return _merged(ours, user, _fixed(ours, num_workers))
+    return _merged(ours, user, _fixed(ours, num_row_groups))
 
 
 def refuse_contradictions(
-    user: dict[str, Any], ours: dict[str, Any], num_workers: int, open_sections: tuple[str, ...] = ()
+    user: dict[str, Any], ours: dict[str, Any], num_row_groups: int, open_sections: tuple[str, ...] = ()
 ) -> None:
     """Raise ConfigError for what a user's JSON must not say; sections that are still open contradict nothing."""
-    fixed = {key: value for key, value in _fixed(ours, num_workers).items() if key.split(".")[0] not in open_sections}
+    fixed = {
+        key: value for key, value in _fixed(ours, num_row_groups).items() if key.split(".")[0] not in open_sections
+    }
     sections = {name.split(".")[0] for name in fixed if "." in name}
     for key, value in flat(user).items():
         if key == "zero_optimization.offload_optimizer.device" and value == "nvme":
@@ -93,14 +95,14 @@ def refuse_contradictions(
             raise ConfigError(f'{key}={value} in the DeepSpeed JSON: must be an object, e.g. {{"enabled": "auto"}}.')
 
 
-def _fixed(ours: dict[str, Any], num_workers: int) -> dict[str, Any]:
-    """Dotted DeepSpeed keys that the YAML decides, with their values."""
+def _fixed(ours: dict[str, Any], num_row_groups: int) -> dict[str, Any]:
+    """Dotted DeepSpeed keys that the YAML decides, with their values; each group of workers takes rows of its own."""
     zero = ours["zero_optimization"]
     micro_batch_size, accumulation = ours["train_micro_batch_size_per_gpu"], ours["gradient_accumulation_steps"]
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch_size * accumulation * num_workers,
+        "train_batch_size": micro_batch_size * accumulation * num_row_groups,
         "zero_optimization.stage": zero["stage"],
         "bf16.enabled": ours["bf16"]["enabled"],
         "fp16.enabled": ours["fp16"]["enabled"],

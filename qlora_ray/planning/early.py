@@ -57,7 +57,7 @@ def refuse_early(config: Config, deepspeed_json: dict[str, Any] | None) -> None:
     if deepspeed_json:
         ours = deepspeed.defaults(config, stage, accumulation, dtype, num_trainable=1)
         open_sections = ("bf16", "fp16") if dtype == "auto" else ()  # the GPU decides
-        deepspeed.refuse_contradictions(deepspeed_json, ours, config.ray.max_workers, open_sections)
+        deepspeed.refuse_contradictions(deepspeed_json, ours, config.num_row_groups, open_sections)
 
 
 def check_files(config: Config) -> None:
@@ -99,7 +99,14 @@ def exact_facts(config: Config, folder: str | None = None) -> ModelFacts:
 
     folder, model = folder or local_base(config), config.model
     new_tokens = pieces_of(model.new_tokens, folder, model.trust_remote_code) if model.new_tokens else {}
-    return model_facts(folder, model, new_tokens)
+    facts = model_facts(folder, model, new_tokens)
+    coefficient = config.training.router_aux_loss_coef
+    if coefficient and not facts.has_balancing_loss:
+        raise ConfigError(
+            f"training.router_aux_loss_coef={coefficient:g}: {facts.model_type} models have no load-balancing loss. "
+            "Leave it out."
+        )
+    return facts
 
 
 def facts_at_hand(config: Config) -> ModelFacts | None:

@@ -1,12 +1,14 @@
 """How much memory a run will take and how fast it will be, before it starts. No torch, no GPU."""
 
+import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_ray.config import Config
 from qlora_ray.model.facts import EXPERT_CHUNK_BYTES, BaseFacts
 from qlora_ray.model.families import FAMILIES, PLAIN_HEADS
-from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, activation_bytes
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, RoutedShape, activation_bytes
 
 GIB = 2**30
 SHARE_OF_MEMORY = 0.93  # of a GPU's; the rest is the CUDA context and the allocator's
@@ -72,17 +74,29 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
     has_whole_logits = bool(model.new_tokens) or "lm_head" in model.modules_to_save
     can_fuse = config.quantization.type != "none" and not (model.lora_variant == "dora" and model.lora_dropout)
     can_fuse = can_fuse and not set(model.modules_to_save) - BESIDE_LAYERS
-    if family is None or not can_fuse or not {*family.qkv, "o_proj", *family.gate_up} <= first.keys():
+    is_routed = base.experts is not None
+    read = (
+        () if family is None else ((*family.qkv, "o_proj") if is_routed else (*family.qkv, "o_proj", *family.gate_up))
+    )
+    can_fuse = can_fuse and not (base.experts and not base.experts.num_packed)
+    if family is None or not can_fuse or not set(read) <= first.keys():
         return _plain_shape(base, rank, element_bytes, has_whole_logits)
-    queries = first["o_proj"][1]
-    return LayerShape(
-        hidden=first["o_proj"][0], inner=sum(first[name][0] for name in family.gate_up) // 2, queries=queries,
-        keys=(sum(first[name][0] for name in family.qkv) - queries) // 2,
-        rank=rank, element_bytes=element_bytes, adapted=(len(family.qkv), 1, len(family.gate_up), 1),
-        has_head_norms=bool(family.norm_of_heads), norms_after=family.num_norms_after,
-        is_dora=model.lora_variant == "dora",
-        has_whole_logits=has_whole_logits,
+    queries, parts, key_heads = first["o_proj"][1], config.training.sequence_parallel, base.num_key_heads or 1
+    shape: dict[str, Any] = dict(
+        hidden=first["o_proj"][0], queries=queries, keys=(sum(first[name][0] for name in family.qkv) - queries) // 2,
+        rank=rank, element_bytes=element_bytes, has_head_norms=bool(family.norm_of_heads),
+        norms_after=family.num_norms_after, is_dora=model.lora_variant == "dora", has_whole_logits=has_whole_logits,
+        row_parts=parts, key_copies=math.lcm(key_heads, parts) // key_heads,
     )  # fmt: skip
+    if base.experts:
+        shared = [rows for name, rows, _ in base.linear_shapes if "shared_expert" in name and name.endswith("up_proj")]
+        sizes = base.experts
+        return RoutedShape(
+            inner=max(shared, default=0), adapted=(len(family.qkv), 1, 0, 0), num_experts=sizes.num_experts,
+            num_per_token=sizes.num_per_token, up=sizes.up, expert_inner=sizes.inner, **shape,
+        )  # fmt: skip
+    inner = sum(first[name][0] for name in family.gate_up) // 2
+    return LayerShape(inner=inner, adapted=(len(family.qkv), 1, len(family.gate_up), 1), **shape)
 
 
 def _plain_shape(base: BaseFacts, rank: int, element_bytes: int, has_whole_logits: bool) -> PlainShape:

@@ -9,9 +9,10 @@ from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, ModelFacts, left_out_of_all_linear
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, choose
-from qlora_ray.planning import deepspeed, memory, offload, sharing
+from qlora_ray.planning import deepspeed, holding, memory, offload
 from qlora_ray.planning.memory import GIB, Sizes
 from qlora_ray.planning.offload import Passing
+from qlora_ray.planning.sharing import PAD_TO_MULTIPLE_OF, refuse_sharing, tokens_of_a_worker
 from qlora_ray.planning.speed import speed_notes
 
 STORAGE_FOR_THE_REST = 32 * 2**20  # logs, metrics, report, tokenizer files
@@ -23,7 +24,6 @@ PACKED_MODEL_TYPES = {
     "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3",
     "gpt2", "gpt_neox", "olmo2", "granite", "glm4", "smollm3",
 }  # fmt: skip
-PAD_TO_MULTIPLE_OF = 8  # keeps matrix units busy, and the number of different widths of rows small
 FEW_STEPS = 10  # an epoch of fewer is worth a word
 
 
@@ -52,7 +52,7 @@ class Plan:
     recompute: str  # all, none, or auto: layers keep what the worker's memory has room for
     micro_batch_size: int
     micro_batches_per_step: int  # of all workers together
-    gradient_accumulation_steps: int  # of each worker, where all of num_workers are there
+    gradient_accumulation_steps: int  # of each group of workers, where all of num_workers are there
     steps_per_epoch: int
     num_steps: int
     warmup_steps: int
@@ -64,7 +64,7 @@ class Plan:
     new_tokens: dict[int, list[int]]  # ids, and the tokens that their rows begin as the mean of
     four_bit_share: float  # of the base's parameters
     notes: tuple[str, ...]
-    tokens_per_micro_batch: int  # at most, padding included
+    tokens_per_micro_batch: int  # of a worker, at most, padding included
     layer_shape: LayerShape | PlainShape  # of the decoder layers, fused or not
     may_hold_weights: bool  # whether these may keep dequantized weights between steps
     memory_forecast_gib: dict[str, float]  # per worker
@@ -103,7 +103,7 @@ def make_plan(
     resources = resources_of_a_worker(config, use_gpu)
     check_workers_fit(config, resources, hardware)
     accumulation = accumulation_of(config)
-    micro_batches = accumulation * config.ray.max_workers
+    micro_batches = accumulation * config.num_row_groups
     steps_per_epoch = -(-data.num_rows // (micro_batches * config.training.batch_size))
     num_steps = config.training.max_steps or max(1, round(config.training.num_epochs * steps_per_epoch))
     compute_dtype = _compute_dtype(config, use_gpu, hardware)
@@ -111,9 +111,11 @@ def make_plan(
     trainable = base.num_trainable_parameters
     quantized = base.num_packed_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
-    num_tokens = config.training.batch_size * data.rows_of_tokens * min(config.training.max_length, data.longest_row)
+    longest = min(config.training.max_length, data.longest_row)
+    num_tokens = config.training.batch_size * data.rows_of_tokens * tokens_of_a_worker(config, longest)
     known, gpu_gib = memory.sizes(config, base, trainable, stage, compute_dtype), hardware.gpu_gib if use_gpu else None
-    known, why_shared = sharing.decide(config, known, num_tokens, gpu_gib)
+    known, why_shared = holding.decide(config, known, num_tokens, gpu_gib)
+    refuse_sharing(config, base, known.layer, data.longest_row)
     recompute = _recompute(config, use_gpu, known)
     plan = Plan(
         num_workers=config.ray.max_workers,
@@ -149,7 +151,7 @@ def make_plan(
     )
     if not deepspeed_json:
         return plan
-    merged = deepspeed.merge(deepspeed_json, plan.deepspeed, plan.num_workers)
+    merged = deepspeed.merge(deepspeed_json, plan.deepspeed, config.num_row_groups)
     return dataclasses.replace(plan, deepspeed=merged)
 
 
@@ -315,7 +317,7 @@ def check_workers_fit(config: Config, resources: dict[str, float], hardware: Har
 
 def accumulation_of(config: Config) -> int:
     """Forward passes per optimizer step of each worker. Raises ConfigError where the global batch cannot be split."""
-    training, n = config.training, config.ray.max_workers
+    training, n = config.training, config.num_row_groups
     if training.global_batch_size is None:
         return training.gradient_accumulation_steps
     each = training.batch_size * n
@@ -326,9 +328,10 @@ def accumulation_of(config: Config) -> int:
     ]
     nearest = sorted(sorted(works, key=lambda size: abs(size - training.batch_size))[:2])
     way_out = f"Nearest that work: {', '.join(map(str, nearest))}." if nearest else f"Use a multiple of {n} rows."
+    groups = "ray.num_workers" + (" / training.sequence_parallel" if training.sequence_parallel > 1 else "")
     raise ConfigError(
         f"training.batch_size={training.batch_size}: the global batch of {training.global_batch_size} is not a "
-        f"multiple of batch_size x ray.num_workers = {training.batch_size} x {n}. {way_out}"
+        f"multiple of batch_size x {groups} = {training.batch_size} x {n}. {way_out}"
     )
 
 

@@ -48,7 +48,9 @@ def keep_what_fits(
     if not fused and not plain:
         return None
     budget = _room_for_activations(config, plan, device)
-    if not fused:  # their weights come one by one under ZeRO-3: all workers must compute the same layers again
+    # Plain layers' weights come one by one under ZeRO-3, and workers that share rows attend together: all must compute
+    # the same layers again.
+    if not fused or config.training.sequence_parallel > 1:
         least = torch.tensor(budget, dtype=torch.float64, device=device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         budget = float(least)

@@ -4,19 +4,10 @@ import pytest
 import torch
 
 from qlora_ray.config import EMBEDDED_BASE, Config
-from qlora_ray.worker import setup
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from tests.integration import engines, tiny_models
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def adding_in_one_order():
-    """What training.deterministic asks for, for one test."""
-    setup.choose_kernels(Config.model_validate({"training": {"deterministic": True}}), torch.device("cuda"))
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def settings(stage: int, dtype: str) -> Config:

@@ -56,15 +56,20 @@ def plan_of(config: Config, rows: Folder, device: str = "cpu", deepspeed_json: d
     return make_plan(config, stats, exact_facts(config), hardware, deepspeed_json)
 
 
+def run_of(
+    config: Config, folder: Path, rows: Folder, device: str = "cpu", deepspeed_json: dict | None = None
+) -> Run:  # fmt: skip
+    """What the driver would give the workers."""
+    plan = plan_of(config, rows, device, deepspeed_json)
+    return Run(config, plan, open_folder(str(folder / "run")), rows, "", debug=False)
+
+
 def build(
     config: Config, folder: Path, resumed: AdapterState | None = None, device: str = "cpu",
     deepspeed_json: dict | None = None,
 ) -> Engine:  # fmt: skip
     """What a worker trains with; `folder` is for the run directory and the rows."""
-    rows = rows_of_batch(folder / "cache")
-    run = Run(
-        config, plan_of(config, rows, device, deepspeed_json), open_folder(str(folder / "run")), rows, "", debug=False
-    )
+    run = run_of(config, folder, rows_of_batch(folder / "cache"), device, deepspeed_json)
     return setup.build_engine(run, Alone(), torch.device(device), pad_token_id=0, resumed=resumed)  # type: ignore[arg-type]
 
 
