@@ -340,8 +340,14 @@ class DeepSpeedConfig(Section):
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = 3
     """ZeRO stage: 3 shards the 4-bit base over the workers; auto: 3 with several workers, 0 with one."""
-    offload_params: Literal["none", "cpu"] = "none"
-    """Keep the sharded base in host memory (stage 3). NVMe is not offered: its buffers do not hold 4-bit bytes."""
+    share_base: Literal["auto", "replicate", "world"] = "auto"
+    """How workers hold the 4-bit base at stage 3: replicate: each all of it, and no weights travel; world: each its
+    share. auto: replicate where base and activations fit every GPU. The same bits in all."""
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    """Keep the layers' weights in each worker's host memory, or on a local disk (nvme), and bring them to the GPU one
+    layer after the other while it computes (stage 3). Free GPU memory keeps the last layers."""
+    nvme_path: str | None = None
+    """A folder on a local disk of every node, for offload_params: nvme. The file there is gone when the run ends."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Keep the optimizer state in host memory."""
     config_file: str | None = None

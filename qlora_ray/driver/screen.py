@@ -13,6 +13,7 @@ from qlora_ray.config import OBJECTIVES, Config
 from qlora_ray.console import console, say_note
 from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import BaseFacts
+from qlora_ray.planning.holding import shown
 from qlora_ray.planning.plan import Plan, shown_layers
 from qlora_ray.planning.sharing import shown_sharing
 from qlora_ray.rundir import names
@@ -34,6 +35,8 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
         **({"objective": _show_objective(config)} if config.training.pairs else {}),
         "data": _show_data(data),
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
+        **({"base on each": sharing} if (sharing := shown(plan.shares_base, plan.why_shared)) else {}),
+        **({f"base on {'disk' if plan.passing.disk_bytes else 'host'}": str(plan.passing)} if plan.passing else {}),
         "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "
         f"{plan.gradient_accumulation_steps} accumulated x {_show_groups(config)}",
         **({"rows": shown_sharing(config, plan.layer_shape, base.num_layers, data.longest_row)} if is_shared else {}),

@@ -17,6 +17,7 @@ from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.model.start import copy_weights, open_start
 from qlora_ray.model.start import notes as start_notes
+from qlora_ray.planning import offload
 from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
 from qlora_ray.planning.tokens import check_vocabulary
@@ -49,6 +50,10 @@ class Start:
 
     def train(self) -> int:
         """Train to the end of the run; returns the exit code. Raises ConfigError for what can be refused before."""
+        config = offload.taken_from_json(self.config, read_deepspeed_json(self.config))
+        return replace(self, config=config)._train()
+
+    def _train(self) -> int:
         config = self.config
         laps.begin()
         refuse_before_ray(config)
@@ -109,7 +114,7 @@ class Start:
                 at_hand = folder_at_hand(config.model.base_model, config.model.revision) is not None
                 facts = measured.result() if at_hand else None  # else it is still downloaded
                 with laps.part("look at the nodes"):
-                    notes, network = look_quickly(config, folder, hardware, facts)
+                    notes, network, hardware = look_quickly(config, folder, hardware, facts)
                 started.set_result(hardware)
             except BaseException as error:
                 started.set_exception(error)  # the thread may be waiting for it

@@ -109,7 +109,8 @@ def count_bytes(model: torch.nn.Module) -> BytesByKind:
 
     four_bit = other = four_bit_parameters = parameters = 0
     for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())  # of which a worker may hold a share
+        # A worker may hold a share of it, or have put it away (model/homes.py).
+        count = getattr(parameter, "ds_numel", getattr(parameter, "whole_shape", parameter.shape).numel())
         size = count * parameter.element_size()
         if isinstance(parameter, Params4bit):
             four_bit += size

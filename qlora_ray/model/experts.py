@@ -114,7 +114,7 @@ def expert_sizes(model: Any, are_packed: bool) -> ExpertSizes | None:
 def is_packed(module: torch.nn.Module) -> bool:
     """Whether a module's stacks are in 4 bits."""
     names = stack_names(module)
-    return bool(names) and all(hasattr(module._parameters.get(name), "quant_state") for name in names)
+    return bool(names) and all(hasattr(getattr(module, name, None), "quant_state") for name in names)
 
 
 def packed_stacks(model: torch.nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ but activations is kept between forward and backward, and of those only what `Ke
 """
 
 # B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +97,7 @@ class FusedLayer:
         self.rotates = bool(getattr(attention, "use_rope", True))
         self.index, self.stash, self.passed, self.keep = index, shared.stash, shared.passed, Keep.ALL
         self.holders = shared.holders
+        self.before_backward: Callable[[], None] | None = None  # has the weights there, where they are not always
         self.places: torch.Tensor | None = None  # the only rows that the next forward is to return; None: all
         self.place_numbers: torch.Tensor | None = None  # of them among all such, where the rows are parts: (L,) int32
 
@@ -252,6 +254,8 @@ class FusedLayer:
 
     def backward(self, kept: Kept, dy: torch.Tensor, shape: torch.Size, angles, mask) -> tuple[Any, ...]:
         """Gradients of x and of the LoRA matrices. dy (M, D); empties `kept` on the way."""
+        if self.before_backward:
+            self.before_backward()
         if kept.x is None:
             kept.x = self.stash.take(self.index)
         self.complete(kept, shape, angles, mask)

@@ -13,7 +13,6 @@ DECIDED_BY = {
     "zero_optimization.stage": "deepspeed.zero_stage",
     "bf16.enabled": "quantization.compute_dtype",
     "fp16.enabled": "quantization.compute_dtype",
-    "zero_optimization.offload_param.device": "deepspeed.offload_params",
     "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
 }
 CORRUPTING = {
@@ -42,8 +41,6 @@ def defaults(config: Config, stage: int, accumulation: int, compute_dtype: str, 
     if stage > 1:
         # One bucket holds all gradients; the default takes a GiB whatever their number.
         zero["reduce_bucket_size"] = max(1_000_000, min(num_trainable, 500_000_000))
-    if ds.offload_params != "none":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     if ds.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
@@ -65,6 +62,9 @@ def merge(user: dict[str, Any], ours: dict[str, Any], num_row_groups: int) -> di
     Raises ConfigError with the key's dotted name.
     """
     refuse_contradictions(user, ours, num_row_groups)
+    zero = user.get("zero_optimization")
+    if isinstance(zero, dict):  # planning/offload.py has taken its own
+        user = {**user, "zero_optimization": {name: one for name, one in zero.items() if name != "offload_param"}}
     return _merged(ours, user, _fixed(ours, num_row_groups))
 
 
@@ -77,6 +77,11 @@ def refuse_contradictions(
     }
     sections = {name.split(".")[0] for name in fixed if "." in name}
     for key, value in flat(user).items():
+        if key == "zero_optimization.offload_optimizer.device" and value == "nvme":
+            raise ConfigError(
+                f"{key}=nvme in the DeepSpeed JSON: the state of an adapter's optimizer is small. Write cpu, and set "
+                "deepspeed.offload_optimizer: cpu."
+            )
         if key in CORRUPTING and value:
             raise ConfigError(f"{key}={value} in the DeepSpeed JSON: {CORRUPTING[key]} Remove it.")
         if key.split(".")[0] in NOT_THEIRS:
@@ -102,7 +107,6 @@ def _fixed(ours: dict[str, Any], num_row_groups: int) -> dict[str, Any]:
         "bf16.enabled": ours["bf16"]["enabled"],
         "fp16.enabled": ours["fp16"]["enabled"],
         "gradient_clipping": ours["gradient_clipping"],
-        "zero_optimization.offload_param.device": zero.get("offload_param", {}).get("device", "none"),
         "zero_optimization.offload_optimizer.device": zero.get("offload_optimizer", {}).get("device", "none"),
     }
 

@@ -13,7 +13,7 @@ from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts, check_folder, has_mxfp4, read_facts, stored_quantization
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.start import check_base, open_start
-from qlora_ray.planning import deepspeed
+from qlora_ray.planning import deepspeed, offload
 from qlora_ray.planning.plan import Hardware, accumulation_of, check_workers_fit, zero_stage
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
@@ -27,8 +27,19 @@ def refuse_before_ray(*configs: Config) -> None:
         if not environment.ray_address(config.ray.address):  # Ray takes seconds to say what is known here
             cpus = config.ray.resources_per_worker.get("CPU", 1)
             check_workers_fit(config, {"CPU": cpus}, Hardware(len(os.sched_getaffinity(0)), 0))
+            check_disk(config)
     for config in {repr((one.data, one.model)): one for one in configs}.values():
         check_files(config)
+
+
+def check_disk(config: Config) -> None:
+    """Refuse a deepspeed.nvme_path of this machine that cannot take the weights that pass. Raises ConfigError."""
+    folder, key = config.deepspeed.nvme_path, f"deepspeed.nvme_path={config.deepspeed.nvme_path}"
+    if folder is None:
+        return
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        why = "cannot be written to" if os.path.isdir(folder) else "no such folder"
+        raise ConfigError(f"{key}: {why}. Name a folder on a local disk, or use deepspeed.offload_params=cpu.")
 
 
 def check_trackers(config: Config) -> None:
@@ -40,6 +51,7 @@ def check_trackers(config: Config) -> None:
 
 def refuse_early(config: Config, deepspeed_json: dict[str, Any] | None) -> None:
     """Refuse what needs neither data nor hardware to refuse. Raises ConfigError."""
+    config = offload.taken_from_json(config, deepspeed_json)
     accumulation, stage = accumulation_of(config), zero_stage(config)
     dtype = config.quantization.compute_dtype
     if deepspeed_json:

@@ -3,6 +3,7 @@
 Stands on internals of torch and transformers: WORKSPACE and NOISE.
 """
 
+import dataclasses
 import logging
 import os
 import random
@@ -23,8 +24,11 @@ from qlora_ray.model.balance import balance
 from qlora_ray.model.base import count_bytes
 from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse, is_fused
+from qlora_ray.model.homes import Away
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.load import Source
+from qlora_ray.model.plain import plain_layers
+from qlora_ray.model.ring import Ring, make_ring
 from qlora_ray.model.row_group import make_row_group
 from qlora_ray.model.start import WEIGHTS, load_weights
 from qlora_ray.planning.plan import Plan
@@ -163,6 +167,9 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
         elif config.model.start_from:
             load_weights(model, (run.folder / names.START_FROM / WEIGHTS).read_bytes(), ADAPTER_NAME)
         share_rows(model, config.training.sequence_parallel, fuse(model), team)
+        ring = _ring_of(model, loaded.away, config, device) if loaded.away else None
+    if ring and plain_layers(model) and plan.recompute == "none":
+        plan = dataclasses.replace(plan, recompute="all")  # autograd would find the weights of other layers
     plan = recomputation.prepare(model, plan, device)
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
@@ -176,17 +183,28 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
         before = None if loaded.is_share else _loss(model, sample)
     log.info("engine: starting")
     with laps.part("engine"):
-        engine = Engine(model, config.training, plan.deepspeed)
+        engine = Engine(model, config.training, plan.deepspeed, plan.shares_base)
     log.info("engine: started")
     if resumed:
         engine.load_state(resumed)
     with laps.part("guard"):
-        check_same_weights(loaded.sources, config.training.seed, team)
+        check_same_weights(loaded.sources, config.training.seed, team, ring)
         if before is not None:
             check_same_loss(before, _loss(engine.module, sample), plan)
-    recomputation.keep_what_fits(model, config, plan, device)
+    recomputation.keep_what_fits(model, config, plan, device, ring)
     engine.train()
     return engine
+
+
+def _ring_of(model: torch.nn.Module, away: Away, config: Config, device: torch.device) -> Ring:
+    """What the layers' weights pass through. Raises ConfigError for a model whose layers are not known."""
+    ring = make_ring(model, away, device)
+    if ring is None:
+        raise ConfigError(
+            f"deepspeed.offload_params={config.deepspeed.offload_params}: this model does not mark its decoder layers "
+            "(GradientCheckpointingLayer of transformers), so nothing of it can pass. Leave the setting out."
+        )
+    return ring
 
 
 def share_rows(model: Any, size: int, what_is_fused: str, team: Team) -> None:
@@ -222,7 +240,7 @@ def check_same_loss(before: float, after: float, plan: Plan) -> None:
         )
 
 
-def check_same_weights(sources: list[Source], seed: int, team: Team) -> None:
+def check_same_weights(sources: list[Source], seed: int, team: Team, ring: Ring | None = None) -> None:
     """Raise GuardError where the workers do not hold together what the files hold: of a layer in 4 bits and another.
 
     Those are chosen by seed; rank 0 reads and packs them anew. Every worker must call this.
@@ -231,6 +249,8 @@ def check_same_weights(sources: list[Source], seed: int, team: Team) -> None:
     packed = [one for one in sources if hasattr(one.parameter, "quant_state")]
     others = [one for one in sources if not hasattr(one.parameter, "quant_state")]
     for source in [generator.choice(kind) for kind in (packed, others) if kind]:
+        if ring:
+            ring.bring(source.parameter)
         whole = patches.whole_of(source.parameter)
         is_held = team.gather(team.rank > 0 or source.is_held(whole))[0]
         if not is_held:
@@ -248,7 +268,7 @@ def parameter_table(model: torch.nn.Module, plan: Plan) -> str:
         packed = hasattr(parameter, "quant_state")
         shape = tuple(parameter.quant_state.shape) if packed else tuple(parameter.shape)
         stored = "4-bit" if packed else str(parameter.dtype).removeprefix("torch.")
-        trained, sharded = "yes" if parameter.requires_grad else "no", "yes" if plan.zero_stage == 3 else "no"
+        trained, sharded = "yes" if parameter.requires_grad else "no", "yes" if plan.shares_base else "no"
         lines.append(f"{stored:10} {trained:7} {sharded:7} {shape!s:20} {name}")
     return "\n".join(lines)
 

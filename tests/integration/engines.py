@@ -50,7 +50,7 @@ def rows_of_batch(folder: Path) -> Folder:
 def plan_of(config: Config, rows: Folder, device: str = "cpu", deepspeed_json: dict | None = None) -> Plan:
     """What the driver would plan on a CPU core a worker, or on one GPU: float16 only there, though CPUs have it too."""
     on_cpu = device == "cpu" and config.quantization.compute_dtype != "float16"
-    hardware = Hardware(num_cpus=config.ray.max_workers, num_gpus=0 if on_cpu else 1)
+    hardware = Hardware(num_cpus=config.ray.max_workers, num_gpus=0 if on_cpu else config.ray.max_workers)
     stats = find(rows)
     assert stats is not None
     return make_plan(config, stats, exact_facts(config), hardware, deepspeed_json)

@@ -91,12 +91,12 @@ def digest(*tensors: torch.Tensor | None) -> str:
 def work(folder: Path, job: Job) -> Held:
     """Set up as a worker does, and take steps."""
     from qlora_ray.errors import QloraRayError
-    from qlora_ray.planning.memory import loads_in_shares
+    from qlora_ray.planning.memory import begins_whole
     from qlora_ray.worker import base, deepspeed_patches
     from tests.integration import engines, tiny_models
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    base.loads_in_shares = (lambda *_: False) if job.is_loaded_whole else loads_in_shares
+    base.begins_whole = (lambda *_: True) if job.is_loaded_whole else begins_whole
     keep = deepspeed_patches.Shares.keep
 
     def keep_it(self, parameter, share):

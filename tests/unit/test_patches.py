@@ -105,7 +105,7 @@ def test_a_run_shows_the_note(monkeypatch, tmp_path):
     for facts in found.nodes.values():
         facts["versions"].update(found.driver["versions"])
     monkeypatch.setattr(quick, "ask", lambda *_, **__: found)
-    notes, _ = quick.look_quickly(
+    notes, *_ = quick.look_quickly(
         Config(), open_folder(str(tmp_path)), Hardware(2, 0, (), {"CPU": 2}, ({"CPU": 2},)), None
     )
     assert [note for note in notes if "deepspeed 0.20.0 (0.19.8)" in note]
