@@ -37,7 +37,12 @@ class Slab:
         """A tensor more, of the dtype of `values`."""
         start, stop = self.num_bytes, self.num_bytes + home.num_bytes
         self.homes.append((start, home))
-        self.places.append(lambda slab, dtype=values.dtype: put(slab[start:stop].view(dtype).view(shape)))
+        dtype = values.dtype
+
+        def place(slab: torch.Tensor) -> None:
+            put(slab[start:stop].view(dtype).view(shape))
+
+        self.places.append(place)
         self.num_bytes = -(-stop // BORDER) * BORDER
 
     def show(self, memory: torch.Tensor) -> None:
@@ -53,7 +58,7 @@ class Slab:
 
 def slab_of(layer: torch.nn.Module, away: Away) -> Slab:
     """What of a layer passes: what is packed, with its scales, and other frozen weights that are large."""
-    found = [p for module in layer.modules() for p in module._parameters.values() if hasattr(p, "home")]
+    found: list[Any] = [parameter for parameter in layer.parameters() if hasattr(parameter, "home")]
     slab = Slab(layer, [p for p in found if hasattr(p, "quant_state") or p.home.num_bytes >= SMALLEST])
     for parameter in slab.parameters:
         slab.add(parameter, parameter.whole_shape, parameter.home, partial(setattr, parameter, "data"))
