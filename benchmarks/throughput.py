@@ -401,11 +401,11 @@ def save_checkpoint(name: str, folder: str, device: str, num_layers: int | None 
 
 
 def save_rows(folder: str, length: int) -> Path:
-    """200 records that each fill `length` tokens and more."""
+    """Records that each fill `length` tokens and more, a random word being several: 200, of long rows fewer."""
     words, path = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)], Path(folder, f"rows_{length}.jsonl")
     with path.open("w") as file:
-        for row in range(200):
-            text = " ".join(random.Random(row).choices(words, k=length))
+        for row in range(min(200, max(8, 2**21 // length))):
+            text = " ".join(random.Random(row).choices(words, k=length // 4))
             file.write(json.dumps({"instruction": "Go on.", "input": "", "output": text}) + "\n")
     return path
 

@@ -47,7 +47,7 @@ def run_on_cores(chunks: list[Chunk], recipe: Recipe, entry: Folder) -> Iterator
             for pipe in (one for one in wait(list(busy)) if isinstance(one, Connection)):
                 try:
                     done = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):  # the latter where it had not read what was sent to it
                     busy[pipe].join()
                     raise ProcessDied(
                         f"a process that tokenizes ended with exit code {busy[pipe].exitcode}"
