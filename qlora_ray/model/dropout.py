@@ -23,6 +23,7 @@ class Drop:
 
     probability: float
     key: int = 0  # 32 bits
+    first_row: int = 0  # of the mask, that the first row of what is dropped has
 
     @property
     def threshold(self) -> int:
@@ -61,7 +62,7 @@ def pcg(value: int) -> int:
 
 def kept(rows: int, columns: int, drop: Drop, device: torch.device) -> torch.Tensor:
     """Which values of (rows, columns) are kept: bool. A word of the hash decides on two neighbours in a row."""
-    row = _pcg(np.arange(rows, dtype=np.uint32) ^ np.uint32(drop.key))
+    row = _pcg(np.arange(drop.first_row, drop.first_row + rows, dtype=np.uint32) ^ np.uint32(drop.key))
     column = _pcg(np.arange(-(-columns // 2), dtype=np.uint32) ^ np.uint32(~drop.key & MASK_32))
     words = _pcg(row[:, None] ^ column[None, :])  # (rows, columns / 2)
     bits = words.astype("<u4", copy=False).view("<u2")  # the low half of a word first

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qlora_ray.model import slices
 from qlora_ray.model.attention import Sight, attend
 from qlora_ray.model.dropout import drop_of, probability_of
 from qlora_ray.model.families import Family
@@ -38,6 +39,7 @@ class Kept:
     given2: torch.Tensor | None = None  # (M, D) of down, in the same cases
     turns: tuple[Turn, ...] = field(default_factory=lambda: tuple(Turn() for _ in range(4)))  # q k v, o, gate up, down
     places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
+    slices: tuple[slice, ...] = ()  # that the MLP takes its rows in, where these are many: see model/slices.py
 
     def rows(self, whole: torch.Tensor) -> torch.Tensor:
         """Those that are asked for."""
@@ -144,7 +146,7 @@ class FusedLayer:
             yield norm_of(module, self.family), *parts
 
     def residual_part(self, kept: Kept) -> None:
-        """Fill in given1, x1 and n2."""
+        """Fill in given1, x1 and, where the MLP takes all rows at once, n2."""
         added = None
         if kept.x1 is None:
             if kept.given1 is None:
@@ -153,14 +155,21 @@ class FusedLayer:
             added = self._given(0, kept.given1)
             if not self.keeps_given[0]:
                 kept.given1 = None
+        if kept.slices:
+            kept.x1 = kept.x1 if added is None else added.add_(kept.rows(kept.x))
+            return
         if kept.n2 is None:
             kept.n2 = self._read(1, kept.rows(kept.x) if added is not None else kept.x1, added, kept.turns[2])
         if added is not None:
             kept.x1 = added
 
+    def read_mlp(self, kept: Kept) -> torch.Tensor:
+        """What gate and up read, of x1."""
+        return self._read(1, kept.x1, None, kept.turns[2])
+
     def mlp_part(self, kept: Kept) -> torch.Tensor:
         """Fill in gate_up, z_down and given2; return the layer's output (M, D)."""
-        kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2])
+        kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2], kept.gate_up)
         h = self._hidden(kept)
         kept.given2 = self.down.forward(h, kept.turns[3])
         kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
@@ -191,6 +200,13 @@ class FusedLayer:
         """Compute again what was not kept."""
         self.attention_part(kept, shape, angles, mask, with_graph=True)
         self.residual_part(kept)
+        if not kept.slices:
+            self.complete_mlp(kept)
+
+    def complete_mlp(self, kept: Kept) -> None:
+        """The same behind the residual stream."""
+        if kept.n2 is None:
+            kept.n2 = self.read_mlp(kept)
         if kept.gate_up is None:
             kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2])
         if kept.given2 is None and self.keeps_given[1]:
@@ -213,18 +229,9 @@ class FusedLayer:
         if kept.x is None:
             kept.x = self.stash.take(self.index)
         self.complete(kept, shape, angles, mask)
-        ops = ops_for(dy.device)
-        width, buffer = dy.shape[1], self._with_room(dy)
-        d_given = self._back_to_given(1, kept.given2, buffer)
-        self._learn_from(3, kept, kept.given2)
-        kept.given2 = None
-        h, dz = self.down_back.input_gradient(d_given, kept.turns[3])  # dh (M, I)
-        self._learn_from(2, kept, kept.gate_up.clone() if self.learns_lengths[2] else None)
-        ops.glu_backward(h, kept.gate_up, self.is_gelu)  # dh becomes h, gate_up its gradient
-        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, kept.turns[3])
-        kept.turns[3].given = None
-        del h, dz, d_given, buffer
-        of_gate_up, buffer1 = self._through_group(1, kept, kept.gate_up, dy)
+        ops, width = ops_for(dy.device), dy.shape[1]
+        through_mlp = slices.mlp_backward if kept.slices else FusedLayer.mlp_backward
+        of_mlp, buffer1 = through_mlp(self, kept, self._with_room(dy))
         kept.gate_up = kept.n2 = kept.x1 = None
         d_given = self._back_to_given(0, kept.given1, buffer1)
         self._learn_from(1, kept, kept.given1)
@@ -252,7 +259,22 @@ class FusedLayer:
         past = kept.all_rows(buffer1[:, :width], shape[0] * shape[1])
         of_qkv, buffer = self._through_group(0, kept, d_qkv, past)
         self.passed.buffer = buffer if self.index else None
-        return buffer[:, :width], *of_qkv, *of_out, *of_gate_up, *of_down
+        return buffer[:, :width], *of_qkv, *of_out, *of_mlp
+
+    def mlp_backward(self, kept: Kept, buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Gradients of the LoRA matrices of gate, up and down, and of x1 with room; buffer (M, D + room) holds dy."""
+        width, turn = self.qkv.inputs, kept.turns[3]
+        d_given = self._back_to_given(1, kept.given2, buffer)
+        self._learn_from(3, kept, kept.given2)
+        kept.given2 = None
+        h, dz = self.down_back.input_gradient(d_given, turn)  # dh (M, I)
+        self._learn_from(2, kept, kept.gate_up.clone() if self.learns_lengths[2] else None)
+        ops_for(h.device).glu_backward(h, kept.gate_up, self.is_gelu)  # dh becomes h, gate_up its gradient
+        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, turn)
+        turn.given = None
+        del h, dz, d_given
+        of_gate_up, buffer1 = self._through_group(1, kept, kept.gate_up, buffer[:, :width])
+        return [*of_gate_up, *of_down], buffer1
 
     def _learn_from(self, which: int, kept: Kept, given: torch.Tensor | None) -> None:
         """Hand what a group's projections gave to the gradient of their lengths, where they learn those."""
@@ -338,9 +360,10 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, x, fused: FusedLayer, cos, sin, mask, with_graph: bool, *parameters):
         angles = fused.angles(cos, sin)
         kept = Kept(x.reshape(-1, x.shape[-1]), turns=fused.draw(), places=fused.places)
+        kept.slices = slices.of_rows(len(kept.x) if kept.places is None else len(kept.places), x.shape[1])
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
-        y = fused.mlp_part(kept)
+        y = slices.mlp_forward(fused, kept, with_graph) if kept.slices else fused.mlp_part(kept)
         if with_graph:
             fused.thin_out(kept)
             ctx.kept, ctx.fused, ctx.shape, ctx.angles, ctx.mask = kept, fused, x.shape, angles, mask

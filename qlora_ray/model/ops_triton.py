@@ -266,7 +266,7 @@ def _back_to(
     source, target, count, size, pairs, c, s, KIND: tl.constexpr, INTERLEAVED: tl.constexpr, PARTIAL: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr, head_stride,
 ):  # fmt: skip
-    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
+    head, pair = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, PAIRS)[None, :]
     there = (head < count) & (pair < pairs)
     column = 2 * pair if INTERLEAVED else pair
     apart = 1 if INTERLEAVED else pairs
@@ -298,7 +298,7 @@ def _rotate_backward(
         dk + b * kb + t * kt, out + count * size, few, size, pairs, c, s, kind, INTERLEAVED, PARTIAL, FEW, PAIRS, SIZE,
         kh,
     )  # fmt: skip
-    head, column = tl.arange(0, FEW)[:, None], tl.arange(0, SIZE)[None, :]
+    head, column = tl.arange(0, FEW)[:, None].to(tl.int64), tl.arange(0, SIZE)[None, :]  # T x E x heads: past 2^31
     there = (head < few) & (column < size)
     values = tl.load(dv + b * vb + t * vt + head * vh + column, mask=there)
     tl.store(out + (count + few + head) * size + column, values, mask=there)
@@ -426,8 +426,8 @@ def lora_in(x: torch.Tensor, a: torch.Tensor, drop: Drop, out: torch.Tensor) -> 
     """out (M, R) = what is kept of x (M, K), times A^T; a (R, K)."""
     (rows, width), rank = x.shape, a.shape[0]
     _lora_in[(triton.cdiv(rows, 32),)](
-        x, a, out, rows, width, rank, x.stride(0), a.stride(0), out.stride(0), drop.key, drop.threshold, drop.scale,
-        32, 128, max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=4,
+        x, a, out, rows, width, rank, x.stride(0), a.stride(0), out.stride(0), drop.key, drop.first_row, drop.threshold,
+        drop.scale, 32, 128, max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=4,
     )  # fmt: skip
 
 
@@ -450,7 +450,7 @@ def _kept(row, pair, key, threshold):
 
 @triton.jit
 def _lora_in(
-    x, a, out, rows, width, rank, stride, a_stride, out_stride, key, threshold, scale, ROWS: tl.constexpr,
+    x, a, out, rows, width, rank, stride, a_stride, out_stride, key, first_row, threshold, scale, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -460,7 +460,7 @@ def _lora_in(
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         value = tl.load(place + column[None, :], mask=there[:, None] & (column < width)[None, :], other=0.0)
-        keep = _kept(row, start // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+        keep = _kept(first_row + row, start // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
         value = tl.where(keep, value.to(tl.float32) * scale, 0.0).to(value.dtype)
         weight = tl.load(
             a + r[None, :] * a_stride + column[:, None], mask=(r < rank)[None, :] & (column < width)[:, None], other=0.0
@@ -480,15 +480,15 @@ def lora_in_gradient(dz: torch.Tensor, x: torch.Tensor, drop: Drop) -> torch.Ten
     each = triton.cdiv(triton.cdiv(rows, parts), 64) * 64
     sums = torch.empty(parts, rank, width, dtype=torch.float32, device=x.device)
     _lora_in_gradient[(triton.cdiv(width, 128), parts)](
-        dz, x, sums, rows, width, rank, dz.stride(0), x.stride(0), each, drop.key, drop.threshold, drop.scale, 64, 128,
-        max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
+        dz, x, sums, rows, width, rank, dz.stride(0), x.stride(0), each, drop.key, drop.first_row, drop.threshold,
+        drop.scale, 64, 128,        max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
     )  # fmt: skip
     return sums.sum(0).to(x.dtype)
 
 
 @triton.jit
 def _lora_in_gradient(
-    dz, x, sums, rows, width, rank, dz_stride, stride, each, key, threshold, scale, ROWS: tl.constexpr,
+    dz, x, sums, rows, width, rank, dz_stride, stride, each, key, first_row, threshold, scale, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     part, r = tl.program_id(1), tl.arange(0, RANK)
@@ -502,7 +502,7 @@ def _lora_in_gradient(
             x + row.to(tl.int64)[:, None] * stride + column[None, :],
             mask=there[:, None] & (column < width)[None, :], other=0.0,
         )  # fmt: skip
-        keep = _kept(row, first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+        keep = _kept(first_row + row, first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
         value = tl.where(keep, value.to(tl.float32) * scale, 0.0).to(value.dtype)
         gradient = tl.load(
             dz + row.to(tl.int64)[None, :] * dz_stride + r[:, None],
@@ -518,14 +518,14 @@ def add_lora_back(dz: torch.Tensor, a: torch.Tensor, drop: Drop, dx: torch.Tenso
     """Add to dx (M, K) what reaches x through its LoRA: dz A where it was kept."""
     (rows, width), rank = dx.shape, a.shape[0]
     _add_lora_back[(triton.cdiv(rows, 64), triton.cdiv(width, 128))](
-        dz, a, dx, rows, width, rank, dz.stride(0), a.stride(0), dx.stride(0), drop.key, drop.threshold, drop.scale, 64,
-        128, max(16, triton.next_power_of_2(rank)), num_warps=4,
+        dz, a, dx, rows, width, rank, dz.stride(0), a.stride(0), dx.stride(0), drop.key, drop.first_row, drop.threshold,
+        drop.scale, 64, 128, max(16, triton.next_power_of_2(rank)), num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _add_lora_back(
-    dz, a, dx, rows, width, rank, dz_stride, a_stride, stride, key, threshold, scale, ROWS: tl.constexpr,
+    dz, a, dx, rows, width, rank, dz_stride, a_stride, stride, key, first_row, threshold, scale, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -540,7 +540,7 @@ def _add_lora_back(
         a + r[:, None] * a_stride + column[None, :], mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0
     )
     added = tl.dot(gradient, weight, input_precision="ieee")
-    keep = _kept(row, first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+    keep = _kept(first_row + row, first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
     place = dx + row.to(tl.int64)[:, None] * stride + column[None, :]
     value = tl.load(place, mask=there, other=0.0)
     total = value.to(tl.float32) + tl.where(keep, added * scale, 0.0)

@@ -4,6 +4,9 @@
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
+LONG_ROW = 8192  # tokens; the MLP of fused layers takes longer rows by slices
+SLICE_ROWS = 8192  # tokens in a slice: wide enough for fast products
+
 
 class Keep(IntEnum):
     """What a layer keeps for backward, most first; the rest is computed again. Layers that are not fused know three."""
