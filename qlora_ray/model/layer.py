@@ -17,9 +17,9 @@ from qlora_ray.model.dropout import drop_of, probability_of
 from qlora_ray.model.families import Family
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.ops_plain import Angles
+from qlora_ray.model.parked import ParkedAttention, Stash, input_slot
 from qlora_ray.model.projection import Group, Single, Turn, member, ops_for
 from qlora_ray.model.recompute import Keep
-from qlora_ray.model.stash import HostStash
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Kept:
     n1: torch.Tensor | None = None  # (M, D + R) what q, k, v read, with its LoRA
     heads: torch.Tensor | None = None  # (M, H of q and k, E) as projected, where a norm follows or DoRA learns
     attention: tuple[torch.Tensor, ...] | None = None  # q, k, v and the output, each (B, H, T, E), with their graph
+    parked: ParkedAttention | None = None  # what attention keeps, where q, k and v are made again
     z_o: torch.Tensor | None = None  # (M, R)
     given1: torch.Tensor | None = None  # (M, D) of o_proj, in the same cases
     x1: torch.Tensor | None = None  # (M, D)
@@ -61,7 +62,7 @@ class Passed:
 class FusedLayer:
     """The arithmetic of one decoder layer. Holds modules, never their weights."""
 
-    def __init__(self, layer: torch.nn.Module, family: Family, index: int, stash: HostStash | None, passed: Passed):
+    def __init__(self, layer: torch.nn.Module, family: Family, index: int, stash: Stash | None, passed: Passed):
         attention, mlp = layer.self_attn, layer.mlp
         self.family = family
         self.before, self.after = (
@@ -132,8 +133,14 @@ class FusedLayer:
         many, few, _ = self.num_heads
         parts = turned[:, :many], turned[:, many:], every[:, many + few :]
         q, k, v = (part.detach().requires_grad_(with_graph) for part in parts)
-        with torch.set_grad_enabled(with_graph):
-            output = attend(q, k, v, mask, self.sight)
+        if kept.parked is not None:
+            output = kept.parked.come_back(q, k, v)
+        elif with_graph and self.keep == Keep.PARKED:
+            kept.parked = ParkedAttention(self.index, self.stash)
+            output = kept.parked.forward(lambda *read: attend(*read, mask, self.sight), q, k, v)
+        else:
+            with torch.set_grad_enabled(with_graph):
+                output = attend(q, k, v, mask, self.sight)
         kept.attention = (q, k, v, output)
 
     def _norms_of_heads(self, *heads: torch.Tensor):
@@ -218,16 +225,18 @@ class FusedLayer:
             kept.n1 = kept.n2 = None
         if self.keep >= Keep.ATTENTION:
             kept.gate_up = None
-        if self.keep >= Keep.INPUT:
+        if self.keep >= Keep.PARKED:
             kept.attention = kept.heads = kept.x1 = kept.z_o = kept.given1 = kept.given2 = None
-        if self.keep >= Keep.HOST and self.stash is not None:
-            self.stash.put(self.index, kept.x)
+        if kept.parked is not None:
+            kept.parked.let_go()
+        if self.keep in (Keep.PARKED, Keep.HOST) and self.stash is not None:
+            self.stash.put(input_slot(self.index), kept.x)
             kept.x = None
 
     def backward(self, kept: Kept, dy: torch.Tensor, shape: torch.Size, angles, mask) -> tuple[Any, ...]:
         """Gradients of x and of the LoRA matrices. dy (M, D); empties `kept` on the way."""
         if kept.x is None:
-            kept.x = self.stash.take(self.index)
+            kept.x = self.stash.take(input_slot(self.index))
         self.complete(kept, shape, angles, mask)
         ops, width = ops_for(dy.device), dy.shape[1]
         through_mlp = slices.mlp_backward if kept.slices else FusedLayer.mlp_backward
@@ -244,7 +253,10 @@ class FusedLayer:
         del d_given, dz
         d_output = kept.all_rows(d_output, shape[0] * shape[1])
         d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
-        dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
+        if kept.parked is not None:
+            dq, dk, dv = kept.parked.backward(d_output)
+        else:
+            dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
         d_qkv = dy.new_empty(shape[0] * shape[1], sum(self.qkv.rows))
         ops.rotate_backward(dq, dk, dv, angles, d_qkv)
         if self.head_norms:
@@ -255,7 +267,7 @@ class FusedLayer:
             values = v.detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H of v x E)
             self._learn_from(0, kept, torch.cat((kept.heads.flatten(1), values), 1))
         del q, k, v, output, flat, d_output, dq, dk, dv
-        kept.attention = kept.heads = None
+        kept.attention = kept.heads = kept.parked = None
         past = kept.all_rows(buffer1[:, :width], shape[0] * shape[1])
         of_qkv, buffer = self._through_group(0, kept, d_qkv, past)
         self.passed.buffer = buffer if self.index else None

@@ -9,14 +9,13 @@ product over all rows.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from qlora_ray.model.recompute import LONG_ROW, SLICE_ROWS, Keep
 
-if TYPE_CHECKING:
-    from qlora_ray.model.layer import FusedLayer, Kept
+FusedLayer = Kept = Any  # of layer.py, which calls this
 
 
 def of_rows(count: int, length: int) -> tuple[slice, ...]:
@@ -26,7 +25,7 @@ def of_rows(count: int, length: int) -> tuple[slice, ...]:
     return tuple(slice(start, min(start + SLICE_ROWS, count)) for start in range(0, count, SLICE_ROWS))
 
 
-def mlp_forward(layer: "FusedLayer", kept: "Kept", with_graph: bool) -> torch.Tensor:
+def mlp_forward(layer: FusedLayer, kept: Kept, with_graph: bool) -> torch.Tensor:
     """`FusedLayer.mlp_part` by slices: the layer's output (M, D). Fills in what is kept of them."""
     like, count = kept.x1, len(kept.x1)
     y = torch.empty_like(like)
@@ -34,7 +33,7 @@ def mlp_forward(layer: "FusedLayer", kept: "Kept", with_graph: bool) -> torch.Te
         kept.gate_up = like.new_empty(count, sum(layer.gate_up.rows))
     if with_graph and layer.down.rank:
         kept.z_down = like.new_empty(count, layer.down.rank)
-    if with_graph and layer.keep < Keep.INPUT and layer.keeps_given[1]:
+    if with_graph and layer.keep < Keep.PARKED and layer.keeps_given[1]:
         kept.given2 = like.new_empty(count, layer.down.rows[0])
     with _weights_made_once(layer, kept, layer.down):
         for rows in kept.slices:
@@ -48,7 +47,7 @@ def mlp_forward(layer: "FusedLayer", kept: "Kept", with_graph: bool) -> torch.Te
     return y
 
 
-def mlp_backward(layer: "FusedLayer", kept: "Kept", buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+def mlp_backward(layer: FusedLayer, kept: Kept, buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """`FusedLayer.mlp_backward` by slices; the gradient of x1 takes the place of dy where it has as much room."""
     width, room = layer.qkv.inputs, layer.out.room
     has_room = buffer.shape[1] == width + room
@@ -69,7 +68,7 @@ def mlp_backward(layer: "FusedLayer", kept: "Kept", buffer: torch.Tensor) -> tup
     return [total.to(buffer.dtype) for total in sums], made
 
 
-def _part(kept: "Kept", rows: slice) -> "Kept":
+def _part(kept: Kept, rows: slice) -> Kept:
     """What is kept of some rows."""
     names = ("x1", "gate_up", "z_down", "given2")
     cut = {name: None if (whole := getattr(kept, name)) is None else whole[rows] for name in names}
@@ -78,7 +77,7 @@ def _part(kept: "Kept", rows: slice) -> "Kept":
 
 
 @contextmanager
-def _weights_made_once(layer: "FusedLayer", kept: "Kept", *of_down) -> Iterator[None]:
+def _weights_made_once(layer: FusedLayer, kept: Kept, *of_down) -> Iterator[None]:
     with ExitStack() as stack:
         for group in (layer.gate_up, *of_down):
             stack.enter_context(group.made_once(kept.x1, kept.turns[2 if group is layer.gate_up else 3]))

@@ -1,12 +1,12 @@
 """How much memory a run will take and how fast it will be, before it starts. No torch, no GPU."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_ray.config import Config
 from qlora_ray.model.facts import EXPERT_CHUNK_BYTES, BaseFacts
 from qlora_ray.model.families import FAMILIES, PLAIN_HEADS
-from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, activation_bytes
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, activation_bytes, host_bytes
 
 GIB = 2**30
 # 4 bits + one 8-bit scale per 64 weights (arXiv:2305.14314), or one float32 scale without double quantization.
@@ -34,6 +34,10 @@ class Sizes:
     trains_rows: bool  # of embedding and output layer: model.new_tokens
     loads_in_shares: bool
 
+    def of_rows(self, num_tokens: int) -> "Sizes":
+        """The same for rows of at most so many tokens."""
+        return replace(self, layer=self.layer.of_rows(num_tokens))
+
 
 def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype: str) -> Sizes:
     """Collect them."""
@@ -43,7 +47,7 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
         base, num_trainable, quantization.type != "none", quantization.double_quant, wide, stage,
         config.ray.min_workers, layer_shape(config, base, wide), bool(config.model.new_tokens),
         loads_in_shares(config, stage, config.ray.min_workers),
-    )  # fmt: skip
+    ).of_rows(config.training.max_length)  # fmt: skip
 
 
 def loads_in_shares(config: Config, stage: int, num_workers: int) -> bool:
@@ -139,6 +143,11 @@ def loading_gib(sizes: Sizes) -> float:
         one = largest * (wide / sizes.num_workers + 2 * 4 / 64)  # its share, and float32 scales of all of it
         return resident_gib(sizes)["base"] + one / GIB
     return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB
+
+
+def host_gib(sizes: Sizes, num_tokens: int, choice: Choice) -> float:
+    """GiB of host memory that a worker's layers park in."""
+    return host_bytes(sizes.layer, choice, num_tokens) / GIB
 
 
 def peak_gib(forecast: dict[str, float]) -> float:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qlora_ray.model import slices
+from qlora_ray.model import attention, layer, parked, slices
 from qlora_ray.model.families import FAMILIES
-from qlora_ray.model.fused import keep
+from qlora_ray.model.fused import fused_layers, keep
 from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.recompute import Choice, Keep
 from tests import fused_models
@@ -94,3 +94,41 @@ def test_rows_up_to_8192_tokens_are_taken_at_once():
     assert slices.of_rows(4 * 8192, 8192) == () and slices.of_rows(8192, 65536) == ()
     cut = slices.of_rows(20000, 20000)
     assert [part.stop - part.start for part in cut] == [8192, 8192, 3616] and cut[-1].stop == 20000
+
+
+class Shelf:
+    """A stash in memory that hands out each tensor once, as the one on a GPU does."""
+
+    def __init__(self):
+        self.held, self.most = {}, 0
+
+    def put(self, slot, x):
+        assert slot not in self.held
+        self.held[slot] = x.clone()
+        self.most = max(self.most, len(self.held))
+
+    def take(self, slot):
+        return self.held.pop(slot)
+
+
+@pytest.mark.parametrize("family, batch", [("llama", "packed"), *((family, "rows") for family in FEW)])
+@pytest.mark.parametrize("has_stash", [True, False])
+def test_attention_that_is_parked_changes_no_bit(folders, family, batch, has_stash, monkeypatch):
+    batch = fused_models.packed_batch() if batch == "packed" else tiny_models.batch()
+    made, shelf = fused_models.build(folders[family], torch.float32), Shelf()
+    whole = fused_models.nats_and_gradients(made, batch)
+    for one in fused_layers(made):
+        one.stash = shelf if has_stash else None
+    keep(made, Choice((Keep.PARKED,) * 2))
+    monkeypatch.setattr(parked, "SMALL_BYTES", 64)
+    assert same(whole, fused_models.nats_and_gradients(made, batch))
+    assert not shelf.held and shelf.most >= 4 * has_stash
+
+
+def test_attention_that_is_parked_is_not_computed_again(folders, monkeypatch):
+    counted = []
+    monkeypatch.setattr(layer, "attend", lambda *given: counted.append(1) or attention.attend(*given))
+    for level, times in ((Keep.PARKED, 2), (Keep.INPUT, 4)):
+        counted.clear()
+        gradients(folders["llama"], level)
+        assert len(counted) == times
