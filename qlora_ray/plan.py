@@ -5,7 +5,7 @@ import sys
 
 from qlora_ray import door
 from qlora_ray.planning.memory import PRODUCT_FLOPS
-from qlora_ray.planning.table import Worker, answer, host_gib_here
+from qlora_ray.planning.table import answer, host_gib_here
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     arguments.overrides.append(f"ray.num_workers={arguments.gpus}")
     config, _ = door.read_arguments(arguments)
     host_gib = host_gib_here() / arguments.gpus if arguments.host_gib is None else arguments.host_gib
-    print(answer(config, Worker(arguments.gib, arguments.gpu, host_gib)))
+    print(answer(config, arguments.gib, arguments.gpu, host_gib))
     return 0
 
 

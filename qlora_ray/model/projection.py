@@ -74,9 +74,14 @@ class Turn:
     gains: list[torch.Tensor | None] = field(default_factory=list)  # of DoRA: each member's (n,), once forward has them
     given: torch.Tensor | None = None  # (M, N) what they gave, where magnitudes need it for their gradient
 
-    def of_rows(self, first: int) -> "Turn":
-        """The same for a slice of rows that begins with row `first`."""
-        return replace(self, drop=replace(self.drop, first_row=first), given=None)
+    def of_rows(self, rows: slice, device: torch.device) -> "Turn":
+        """The same for a slice of the rows."""
+        drop = self.drop
+        if drop.probability:
+            all_rows = drop.numbers
+            numbers = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
+            drop = replace(drop, numbers=numbers if all_rows is None else all_rows[rows])
+        return replace(self, drop=drop, given=None)
 
 
 def why_not(module: torch.nn.Module) -> str | None:

@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
+from qlora_ray.model.facts import EXPERT_CHUNK_BYTES
+
 LONG_ROW = 8192  # tokens; the MLP of fused layers takes longer rows by slices
 SLICE_ROWS = 8192  # tokens in a slice: wide enough for fast products
 # What a layer's attention would take again against the way of its output to the host and back. The rate of products is
@@ -53,11 +55,20 @@ class LayerShape:
         """Whether attention's output comes back from the host sooner than it is made again."""
         seconds = 2.0 * self.row_tokens * self.queries / ATTENTION_FLOPS
         more = self.host_bytes(Keep.PARKED) - self.host_bytes(Keep.HOST)
-        return self.is_sliced and seconds > 2 * more / HOST_BYTES_PER_SECOND
+        return self.row_tokens > LONG_ROW and seconds > 2 * more / HOST_BYTES_PER_SECOND
 
     def of_rows(self, num_tokens: int) -> "LayerShape":
         """The same for rows of so many tokens."""
         return replace(self, row_tokens=num_tokens)
+
+    row_parts: int = 1  # workers that hold each row together
+    key_copies: int = 1  # workers among these that get each head of keys
+
+    @property
+    def exchanged_bytes(self) -> float:
+        """What a worker sends for each of its tokens, forward, backward and forward again: model/row_group.py."""
+        elements = 3 * 2 * (self.queries + self.keys * self.key_copies)  # q, k and v one way, as much as q the other
+        return elements * self.element_bytes * (1 - 1 / self.row_parts)
 
     @property
     def steps(self) -> tuple[tuple[Keep, ...], ...]:
@@ -74,7 +85,8 @@ class LayerShape:
         of_qkv, of_out, of_gate_up, of_down = (count * self.rank for count in self.adapted)
         elements = of_down + (0 if level in ON_HOST else self.hidden)
         if level < Keep.PARKED:  # q, k, v, the attention's output and its sums, what o_proj's LoRA read, x1
-            elements += 2 * self.queries + 2 * self.keys + self.queries // 64 + of_out + self.hidden
+            elements += 2 * self.queries + 2 * self.keys * self.key_copies + self.queries // 64 + of_out + self.hidden
+            elements += self.queries * (self.row_parts > 1)  # the output of all heads, beside that of whole rows
             elements += (self.queries + self.keys) * (self.has_head_norms or self.is_dora)
             elements += self.hidden * (2 if self.is_dora else self.norms_after)
         if level < Keep.ATTENTION:
@@ -100,7 +112,9 @@ class LayerShape:
     def _passing_slice_bytes(self, num_tokens: int) -> int:
         """`passing_bytes` of a sliced layer: of its attention, where x1 is gone by then, or of a slice of its MLP."""
         expanded = 2 * self.queries if self.keys < self.queries else 0  # keys' and values' gradients, a head each
-        attention = 4 * self.queries + 2 * self.keys + expanded - self.hidden  # dq in float32 among them
+        attention = (
+            4 * self.queries + 2 * self.keys * self.key_copies + expanded - self.hidden
+        )  # dq in float32 among them
         weights = (4 if self.norms_after == 2 or self.is_dora else 3) * self.inner * (self.hidden + 2 * self.rank)
         of_slice = SLICE_ROWS * ((3 + 2 * self.is_dora) * self.inner + 4 * self.hidden) + weights
         return max(num_tokens * attention, of_slice) * self.element_bytes
@@ -123,12 +137,66 @@ class LayerShape:
             weights += 2.0 * self.hidden * self.inner * (self.norms_after == 2 or self.is_dora)
         return weights
 
+    @property
+    def can_hold_weights(self) -> bool:
+        """Whether there is room for its weights dequantized on any GPU."""
+        return True
+
     def measured(self, whole_bytes: int) -> "PlainShape":
         """The same layer where it is not fused after all, by what autograd keeps of it."""
         return PlainShape(
             self.hidden, whole_bytes, self.num_weights, max(self.inner, self.queries), self.element_bytes,
             self.has_whole_logits,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RoutedShape(LayerShape):
+    """Widths of one fused decoder layer with experts; `inner` is of the shared experts, 0 without."""
+
+    num_experts: int = 1
+    num_per_token: int = 1
+    up: int = 1  # outputs of an expert's first projection
+    expert_inner: int = 1  # inputs of its last
+
+    is_sliced = False  # type: ignore[assignment]
+
+    @property
+    def can_hold_weights(self) -> bool:
+        """Experts are far too many."""
+        return False
+
+    @property
+    def num_weights(self) -> int:
+        """Of the projections of one token."""
+        return super().num_weights + self._first_products + self.num_per_token * self.expert_inner * self.hidden
+
+    @property
+    def _first_products(self) -> int:
+        return self.num_per_token * self.up * self.hidden
+
+    def kept_bytes(self, level: Keep) -> int:
+        """Between forward and backward, for each token."""
+        routing = 4 * self.num_experts + 32 * self.num_per_token  # probabilities; experts, scores, and rows' places
+        elements = self.num_per_token * self.up if level < Keep.ATTENTION else 0
+        shared = (
+            2 * self.inner * self.element_bytes if Keep.ALL < level < Keep.ATTENTION else 0
+        )  # which ALL alone keeps
+        return super().kept_bytes(level) - shared + routing + elements * self.element_bytes
+
+    def passing_bytes(self, num_tokens: int) -> int:
+        """The most that one layer's backward holds beyond what was or is kept: rows of experts, their weights."""
+        rows = num_tokens * self.num_per_token * (self.hidden + self.expert_inner)
+        stack = min(EXPERT_CHUNK_BYTES, self.num_experts * self.up * self.hidden * self.element_bytes)
+        shared = 3 * num_tokens * self.inner
+        return (rows + shared + 2 * num_tokens * self.hidden) * self.element_bytes + stack
+
+    def repeated_flops(self, level: Keep, length: int) -> float:
+        """Computed a second time, for each token."""
+        shared = 2.0 * self.hidden * self.inner * (3 if level > Keep.ALL else 0)
+        if level >= Keep.ATTENTION:  # which the base counts already
+            shared += 2.0 * self._first_products - 4.0 * self.hidden * self.inner
+        return super().repeated_flops(level, length) + shared
 
 
 @dataclass(frozen=True)
@@ -252,7 +320,7 @@ def choose(shape: LayerShape | PlainShape, num_layers: int, num_tokens: int, voc
                 if fits():
                     break
                 levels[layer] = before
-    holding, may_hold = 0, room.may_hold_weights and isinstance(shape, LayerShape)
+    holding, may_hold = 0, room.may_hold_weights and isinstance(shape, LayerShape) and shape.can_hold_weights
     while may_hold and holding < num_layers and set(levels) == {Keep.ALL} and fits(holding + 1):
         holding += 1
     return Choice(tuple(levels), holding)

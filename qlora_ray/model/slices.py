@@ -25,7 +25,7 @@ def of_rows(count: int, length: int) -> tuple[slice, ...]:
     return tuple(slice(start, min(start + SLICE_ROWS, count)) for start in range(0, count, SLICE_ROWS))
 
 
-def mlp_forward(layer: FusedLayer, kept: Kept, with_graph: bool) -> torch.Tensor:
+def mlp_part(layer: FusedLayer, kept: Kept, with_graph: bool) -> torch.Tensor:
     """`FusedLayer.mlp_part` by slices: the layer's output (M, D). Fills in what is kept of them."""
     like, count = kept.x1, len(kept.x1)
     y = torch.empty_like(like)
@@ -40,15 +40,15 @@ def mlp_forward(layer: FusedLayer, kept: Kept, with_graph: bool) -> torch.Tensor
             part = _part(kept, rows)
             part.n2 = layer.read_mlp(part)
             z_down, given2, part.given2 = part.z_down, part.given2, None
-            y[rows] = layer.mlp_part(part)
+            y[rows] = layer.mlp_part(part, with_graph)
             for whole, made in ((z_down, part.z_down), (given2, part.given2)):
                 if whole is not None:
                     whole.copy_(made)
     return y
 
 
-def mlp_backward(layer: FusedLayer, kept: Kept, buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """`FusedLayer.mlp_backward` by slices; the gradient of x1 takes the place of dy where it has as much room."""
+def through_mlp(layer: FusedLayer, kept: Kept, buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """`FusedLayer.through_mlp` by slices; the gradient of x1 takes the place of dy where it has as much room."""
     width, room = layer.qkv.inputs, layer.out.room
     has_room = buffer.shape[1] == width + room
     made = buffer if has_room else buffer.new_empty(len(buffer), width + room)
@@ -57,8 +57,9 @@ def mlp_backward(layer: FusedLayer, kept: Kept, buffer: torch.Tensor) -> tuple[l
     with _weights_made_once(layer, kept, layer.down_back, *again):
         for rows in kept.slices:
             part = _part(kept, rows)
+            part.n2 = layer.read_mlp(part)
             layer.complete_mlp(part)
-            gradients, dx1 = layer.mlp_backward(part, buffer[rows])
+            gradients, dx1 = layer.through_mlp(part, buffer[rows])
             made[rows, :width] = dx1[:, :width]
             if not sums:
                 sums = [gradient.float() for gradient in gradients]
@@ -73,7 +74,7 @@ def _part(kept: Kept, rows: slice) -> Kept:
     names = ("x1", "gate_up", "z_down", "given2")
     cut = {name: None if (whole := getattr(kept, name)) is None else whole[rows] for name in names}
     return replace(kept, x=None, n2=None, places=None, slices=(), **cut,
-                   turns=tuple(turn.of_rows(rows.start) for turn in kept.turns))  # fmt: skip
+                   turns=tuple(turn.of_rows(rows, kept.x1.device) for turn in kept.turns))  # fmt: skip
 
 
 @contextmanager

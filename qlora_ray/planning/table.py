@@ -1,29 +1,20 @@
 """What fits on N GPUs of M GiB, and how fast: a table, in seconds and without a GPU."""
 
-from dataclasses import dataclass
+import math
 
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
 from qlora_ray.model import host
 from qlora_ray.model.facts import ModelFacts
-from qlora_ray.model.recompute import Choice, Keep, Room, choose
-from qlora_ray.planning import memory
+from qlora_ray.model.recompute import LONG_ROW, Choice, Keep, Room, choose
+from qlora_ray.planning import holding, memory, offload
 from qlora_ray.planning.early import as_stored, facts_at_hand
-from qlora_ray.planning.memory import GIB
+from qlora_ray.planning.memory import GIB, SHARE_OF_MEMORY
 from qlora_ray.planning.plan import may_hold_weights, shown_layers, zero_stage
+from qlora_ray.planning.sharing import refuse_sharing, shown_sharing, tokens_of_a_worker
 from qlora_ray.planning.speed import speed_notes
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
-SHARE_OF_MEMORY = 0.93  # the rest is the CUDA context and the allocator's
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What one worker has."""
-
-    gib: float
-    gpu: str
-    host_gib: float  # for what layers park
 
 
 def host_gib_here() -> float:
@@ -31,16 +22,21 @@ def host_gib_here() -> float:
     return host.SHARE * host.available_bytes() / GIB
 
 
-def answer(config: Config, worker: Worker) -> str:
+def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> str:
     """The table: rows a forward pass against what is kept, peak GiB of a worker and tokens per second of all.
+
+    `host_gib` is what a worker's layers may park on the host.
 
     Raises ConfigError where the base is neither a local folder nor in the hub's cache.
     """
     base, config = _facts(config), as_stored(config)
-    known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
-    gib, gpu = worker.gib, worker.gpu
     length, workers = config.training.max_length, config.ray.max_workers
+    of_worker, is_shared = tokens_of_a_worker(config, length), config.training.sequence_parallel > 1
     each = 2 if config.training.pairs else 1  # rows of tokens
+    known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
+    num_tokens = config.training.batch_size * each * of_worker
+    known, why_shared = holding.decide(config, known, num_tokens, gib)
+    refuse_sharing(config, base, known.layer, length)
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
     loading = memory.loading_gib(known)
@@ -52,19 +48,64 @@ def answer(config: Config, worker: Worker) -> str:
         f"{base.num_trainable_parameters:,} parameters trained, in {shown_layers(base)}",
         f"weights and optimizer {resident:.2f} GiB a worker, "
         f"{loading:.2f} while loading{'' if loading <= SHARE_OF_MEMORY * gib else ': does not fit'}",
-        f"{'rows':>4}  {'peak GiB':>8}  {'host GiB':>8}  {'tokens/s':>9}  kept for backward",
+        *([shown_sharing(config, known.layer, base.num_layers, length)] if is_shared else []),
+        f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",
     ]
+    lines[2:2] = filter(None, [holding.shown(known.shares_base, why_shared)])
+    if passing := offload.passing(known, num_tokens, length, gib, gpu):
+        lines.insert(2, f"base on {'disk' if passing.disk_bytes else 'host'}: {passing}")
     for rows in BATCH_SIZES:
-        room = Room((SHARE_OF_MEMORY * gib - resident) * GIB, worker.host_gib * GIB, may_hold_weights(config))
-        for choice in _choices(known, rows * each * length, room):
-            parked = memory.host_gib(known, rows * each * length, choice)
-            peak = memory.peak_gib(memory.memory_gib(known, rows * each * length, choice))
+        room = Room((SHARE_OF_MEMORY * gib - resident) * GIB, host_gib * GIB, may_hold_weights(config, known))
+        for choice in _choices(known, rows * each * of_worker, room):
+            peak = memory.peak_gib(memory.memory_gib(known, rows * each * of_worker, choice))
             speed = memory.tokens_per_second(known, length, choice, gpu)
             shown = f"{workers * speed:,.0f}" if speed else "-"
-            fits = "" if peak <= SHARE_OF_MEMORY * gib and parked <= worker.host_gib else "  does not fit"
-            lines.append(f"{rows:>4}  {peak:>8.2f}  {parked:>8.2f}  {shown:>9}  {choice}{fits}")
-    lines += _longest_rows(known, each, worker)
+            parked = memory.host_gib(known, rows * each * of_worker, choice)
+            on_host = f" ({parked:.1f} GiB on the host)" if of_worker > LONG_ROW else ""
+            fits = "" if peak <= SHARE_OF_MEMORY * gib and parked <= host_gib else "  does not fit"
+            lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice}{on_host}{fits}")
+    lines += _longest_rows(known, each, config.training.sequence_parallel, gib, host_gib)
+    if not _fits(known, each * of_worker, gib) and (way_out := _what_fits(config, base, gib)):
+        lines.append(f"one row fits with {way_out}")
     return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
+
+
+def _longest_rows(known: memory.Sizes, each: int, parts: int, gib: float, host_gib: float) -> list[str]:
+    """Of one row a pass, by where the layers' inputs lie, with the GiB of GPU and host that it takes."""
+    lines = []
+    for level, where in ((Keep.HOST, "on the host"), (Keep.INPUT, "on the GPU")):
+        choice, length, taken = memory.all_layers(known, level), 0, (0.0, 0.0)
+        for step in (2**bit for bit in range(23, 9, -1)):
+            tokens = each * (length + step)
+            of_row = known.of_rows(length + step)
+            peak = memory.peak_gib(memory.memory_gib(of_row, tokens, choice))
+            parked = memory.host_gib(of_row, tokens, choice)
+            if peak <= SHARE_OF_MEMORY * gib and parked <= host_gib:
+                length, taken = length + step, (peak, parked)
+        lines.append(
+            f"longest row with the layers' inputs {where}: {length * parts:,} tokens ({taken[0]:.1f} GiB, and "
+            f"{taken[1]:.1f} of {host_gib:.1f} on the host)"
+        )
+    return lines
+
+
+def _fits(known: memory.Sizes, num_tokens: int, gib: float) -> bool:
+    """Whether a micro-batch does, while loading too, where layers keep the least."""
+    forecast = memory.memory_gib(known, num_tokens, memory.all_layers(known, Keep.HOST))
+    return max(memory.peak_gib(forecast), forecast["while_loading"]) <= SHARE_OF_MEMORY * gib
+
+
+def _what_fits(config: Config, base: ModelFacts, gib: float) -> str | None:
+    """The first setting, cheapest first, with which one row fits; None where none does."""
+    each = 2 if config.training.pairs else 1
+    for told in ({"share_base": "world"}, {"offload_params": "cpu", "share_base": "auto"}):
+        asked = config.deepspeed.model_copy(update={"zero_stage": 3, **told})
+        other = config.model_copy(update={"deepspeed": asked})
+        known = memory.sizes(other, base, base.num_trainable_parameters, 3, "bfloat16")
+        is_refused = known.begins_whole and known.offload != "none"
+        if not is_refused and _fits(known, each * tokens_of_a_worker(config, config.training.max_length), gib):
+            return " ".join(f"deepspeed.{key}={value}" for key, value in told.items() if value != "auto")
+    return None
 
 
 def _facts(config: Config) -> ModelFacts:
@@ -76,30 +117,6 @@ def _facts(config: Config) -> ModelFacts:
             f"the files and downloads nothing. Run `hf download {base}` first, or name a local folder."
         )
     return facts
-
-
-def _longest_rows(known: memory.Sizes, each: int, worker: Worker) -> list[str]:
-    """Of one row a pass, by where the layers' inputs lie, with the GiB of GPU and host that it takes."""
-    lines = []
-    for level, where in ((Keep.HOST, "on the host"), (Keep.INPUT, "on the GPU")):
-        choice, length = memory.all_layers(known, level), 0
-        for step in (2**bit for bit in range(23, 9, -1)):
-            if _row_fits(known, choice, each * (length + step), worker):
-                length += step
-        of_row = known.of_rows(length)
-        peak = memory.peak_gib(memory.memory_gib(of_row, each * length, choice))
-        parked = memory.host_gib(of_row, each * length, choice)
-        lines.append(
-            f"longest row with the layers' inputs {where}: {length:,} tokens "
-            f"({peak:.1f} GiB, and {parked:.1f} of {worker.host_gib:.1f} on the host)"
-        )
-    return lines
-
-
-def _row_fits(known: memory.Sizes, choice: Choice, num_tokens: int, worker: Worker) -> bool:
-    of_row = known.of_rows(num_tokens)
-    peak = memory.peak_gib(memory.memory_gib(of_row, num_tokens, choice))
-    return peak <= SHARE_OF_MEMORY * worker.gib and memory.host_gib(of_row, num_tokens, choice) <= worker.host_gib
 
 
 def _choices(known: memory.Sizes, num_tokens: int, room: Room) -> list[Choice]:

@@ -19,7 +19,6 @@ from qlora_ray.planning import memory, table
 from tests.integration import tiny_models
 
 LLAMA_8B = LayerShape(hidden=4096, inner=14336, queries=4096, keys=1024, rank=16, element_bytes=2)
-H100 = table.Worker(80, "H100", 100)
 LAYERS, TOKENS, VOCABULARY = 32, 8192, 128256
 BUDGETS_GIB = (0.5, 1, 1.3, 2, 4, 8, 12, 16, 24, 28, 30, 34, 40, 44, 100)
 
@@ -118,28 +117,31 @@ def test_plan_door_answers_without_ray_and_counts_what_training_has(tmp_path):
     assert "2 q_proj, 2 k_proj, 2 v_proj, 2 o_proj, 2 gate_proj, 2 up_proj, 2 down_proj" in ran.stdout
 
 
-def test_dequantized_weights_are_held_where_they_fit_one_worker_has_all_and_nobody_forbids_it(tmp_path):
+def test_dequantized_weights_are_held_where_they_fit_each_worker_has_all_and_nobody_forbids_it(tmp_path):
     base = tiny_models.save("llama", tmp_path)
     asked = {"model": {"base_model": base}}
     held = "hold dequantized weights"
-    assert held in table.answer(Config.model_validate(asked), H100)
-    assert held not in table.answer(Config.model_validate(asked | {"ray": {"num_workers": 2}}), H100)
+    assert held in table.answer(Config.model_validate(asked), 80, "H100")
+    two = asked | {"ray": {"num_workers": 2}}
+    assert held in table.answer(Config.model_validate(two), 80, "H100")
+    shared = table.answer(Config.model_validate(two | {"deepspeed": {"share_base": "world"}}), 80, "H100")
+    assert held not in shared and "each worker holds its share of the base: deepspeed.share_base=world" in shared
     forbidden = asked | {"training": {"dequantized_weights": "none"}}
-    assert held not in table.answer(Config.model_validate(forbidden), H100)
-    assert held not in table.answer(Config.model_validate(asked), table.Worker(0.001, "H100", 100))
+    assert held not in table.answer(Config.model_validate(forbidden), 80, "H100")
+    assert held not in table.answer(Config.model_validate(asked), 0.001, "H100")
 
 
 def test_plan_door_says_what_does_not_fit(tmp_path):
     base = tiny_models.save("llama", tmp_path)
     config = Config.model_validate({"model": {"base_model": base}})
-    assert "does not fit" in table.answer(config, table.Worker(0.001, "H100", 100))
-    assert "while loading: does not fit" in table.answer(config, table.Worker(0.0001, "H100", 100))
-    assert "does not fit" not in table.answer(config, H100)
+    assert "does not fit" in table.answer(config, 0.001, "H100")
+    assert "while loading: does not fit" in table.answer(config, 0.0001, "H100")
+    assert "does not fit" not in table.answer(config, 80, "H100")
 
 
 def test_no_speed_is_told_of_mixtures_of_experts_whose_products_nobody_has_measured(tmp_path):
     config = Config.model_validate({"model": {"base_model": tiny_models.save("mixtral", tmp_path)}})
-    speeds = re.findall(r"(?m)^ *\d+ +\d+\.\d\d +\d+\.\d\d +(\S+)", table.answer(config, H100))
+    speeds = re.findall(r"(?m)^ *\d+ +\d+\.\d\d +(\S+)", table.answer(config, 80, "H100"))
     assert speeds and set(speeds) == {"-"}
 
 
@@ -147,13 +149,13 @@ def test_plan_door_refuses_a_base_that_is_not_there(capsys):
     assert plan.main(["model.base_model=/nowhere"]) == 2
     assert "model.base_model=/nowhere" in capsys.readouterr().err
     with pytest.raises(ConfigError):
-        table.answer(Config.model_validate({"model": {"base_model": "/nowhere"}}), H100)
+        table.answer(Config.model_validate({"model": {"base_model": "/nowhere"}}), 80, "H100")
 
 
 def test_a_row_of_pairs_is_planned_as_two_rows_of_tokens(tmp_path):
     base = tiny_models.save("llama", tmp_path)
     texts = [
-        table.answer(Config.model_validate({"model": {"base_model": base}, "training": training}), H100)
+        table.answer(Config.model_validate({"model": {"base_model": base}, "training": training}), 80, "H100")
         for training in ({"objective": "orpo", "max_length": 64}, {"max_length": 128})
     ]
     assert "rows of 2 x 64 tokens" in texts[0] and "rows of 128 tokens" in texts[1]
@@ -206,7 +208,7 @@ def test_free_host_memory_is_what_the_smallest_limit_leaves(tmp_path):
 
 def test_plan_tells_the_longest_row_and_the_host_memory_that_it_takes(tmp_path):
     config = Config.model_validate({"model": {"base_model": tiny_models.save("llama", tmp_path)}})
-    told = table.answer(config, table.Worker(1, "H100", 0.001))
+    told = table.answer(config, 1, "H100", 0.001)
     found = re.findall(r"inputs on the (\w+): ([\d,]+) tokens", told)
     lengths = {where: int(length.replace(",", "")) for where, length in found}
     assert set(lengths) == {"host", "GPU"} and 0 < lengths["host"] < lengths["GPU"]  # the host has next to nothing
