@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--whole", type=int, help="one more length, with all layers")
     parser.add_argument("--keep", default="auto", choices=["auto", "attention", "parked", "input", "host"])
-    parser.add_argument("--limit", type=int, default=260, help="seconds for each length")
+    parser.add_argument("--limit", type=int, default=280, help="seconds for each length")
     parser.add_argument("--out", default="runs/long_rows.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -136,7 +136,6 @@ def _in_a_process(arguments: argparse.Namespace, length: int, layers: int | None
 def _measure_alone(arguments: argparse.Namespace) -> None:
     import torch
 
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     torch.distributed.init_process_group("nccl")
     made = measure(arguments.shape, arguments.layers, arguments.lengths[0], arguments.keep)
