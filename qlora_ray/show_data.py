@@ -44,7 +44,7 @@ def _look(config: Config, num_rows: int, debug: bool) -> dict[str, Any]:
     from qlora_ray.data.work import encoder_of
     from qlora_ray.model.facts import read_facts
     from qlora_ray.planning.early import check_files, local_base
-    from qlora_ray.planning.plan import packs
+    from qlora_ray.planning.plan import layout
 
     check_files(config)
     folder = storage.open_folder(config.ray.storage_path)
@@ -58,7 +58,7 @@ def _look(config: Config, num_rows: int, debug: bool) -> dict[str, Any]:
         connect.start_ray(config, debug)
         return run_on_ray
 
-    made = prepare(config, folder, packs(config, read_facts(local_base(config))), runner, _tell)
+    made = prepare(config, folder, layout(config, read_facts(local_base(config))), runner, _tell)
     rows = show_rows(made, encoder_of(make_recipe(config)).tokenizer, num_rows) if num_rows else []
     return {**describe(made), "rows": rows}
 

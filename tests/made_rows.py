@@ -15,9 +15,12 @@ from qlora_ray.storage import Folder, open_folder
 
 
 def make_entry(
-    folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: bool = False
+    folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: str = ""
 ) -> Folder:
-    """An entry whose train and validation splits have these rows of sample numbers, in parts of three samples."""
+    """An entry whose train and validation splits have these rows of sample numbers, in parts of three samples.
+
+    `pairs`: apart or shared, as rows of pairs hold their prompts.
+    """
     cache = open_folder(str(folder))
     parts = []
     for number, first in enumerate(range(0, len(samples), 3)):
@@ -34,17 +37,15 @@ def make_entry(
     labels = np.array([sample.num_labels for sample in samples])
     offsets = np.cumsum([0, *map(len, rows)])
     for split in ("train", "validation"):
-        index = Index(tokens, labels, numbers, numbers)
-        of_rows = write_rows(cache / "rows", split, offsets, np.concatenate(rows), index)
+        index = Index(tokens, labels, np.array([sample.num_shared for sample in samples]), numbers, numbers)
+        of_rows = write_rows(cache / "rows", split, (offsets, np.concatenate(rows)), index, pairs == "shared")
     stats = DataStats(
         "rows", len(samples), 0, 0, len(rows), len(rows), int(of_rows.sum()), int(labels.sum()), int(of_rows.max()),
-        packed=packed, pairs=pairs,
+        packed=packed, pairs=bool(pairs), shares_prompts=pairs == "shared",
     )  # fmt: skip
     write_stats(cache / "rows", stats, {"train": ["samples"], "validation": ["samples"]}, None)
     return cache / "rows"
 
 
-def make_rows(
-    folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: bool = False
-) -> Rows:
+def make_rows(folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: str = "") -> Rows:
     return Rows(make_entry(folder, samples, rows, packed, pairs), "train")

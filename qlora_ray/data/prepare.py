@@ -18,7 +18,7 @@ from qlora_ray.data.pack import pack, pack_in_order
 from qlora_ray.data.rows import as_pairs, find, write_rows, write_stats
 from qlora_ray.data.samples import INLINE_BYTES, Runner, Samples, Tell, fingerprint, run_inline, samples_of
 from qlora_ray.data.sources import Source, find_sources
-from qlora_ray.data.stats import DataStats
+from qlora_ray.data.stats import DataStats, Layout
 from qlora_ray.data.template import ASKS_DATE, find_template
 from qlora_ray.data.tokenize import prompt_of, tokenizer_files
 from qlora_ray.data.work import Recipe, encoder_of
@@ -42,7 +42,7 @@ class Prepared:
 def prepare(
     config: Config,
     storage: Folder,
-    packing: bool,
+    how: Layout,
     runner: Callable[[], Runner] | None = None,
     tell: Tell = lambda line: None,
 ) -> Prepared:
@@ -65,10 +65,10 @@ def prepare(
         for source, samples in zip(sources[key], done[key], strict=True):
             refuse_too_many(source, samples.num_records, samples.rejected, config.data.max_bad_fraction)
             refuse_missing(source, samples.num_records, samples.missing, config.data.max_bad_fraction)
-    entry = cache / _rows_fingerprint(config, sources, done, packing)
+    entry = cache / _rows_fingerprint(config, sources, done, how)
     stats = find(entry)
     if stats is None:
-        stats = _make_rows(config, recipe, entry, sources, done, packing)
+        stats = _make_rows(config, recipe, entry, sources, done, how)
     return Prepared(entry, stats, done["train_file"], done["validation_file"])
 
 
@@ -101,7 +101,7 @@ def _runner_for(source: Source, runner: Callable[[], Runner] | None) -> Runner:
     return run_inline if runner is None or source.num_bytes <= INLINE_BYTES else lambda *task: runner()(*task)
 
 
-def _rows_fingerprint(config: Config, sources: dict, done: dict, packing: bool) -> str:
+def _rows_fingerprint(config: Config, sources: dict, done: dict, how: Layout) -> str:
     made_of = {
         key: [
             (samples.entry.name, source.entry.weight) for source, samples in zip(sources[key], done[key], strict=True)
@@ -109,21 +109,23 @@ def _rows_fingerprint(config: Config, sources: dict, done: dict, packing: bool) 
         for key in sources
     }
     split = None if done["validation_file"] else config.data.validation_split
-    parts = (made_of, split, config.training.seed, packing, config.training.max_length)
-    order = config.data.order
-    return fingerprint([repr(parts if order == "shuffled" else (*parts, order))])  # entries made before it was asked
+    training = config.training
+    parts = (made_of, split, training.seed, how.packing, training.max_length, config.data.order, how.shares_prompts)
+    return fingerprint([repr(parts)])
 
 
-def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, done: dict, packing: bool) -> DataStats:
+def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, done: dict, how: Layout) -> DataStats:
     """Write an entry of rows: which samples each holds, and the held-out prompts."""
     max_length = config.training.max_length
     train, held = deal(config, sources, done)
     lengths_of_rows, longest = {}, {}
     for split, share in (("train", train), ("validation", held)):
         order = config.data.order if split == "train" else "shuffled"
-        offsets, samples = _samples_of_rows(config, share, packing, order)
-        lengths_of_rows[split] = write_rows(entry, split, offsets, samples, share.index)
-        longest[split] = _longest_row(share.index.num_tokens[samples], offsets, recipe.pairs)
+        offsets, samples = _samples_of_rows(config, share, how, order)
+        lengths_of_rows[split] = write_rows(entry, split, (offsets, samples), share.index, how.shares_prompts)
+        longest[split] = int(lengths_of_rows[split].max(initial=0))
+        if recipe.pairs and not how.shares_prompts:
+            longest[split] = _longest_half(share.index.num_tokens[samples], offsets)
     stats = DataStats(
         fingerprint=entry.name,
         num_records=sum(samples.num_records for samples in done["train_file"]),
@@ -136,7 +138,7 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
         longest_row=longest["train"],
         num_samples=len(train.samples),
         num_validation_samples=len(held.samples),
-        packed=packing,
+        packed=how.packing,
         max_length=max_length,
         formats=dict(sum((Counter(samples.formats) for samples in done["train_file"]), Counter())),
         missing=_sum([samples.missing for samples in done["train_file"]]),
@@ -144,6 +146,7 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
         template_notes=encoder_of(recipe).notes(),
         date=recipe.date,
         pairs=recipe.pairs,
+        shares_prompts=how.shares_prompts,
     )
     held_key = "validation_file" if done["validation_file"] else "train_file"
     prompts = _prompts(recipe, done[held_key], held)
@@ -154,32 +157,39 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
     return stats
 
 
-def _samples_of_rows(config: Config, share: Share, packing: bool, order: str) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, samples): row r holds samples[offsets[r]:offsets[r+1]], of pairs chosen and then rejected ones."""
-    lengths = share.index.num_tokens
+def _samples_of_rows(config: Config, share: Share, how: Layout, order: str) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, samples): row r holds samples[offsets[r]:offsets[r+1]], as rows.py has them."""
+    lengths, max_length, seed = share.index.num_tokens, config.training.max_length, config.training.seed
     if not config.training.pairs:
-        offsets, places = _rows_of(lengths[share.samples], config, packing, order)
+        offsets, places = _rows_of(lengths[share.samples], max_length, (how.packing, order), seed)
         return offsets, share.samples[places]
     chosen = share.samples[share.samples % 2 == 0]  # each record has made two, the chosen one first
-    longer = np.maximum(lengths[chosen], lengths[chosen + 1])
-    offsets, places = _rows_of(longer, config, packing, order)
-    return as_pairs(offsets, chosen[places])
+    if how.shares_prompts:
+        of_pairs = lengths[chosen] + lengths[chosen + 1] - share.index.num_shared[chosen + 1]
+        offsets, places = _rows_of(of_pairs, 2 * max_length, (how.packing, order), seed)
+    else:
+        longer = np.maximum(lengths[chosen], lengths[chosen + 1])
+        offsets, places = _rows_of(longer, max_length, (how.packing, order), seed)
+    return as_pairs(offsets, chosen[places], how.shares_prompts)
 
 
-def _longest_row(lengths: np.ndarray, offsets: np.ndarray, pairs: bool) -> int:
-    """Tokens of the longest row of tokens; 0 where there is none."""
-    edges = np.unique(np.concatenate([offsets, (offsets[:-1] + offsets[1:]) // 2])) if pairs else offsets
+def _longest_half(lengths: np.ndarray, offsets: np.ndarray) -> int:
+    """Tokens of the longest row of tokens, of which each row of pairs is two; 0 where there is none."""
+    edges = np.unique(np.concatenate([offsets, (offsets[:-1] + offsets[1:]) // 2]))
     before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return int(np.diff(before[edges]).max(initial=0))
 
 
-def _rows_of(lengths: np.ndarray, config: Config, packing: bool, order: str) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, places): row r holds the samples at places[offsets[r]:offsets[r+1]] of `lengths`."""
-    max_length, seed = config.training.max_length, config.training.seed
+def _rows_of(lengths: np.ndarray, room: int, how: tuple[bool, str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, places): row r, of so much room, holds what stands at places[offsets[r]:offsets[r+1]] of `lengths`.
+
+    `how` is whether rows are packed, and data.order.
+    """
+    packing, order = how
     if packing and order == "shuffled":
-        return pack(lengths, max_length, seed)
+        return pack(lengths, room, seed)
     places = longest_first(lengths, seed) if order == "by_length" else np.arange(len(lengths))
-    return pack_in_order(lengths[places], max_length) if packing else np.arange(len(lengths) + 1), places
+    return pack_in_order(lengths[places], room) if packing else np.arange(len(lengths) + 1), places
 
 
 def _sum(counted: list[dict[str, tuple[int, str]]]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Turns messages into token ids and the spans that are trained on: what the model reads, and what it learns to say."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Sample:
     spans: list[tuple[int, int]]  # [start, end) in tokens, of what is trained on; never token 0, which nothing predicts
     truncated: bool
     missing: tuple[str, ...] = ()  # kinds of what the record has and the text has not (see mask.py)
+    num_shared: int = 0  # first tokens of a rejected answer's sample that may be read in the chosen one's
 
     @property
     def labels(self) -> list[int]:
@@ -264,7 +265,14 @@ def _pair(chosen: list[Sample] | BadRecord, rejected: list[Sample] | BadRecord) 
     assert len(chosen) == len(rejected) == 1, "a half of a pair has several samples"
     if chosen[0].input_ids == rejected[0].input_ids:
         return BadRecord("chosen and rejected are the same within training.max_length tokens")
-    return [*chosen, *rejected]
+    return [*chosen, replace(rejected[0], num_shared=_num_shared(chosen[0], rejected[0]))]
+
+
+def _num_shared(chosen: Sample, rejected: Sample) -> int:
+    """First tokens that both have and that are not trained on, but the last: each answer has its own to begin after."""
+    most = min(chosen.spans[0][0], rejected.spans[0][0]) - 1
+    pairs = zip(chosen.input_ids[:most], rejected.input_ids[:most], strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), most)
 
 
 def first_ids(tokenizer) -> list[int]:

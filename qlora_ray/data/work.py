@@ -50,6 +50,7 @@ class Done:
 
     num_tokens: np.ndarray  # of each sample, int32
     num_label_tokens: np.ndarray
+    num_shared: np.ndarray
     record: np.ndarray  # usable record of the chunk that the sample is of, from 0
     num_records: int  # usable or not
     num_places: int  # lines or records that the chunk holds: what places in later chunks are shifted by
@@ -87,7 +88,7 @@ class _Tally:
     def __init__(self, chunk: Chunk, recipe: Recipe, num_messages_kept: int):
         self._chunk, self._recipe, self._encoder = chunk, recipe, encoder_of(recipe)
         self._num_messages_kept = num_messages_kept
-        self._of_samples = array("i")  # num_tokens, num_label_tokens, record; and so on
+        self._of_samples = array("i")  # num_tokens, num_label_tokens, num_shared, record; and so on
         self._num_records = self._num_places = self._num_usable = self._num_truncated = 0
         self._formats: collections.Counter[str] = collections.Counter()
         self._missing: dict[str, tuple[int, int]] = {}
@@ -105,7 +106,8 @@ class _Tally:
                     self._reject(place, made)
                     continue
                 for sample in made:
-                    self._of_samples.extend((len(sample.input_ids), sample.num_labels, self._num_usable))
+                    counts = (len(sample.input_ids), sample.num_labels, sample.num_shared, self._num_usable)
+                    self._of_samples.extend(counts)
                 self._num_truncated += any(sample.truncated for sample in made)
                 _count(self._missing, {kind for sample in made for kind in sample.missing}, place)
                 if self._num_usable < self._num_messages_kept:
@@ -114,7 +116,7 @@ class _Tally:
                 yield from made
 
     def done(self, damage: str | None) -> Done:
-        columns = np.array(self._of_samples, np.int32).reshape(-1, 3)
+        columns = np.array(self._of_samples, np.int32).reshape(-1, 4)
         reasons: dict[str, tuple[int, int]] = {}
         for line in self.rejected:
             count, first = reasons.get(line["reason"], (0, line["place"]))
@@ -122,7 +124,8 @@ class _Tally:
         return Done(
             num_tokens=columns[:, 0].copy(),
             num_label_tokens=columns[:, 1].copy(),
-            record=columns[:, 2].copy(),
+            num_shared=columns[:, 2].copy(),
+            record=columns[:, 3].copy(),
             num_records=self._num_records,
             num_places=self._num_places,
             num_truncated=self._num_truncated,

@@ -55,7 +55,7 @@ def _show_objective(config: Config) -> str:
 
 
 def _show_data(data: DataStats) -> str:
-    formats, each = " + ".join(data.formats), data.rows_of_tokens
+    formats, each = " + ".join(data.formats), data.samples_of_record
     in_rows = f" packed into {data.num_rows:,} rows ({data.packing_efficiency:.0%} full)" if data.packed else ""
     return (
         f"{data.num_samples // each:,} {'pairs' if data.pairs else 'samples'} ({formats}){in_rows}, "

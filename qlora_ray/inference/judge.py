@@ -132,10 +132,8 @@ def _held_out(adapter: Adapter) -> Examples:
     rows = open_rows(entry, "validation")
     if not len(rows):
         raise ConfigError(f"--adapter {adapter.folder}: its run held nothing out. Name a file of records with --file.")
-    every = rows.gather(np.arange(len(rows)))
-    # Of pairs the chosen answers: each row is two, chosen and rejected.
-    if rows.pairs:
-        every = every.take(np.arange(0, every.num_rows, 2)).drop_columns(["places"])
+    numbers = np.arange(len(rows))
+    every = rows.halves(numbers)[0] if rows.pairs else rows.gather(numbers)  # of pairs the chosen answers
     return Examples(every, json.loads((entry / "prompts.json").read_bytes()))
 
 

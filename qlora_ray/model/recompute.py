@@ -30,6 +30,7 @@ class LayerShape:
     norms_after: int = 0  # of what attention and MLP give: each keeps what it reads
     is_dora: bool = False  # lengths learn from what projections give, which is kept, or copied in backward
     has_whole_logits: bool = False  # the output layer is not fused with its loss
+    has_shared_prompts: bool = False  # keys and values of a prompt are copied for the second answer, and kept
 
     @property
     def steps(self) -> tuple[tuple[Keep, ...], ...]:
@@ -49,6 +50,7 @@ class LayerShape:
             elements += 2 * self.queries + 2 * self.keys + self.queries // 64 + of_out + self.hidden
             elements += (self.queries + self.keys) * (self.has_head_norms or self.is_dora)
             elements += self.hidden * (2 if self.is_dora else self.norms_after)
+            elements += 4 * self.keys * self.has_shared_prompts  # at most: all but the answers comes twice
         if level < Keep.ATTENTION:
             elements += 2 * self.inner
         if level < Keep.PRODUCTS:
@@ -68,6 +70,10 @@ class LayerShape:
             weights += 2.0 * self.hidden * (2 * self.queries + 2 * self.keys) + 2.0 * length * self.queries
             weights += 2.0 * self.hidden * self.inner * (self.norms_after == 2 or self.is_dora)
         return weights
+
+    def sharing_prompts(self) -> "LayerShape":
+        """The same where rows hold pairs that share their prompts."""
+        return replace(self, has_shared_prompts=True)
 
     def measured(self, whole_bytes: int) -> "PlainShape":
         """The same layer where it is not fused after all, by what autograd keeps of it."""
@@ -108,6 +114,10 @@ class PlainShape:
     def repeated_flops(self, level: Keep, length: int) -> float:
         """Computed a second time, for each token."""
         return 2.0 * self.num_weights + 2.0 * length * self.hidden if level >= Keep.INPUT else 0.0
+
+    def sharing_prompts(self) -> "PlainShape":
+        """The same where rows hold pairs that share their prompts: attention has a mask, and copies nothing."""
+        return self
 
     def measured(self, whole_bytes: int) -> "PlainShape":
         """The same with what a worker has measured."""

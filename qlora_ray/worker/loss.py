@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_ray.data.tokenize import IGNORE_INDEX
-from qlora_ray.model.attention import mask_of_borders, no_mask
+from qlora_ray.model.attention import mask_of_borders, masks_of_model, no_mask
 from qlora_ray.model.head import expecting, returns_nats
 
 
@@ -54,7 +54,11 @@ def _forward(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> tuple
     module, borders, ids = getattr(model, "module", model), batch.get("sample_borders"), batch["input_ids"]
     takes_borders = getattr(module, "takes_borders", False)
     if borders is not None and takes_borders:
-        inputs["attention_mask"] = mask_of_borders(borders, ids.device)
+        inputs["attention_mask"] = mask_of_borders(borders, ids.device, batch.get("num_shared"))
+    elif "num_shared" in batch:
+        assert borders is not None
+        mask = mask_of_borders(borders, ids.device, batch["num_shared"])
+        inputs["attention_mask"] = masks_of_model(module.config.get_text_config(), mask, ids.shape)
     elif "position_ids" not in batch and takes_borders:
         inputs["attention_mask"] = no_mask(ids.device)
     head = module.get_output_embeddings()

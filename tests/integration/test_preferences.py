@@ -45,7 +45,7 @@ def samples() -> list[Sample]:
 def rows_of_pairs(folder, rows: list[list[int]]) -> Rows:
     """Rows that hold these pairs each."""
     held = [[2 * pair for pair in row] + [2 * pair + 1 for pair in row] for row in rows]
-    return make_rows(folder, samples(), held, packed=True, pairs=True)
+    return make_rows(folder, samples(), held, packed=True, pairs="apart")
 
 
 def model_of(base: str, quantization: str, is_fused: bool) -> torch.nn.Module:
