@@ -173,9 +173,10 @@ def _show_pairs(pairs: list[dict[str, Any]]) -> None:
 def _lines(data: dict[str, Any]) -> dict[str, str]:
     rejected = "; ".join(f"{count:,} {reason}" for reason, count in data["rejected"].items()) or "none"
     rows = f"{data['num_rows']:,} of {data['max_length']:,} tokens"
-    what = "pair" if data["pairs"] else "sample"
-    per_row = data["num_samples"] / data["num_rows"]
-    held = f"{per_row / 2:.1f} pairs each, in two rows of tokens" if data["pairs"] else f"{per_row:.1f} samples each"
+    what = "pair" if data["pairs"] and not data["labelled"] else "sample"
+    per_row = data["num_samples"] / data["num_rows"] / (2 if what == "pair" else 1)
+    how = ", behind shared prompts" if data["shares_prompts"] else ", in two rows of tokens" if data["pairs"] else ""
+    held = f"{per_row:.1f} {what}s each{how}"
     packed = f"{rows}, {data['packing_efficiency']:.1%} full, {held}"
     return {
         "records": f"{data['num_records']:,} read, {data['num_rejected']:,} rejected, {data['num_truncated']:,} cut "

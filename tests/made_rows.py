@@ -35,9 +35,10 @@ def make_entry(
     numbers = np.arange(len(samples))
     tokens = np.array([len(sample.input_ids) for sample in samples])
     labels = np.array([sample.num_labels for sample in samples])
+    shared, desirable = (np.array([getattr(one, name) for one in samples]) for name in ("num_shared", "is_desirable"))
     offsets = np.cumsum([0, *map(len, rows)])
     for split in ("train", "validation"):
-        index = Index(tokens, labels, np.array([sample.num_shared for sample in samples]), numbers, numbers)
+        index = Index(tokens, labels, shared, desirable, numbers, numbers)
         of_rows = write_rows(cache / "rows", split, (offsets, np.concatenate(rows)), index, pairs == "shared")
     stats = DataStats(
         "rows", len(samples), 0, 0, len(rows), len(rows), int(of_rows.sum()), int(labels.sum()), int(of_rows.max()),

@@ -53,6 +53,8 @@ def show_rows(made: Prepared, tokenizer, count: int) -> list[dict[str, Any]]:
     Of rows of pairs: each pair's prompt, and the pieces of its two answers, which say what differs.
     """
     rows = Rows(made.entry, "train")
+    if rows.labelled:
+        return [_show_labelled(rows, row, tokenizer) for row in range(min(count, len(rows)))]
     if rows.pairs:
         return [_show_pairs(rows, row, tokenizer) for row in range(min(count, len(rows)))]
     table, shown = rows.gather(np.arange(min(count, len(rows)))).to_pylist(), []
@@ -80,6 +82,17 @@ def _show_pairs(rows: Rows, row: int, tokenizer) -> dict[str, Any]:
         pairs.append({"prompt": tokenizer.decode(ids[:start]), **answers})
     counts = {name: int(getattr(rows, name)[row]) for name in ("num_tokens", "num_label_tokens")}
     return {**counts, "pairs": pairs}
+
+
+def _show_labelled(rows: Rows, row: int, tokenizer) -> dict[str, Any]:
+    """The labelled answers of a row: prompts and answers in pieces, each of one sample."""
+    pieces = []
+    for number, sample in enumerate(rows.halves(np.array([row]))[0].to_pylist(), start=1):
+        ids, start = _with_start(sample)
+        for trained, part in ((False, ids[:start]), (True, ids[start:])):
+            pieces.append({"sample": number, "trained": trained, "text": tokenizer.decode(part)})
+    counts = {name: int(getattr(rows, name)[row]) for name in ("num_tokens", "num_label_tokens")}
+    return {**counts, "pieces": pieces}
 
 
 def _with_start(sample: dict[str, list[int]]) -> tuple[list[int], int]:

@@ -15,6 +15,7 @@ from qlora_ray.data.check import refuse_missing, refuse_too_many
 from qlora_ray.data.deal import Share, deal
 from qlora_ray.data.order import longest_first
 from qlora_ray.data.pack import pack, pack_in_order
+from qlora_ray.data.pairs import label_of
 from qlora_ray.data.rows import as_pairs, find, write_rows, write_stats
 from qlora_ray.data.samples import INLINE_BYTES, Runner, Samples, Tell, fingerprint, run_inline, samples_of
 from qlora_ray.data.sources import Source, find_sources
@@ -79,7 +80,7 @@ def make_recipe(config: Config) -> Recipe:
         base=base_model_path(model.base_model), revision=model.revision, trust_remote_code=model.trust_remote_code,
         chat_template=find_template(data.chat_template), format=data.format, train_on=data.train_on,
         max_length=config.training.max_length, keep_thoughts=data.keep_thoughts,
-        new_tokens=tuple(model.new_tokens), pairs=config.training.pairs,
+        new_tokens=tuple(model.new_tokens), records=config.training.records,
     )  # fmt: skip
 
 
@@ -116,16 +117,21 @@ def _rows_fingerprint(config: Config, sources: dict, done: dict, how: Layout) ->
 
 def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, done: dict, how: Layout) -> DataStats:
     """Write an entry of rows: which samples each holds, and the held-out prompts."""
-    max_length = config.training.max_length
+    max_length, is_twofold = config.training.max_length, recipe.records != "answers"
     train, held = deal(config, sources, done)
+    if recipe.records == "labels":
+        _refuse_one_kind(train, "data.train_file")
+        if config.training.metric_for_best_model != "eval_loss":
+            _refuse_one_kind(held, f"validation, by {config.training.metric_for_best_model}")
     lengths_of_rows, longest = {}, {}
     for split, share in (("train", train), ("validation", held)):
         order = config.data.order if split == "train" else "shuffled"
         offsets, samples = _samples_of_rows(config, share, how, order)
-        lengths_of_rows[split] = write_rows(entry, split, (offsets, samples), share.index, how.shares_prompts)
+        lengths = _lengths_in_rows(config, share, how, (offsets, samples))
+        lengths_of_rows[split] = write_rows(entry, split, (offsets, samples), share.index, lengths)
         longest[split] = int(lengths_of_rows[split].max(initial=0))
-        if recipe.pairs and not how.shares_prompts:
-            longest[split] = _longest_half(share.index.num_tokens[samples], offsets)
+        if is_twofold and not how.shares_prompts:
+            longest[split] = _longest_half(lengths, offsets)
     stats = DataStats(
         fingerprint=entry.name,
         num_records=sum(samples.num_records for samples in done["train_file"]),
@@ -145,7 +151,8 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
         unused=_sum([samples.unused for samples in done["train_file"]]),
         template_notes=encoder_of(recipe).notes(),
         date=recipe.date,
-        pairs=recipe.pairs,
+        pairs=is_twofold,
+        labelled=recipe.records == "labels",
         shares_prompts=how.shares_prompts,
     )
     held_key = "validation_file" if done["validation_file"] else "train_file"
@@ -160,7 +167,9 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
 def _samples_of_rows(config: Config, share: Share, how: Layout, order: str) -> tuple[np.ndarray, np.ndarray]:
     """(offsets, samples): row r holds samples[offsets[r]:offsets[r+1]], as rows.py has them."""
     lengths, max_length, seed = share.index.num_tokens, config.training.max_length, config.training.seed
-    if not config.training.pairs:
+    if config.training.records == "labels":
+        return _labelled_rows(config, share, how, order)
+    if config.training.records == "answers":
         offsets, places = _rows_of(lengths[share.samples], max_length, (how.packing, order), seed)
         return offsets, share.samples[places]
     chosen = share.samples[share.samples % 2 == 0]  # each record has made two, the chosen one first
@@ -171,6 +180,55 @@ def _samples_of_rows(config: Config, share: Share, how: Layout, order: str) -> t
         longer = np.maximum(lengths[chosen], lengths[chosen + 1])
         offsets, places = _rows_of(longer, max_length, (how.packing, order), seed)
     return as_pairs(offsets, chosen[places], how.shares_prompts)
+
+
+def _refuse_one_kind(share: Share, what: str) -> None:
+    """Raise ConfigError where labelled answers are all of one kind."""
+    kinds = set(share.index.is_desirable[share.samples].tolist())
+    if len(kinds) == 1:
+        kind = "desirable (label: true)" if True in kinds else "undesirable (label: false)"
+        raise ConfigError(
+            f"{what}: all {len(share.samples):,} answers are {kind}, and training.objective=kto tells one kind from "
+            "the other. Add answers of the other kind, or learn good ones with training.objective=sft."
+        )
+
+
+def _labelled_rows(config: Config, share: Share, how: Layout, order: str) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, samples) of rows of labelled answers: as many other answers follow, in a round drawn with the seed."""
+    seed, max_length, samples = config.training.seed, config.training.max_length, share.samples
+    round_of = np.random.Generator(np.random.Philox(key=[seed, 2**63 + 1])).permutation(len(samples))
+    others = np.empty_like(samples)
+    others[round_of] = samples[np.roll(round_of, 1)]
+    both = np.stack([samples, others])
+    longer = _behind_prompts(share, both).clip(max=max_length).max(0)
+    offsets, places = _rows_of(longer, max_length, (how.packing, order), seed)
+    sizes = np.diff(offsets)
+    inside = np.arange(len(places)) - np.repeat(offsets[:-1], sizes)
+    firsts = np.repeat(2 * offsets[:-1], sizes) + inside
+    held = np.empty(2 * len(places), np.int64)
+    held[firsts], held[firsts + np.repeat(sizes, sizes)] = both[0, places], both[1, places]
+    return 2 * offsets, held
+
+
+def _behind_prompts(share: Share, both: np.ndarray) -> np.ndarray:
+    """Tokens of answers, each behind the prompt of the first row's sample: (2, N)."""
+    lengths, starts = share.index.num_tokens, share.index.num_shared
+    return lengths[both] - starts[both] + starts[both[0]]
+
+
+def _lengths_in_rows(
+    config: Config, share: Share, how: Layout, held: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:  # fmt: skip
+    """Tokens that each sample has in its row: without what it shares, or behind another prompt."""
+    offsets, samples = held
+    if config.training.records != "labels":
+        return share.index.num_tokens[samples] - share.index.num_shared[samples] * how.shares_prompts
+    halves = np.diff(offsets) // 2
+    place = np.arange(len(samples)) - np.repeat(offsets[:-1], 2 * halves)
+    first = np.arange(len(samples)) - np.where(place < np.repeat(halves, 2 * halves), 0, np.repeat(halves, 2 * halves))
+    starts = share.index.num_shared
+    lengths = share.index.num_tokens[samples] - starts[samples] + starts[samples[first]]
+    return np.minimum(lengths, config.training.max_length)
 
 
 def _longest_half(lengths: np.ndarray, offsets: np.ndarray) -> int:
@@ -209,6 +267,6 @@ def _prompts(recipe: Recipe, samples: tuple[Samples, ...], held: Share) -> list[
         prompt_of(tokenizer, messages)
         for one, before in zip(samples, held.index.records_before.tolist(), strict=False)
         for record, messages in one.messages()
-        if before + record in wanted
+        if before + record in wanted and label_of(messages) is not False
     )
     return list(itertools.islice((prompt for prompt in made if prompt), MOST_PROMPTS))

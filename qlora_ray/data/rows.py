@@ -8,7 +8,8 @@ cache/<fingerprint>/
 A sample's number counts through the sources of its split, in their order. A row of pairs holds the samples of chosen
 answers, then those of the rejected ones in the same order; it is read as two rows of tokens. Where pairs share their
 prompts it is one: each chosen sample is followed by its rejected one without what both begin with, as the column
-num_shared says.
+num_shared says. Rows of labelled answers are as those of pairs: after the samples come those whose answers stand in the
+second row of tokens behind the prompts of the first ones.
 """
 
 import hashlib
@@ -44,22 +45,25 @@ def find(entry: Folder) -> DataStats | None:
 
 
 def write_rows(
-    entry: Folder, split: str, held: tuple[np.ndarray, np.ndarray], index: Index, shares_prompts: bool = False
+    entry: Folder, split: str, held: tuple[np.ndarray, np.ndarray], index: Index, lengths: np.ndarray | None = None
 ) -> np.ndarray:
     """Write a split's rows. Returns the tokens of each, (R,).
 
-    `held` is (offsets, samples): row r holds samples[offsets[r]:offsets[r+1]].
+    `held` is (offsets, samples): row r holds samples[offsets[r]:offsets[r+1]], with so many tokens each in it; without
+    `lengths` all.
     """
     offsets, samples = held
-    shared = index.num_shared[samples] * shares_prompts
-    values = (index.num_tokens[samples] - shared, index.num_label_tokens[samples])
+    lengths = index.num_tokens[samples] if lengths is None else lengths
+    shared = index.num_tokens[samples] - lengths
+    values = (lengths, index.num_label_tokens[samples])
     sums = [np.concatenate([[0], np.cumsum(of_sample, dtype=np.int64)]) for of_sample in values]
     num_tokens, num_label_tokens = (np.diff(sum_before[offsets]) for sum_before in sums)
     numbers = pa.ListArray.from_arrays(offsets.astype(np.int32), samples.astype(np.int64))
     table = pa.table({"samples": numbers, "num_tokens": num_tokens, "num_label_tokens": num_label_tokens})
-    if shares_prompts:
-        of_rows = pa.ListArray.from_arrays(offsets.astype(np.int32), shared.astype(np.int32))
-        table = table.append_column("num_shared", of_rows)
+    of_samples = {"num_shared": shared.astype(np.int32), "is_desirable": index.is_desirable[samples]}
+    for name, of_each in of_samples.items():
+        column = pa.ListArray.from_arrays(offsets.astype(np.int32), pa.array(of_each))
+        table = table.append_column(name, column)
     with (entry / f"{split}.arrow").open_to_write() as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     return num_tokens
@@ -104,12 +108,18 @@ class Rows:
         self.num_label_tokens = table["num_label_tokens"].to_numpy()
         self.num_samples = np.diff(self._offsets)
         known = json.loads((entry / STATS).read_bytes())
-        self.pairs, self.shares_prompts = (known["stats"].get(name, False) for name in ("pairs", "shares_prompts"))
+        self.pairs, self.labelled, self.shares_prompts = (
+            known["stats"].get(name, False) for name in ("pairs", "labelled", "shares_prompts")
+        )
+        self._max_length = known["stats"]["max_length"]
         self._has_positions = known["stats"]["packed"] or self.shares_prompts
         self.rows_of_tokens = 2 if self.pairs and not self.shares_prompts else 1  # that each row is read as
-        self._shared = np.zeros(len(self._samples), np.int64)  # first tokens of each that lie in the one before it
-        if self.shares_prompts:
-            self._shared = table["num_shared"].combine_chunks().values.to_numpy()
+        self._shared, self._is_desirable = (
+            table[name].combine_chunks().values.to_numpy(zero_copy_only=False)
+            for name in ("num_shared", "is_desirable")
+        )
+        if not self.shares_prompts:
+            self._shared = np.zeros_like(self._shared)
         self._store = _Store([entry.parent / name for name in known["samples"][split]])
 
     def __len__(self) -> int:
@@ -130,7 +140,7 @@ class Rows:
         Positions start at 0 with each sample; or, where it shares its beginning with the one before it, where that
         ends. A sample's first token is never a label. NO_ROW becomes a row without labels, which is read but never
         trained on. Of pairs also `places` (list<int64>): for each sample its place among those of the split, NO_ROW
-        where it does not count; and `is_rejected` (list<bool>).
+        where it does not count; and `is_rejected` and `is_desirable` (list<bool>).
         """
         taken = np.where(rows == NO_ROW, 0, rows)
         per_row = np.repeat(self.num_samples[taken] // self.rows_of_tokens, self.rows_of_tokens)  # of rows of tokens
@@ -150,6 +160,7 @@ class Rows:
         of_samples = {
             "places": np.where(np.repeat(counts, per_row), places, NO_ROW).astype(np.int64),
             "is_rejected": self._is_rejected(per_row),
+            "is_desirable": self._is_desirable[places],
         }
         for name, values in of_samples.items():
             table = table.append_column(name, pa.ListArray.from_arrays(firsts.astype(np.int32), pa.array(values)))
@@ -170,8 +181,21 @@ class Rows:
     def _piece(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and span edges of what a row has of the sample at a place of the split."""
         ids, spans = self._store.sample(int(self._samples[place]))
+        if self.labelled:
+            row = int(np.searchsorted(self._offsets, place, side="right")) - 1
+            half = int(self.num_samples[row]) // 2
+            if place - self._offsets[row] >= half:
+                return self._with_prompt_of(int(self._samples[place - half]), ids, spans)
         first = int(self._shared[place])
         return ids[first:], spans - first
+
+    def _with_prompt_of(self, number: int, ids: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A sample's answer behind the prompt of sample `number`."""
+        asked, of_asked = self._store.sample(number)
+        start, shift = int(of_asked[0]), int(of_asked[0]) - int(spans[0])
+        joined = np.concatenate([asked[:start], ids[spans[0] :]])[: self._max_length]
+        edges = np.minimum(spans + shift, len(joined)).reshape(-1, 2)
+        return joined, edges[edges[:, 0] < edges[:, 1]].ravel()
 
     def _is_rejected(self, per_row: np.ndarray) -> np.ndarray:
         """Whether each sample of rows of tokens, which have so many, is the rejected one of its pair."""

@@ -34,6 +34,7 @@ class DataStats:
     template_notes: tuple[str, ...] = ()
     date: str | None = None  # that the chat template prints
     pairs: bool = False  # of answers, chosen and rejected
+    labelled: bool = False  # rows as of pairs: each answer, and its prompt with another answer, which KTO measures from
     shares_prompts: bool = False  # a row has both answers of its pairs; else it is two of tokens, one with each
 
     @property
@@ -44,7 +45,7 @@ class DataStats:
     @property
     def samples_of_record(self) -> int:
         """Conversations that each record holds."""
-        return 2 if self.pairs else 1
+        return 2 if self.pairs and not self.labelled else 1
 
     @property
     def longest_sample(self) -> int:

@@ -144,15 +144,18 @@ def masks_of_model(config: Any, mask: torch.Tensor, size: torch.Size) -> torch.T
 
     Its eager attention adds what its other kinds ask.
     """
+
+    def seen(window: int | None) -> torch.Tensor:
+        is_seen = dense_mask(mask, size[0], size[1], Sight(1.0, window))
+        assert is_seen is not None
+        if config._attn_implementation != "eager":
+            return is_seen
+        return torch.where(is_seen, 0.0, torch.finfo(config.dtype or torch.float32).min)
+
     window = getattr(config, "sliding_window", None)
     kinds = {"full_attention": None, "sliding_attention": window}
-    named = set(getattr(config, "layer_types", None) or ())
-    seen = {kind: dense_mask(mask, *size, Sight(1.0, kinds[kind])) for kind in named}
-    masks = seen or {"": dense_mask(mask, *size, Sight(1.0, window))}
-    if config._attn_implementation == "eager":
-        low = torch.finfo(config.dtype or torch.float32).min
-        masks = {kind: torch.where(of_kind, 0.0, low) for kind, of_kind in masks.items()}
-    return masks if seen else masks[""]
+    named = sorted(set(getattr(config, "layer_types", None) or ()))
+    return {kind: seen(kinds[kind]) for kind in named} if named else seen(window)
 
 
 def _band(queries: int, keys: int, sight: Sight, device: torch.device) -> torch.Tensor:

@@ -190,7 +190,7 @@ def layout(config: Config, base: BaseFacts) -> Layout:
     """What a row holds: several samples, and both answers of a pair, where asked for and attention keeps them apart."""
     training = config.training
     can = _keeps_apart(config, base)
-    return Layout(training.packing and can, training.pairs and training.share_prompts and can)
+    return Layout(training.packing and can, training.records == "pairs" and training.share_prompts and can)
 
 
 def _keeps_apart(config: Config, base: BaseFacts) -> bool:
@@ -377,7 +377,8 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
         notes.append(
             f"Rows are padded, not packed: that {base.model_type} models keep the samples of a row apart is not shown."
         )
-    if config.training.pairs and config.training.share_prompts and not _keeps_apart(config, base):
+    is_asked = config.training.records == "pairs" and config.training.share_prompts
+    if is_asked and not _keeps_apart(config, base):
         notes.append(
             "Each answer of a pair is read with a prompt of its own: the two cannot share a row, as is said above."
             if config.training.packing

@@ -22,7 +22,7 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     base, config = _facts(config), as_stored(config)
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     length, workers = config.training.max_length, config.ray.max_workers
-    each = 2 if config.training.pairs else 1  # rows of tokens
+    each = 2 if config.training.prefers else 1  # rows of tokens
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
     loading = memory.loading_gib(known)

@@ -22,7 +22,8 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
     begins at another position goes on from as many first tokens of the run before: num_shared, (S,) int32 on the CPU,
     if there are such. For others, and where each packed row holds one sample, attention_mask. Of P pairs also places of
     the chosen and then of the rejected answers' samples, (2 P,); label_counts, how many of the label_places each answer
-    has, as they come in the rows, (2 P,), and answer_order, where the answers of `places` are among these.
+    has, as they come in the rows, (2 P,); answer_order, where the answers of `places` are among these; and
+    is_desirable, (2 P,) bool.
     """
     offsets = rows["input_ids"].combine_chunks().offsets.to_numpy()
     lengths = np.diff(offsets)
@@ -68,7 +69,9 @@ def _answers(rows: pa.Table, sample_of_label: np.ndarray) -> dict[str, np.ndarra
     is_answer = places != NO_ROW
     counts = np.bincount(sample_of_label, minlength=len(places))[is_answer]
     order = np.argsort(is_rejected[is_answer], kind="stable")
-    return {"places": places[is_answer][order], "label_counts": counts, "answer_order": order}
+    is_desirable = _flat(rows["is_desirable"])[is_answer][order]
+    places = places[is_answer][order]
+    return {"places": places, "label_counts": counts, "answer_order": order, "is_desirable": is_desirable}
 
 
 def _has_several_samples(rows: pa.Table) -> bool:
@@ -80,6 +83,11 @@ def _flat(column: pa.ChunkedArray) -> np.ndarray:
     lists = column.combine_chunks()
     values = lists.values.to_numpy(zero_copy_only=False)
     return values[lists.offsets[0].as_py() : lists.offsets[-1].as_py()]
+
+
+def apart(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Rows of tokens of pairs or labelled answers, which come by two: the first and the second ones."""
+    return table.take(np.arange(0, table.num_rows, 2)), table.take(np.arange(1, table.num_rows, 2))
 
 
 def slices(table: pa.Table, size: int) -> Iterator[pa.Table]:

@@ -3,14 +3,16 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from qlora_ray.data.rows import open_rows
+from qlora_ray.data.rows import Rows, open_rows
 from qlora_ray.model.answer import PROMPTS_PER_BATCH, answer_texts, exact_match
-from qlora_ray.worker.batches import to_tensors
+from qlora_ray.worker.batches import apart, to_tensors
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Warned
 from qlora_ray.worker.metrics import means
@@ -25,15 +27,19 @@ def validation_loss(worker: Worker) -> dict[str, float]:
     """
     engine, team, preference = worker.engine, worker.team, worker.preferences.get("validation")
     held_out = open_rows(worker.run.rows, "validation")
+    if preference and held_out.labelled:
+        preference = replace(preference, kl=preference.measured_kl(engine, team, _mismatched(worker, held_out)))
     mine: list[list[float]] = []
     number = 0.0
     engine.train(False)
     with torch.no_grad():
         for rows, counts in rounds(held_out, worker.run.config.training.batch_size, team):
+            rows = apart(rows)[0] if held_out.labelled else rows
             batch = to_tensors(rows, worker.tokenizer.pad_token_id, worker.device)
             if preference:
                 loss, figures = preference.sums(engine.module, batch)
-                of_batch, size = [float(loss), *figures.tolist()], len(batch["places"]) // 2
+                size = len(batch["places"]) // (1 if held_out.labelled else 2)
+                of_batch = [float(loss), *figures.tolist()]
             else:
                 of_batch, size = [float(sum_of_nats(engine.module, batch))], int(num_label_tokens(batch))
             if counts:
@@ -42,9 +48,16 @@ def validation_loss(worker: Worker) -> dict[str, float]:
     engine.train()
     (number,) = team.sum(number)
     # fsum rounds once, at the end: a sum does not depend on which worker had which batch.
-    made = means([sums for of_worker in team.gather(mine) for sums in of_worker], int(number))
+    parts = [sums for of_worker in team.gather(mine) for sums in of_worker]
+    made = means(parts, int(number), held_out.labelled)
     found = {f"eval_{name}": value for name, value in made.items()}
     return found if preference else {**found, "eval_perplexity": math.exp(min(found["eval_loss"], 700.0))}
+
+
+def _mismatched(worker: Worker, held_out: Rows) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+    """Batches of held-out prompts with other answers, and whether each counts."""
+    for rows, counts in rounds(held_out, worker.run.config.training.batch_size, worker.team):
+        yield to_tensors(apart(rows)[1], worker.tokenizer.pad_token_id, worker.device), counts
 
 
 def compare_answers(worker: Worker) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from qlora_ray.worker.loss import sum_of_nats
 from qlora_ray.worker.messages import Done, Evaluated, Fatal, Holding, Ready, Refused, Run, Warned
 from qlora_ray.worker.metrics import Meter, RowCounts
 from qlora_ray.worker.micro_batches import MicroBatch, MicroBatches
+from qlora_ray.worker.preference import Preference
 from qlora_ray.worker.saver import Saver
 from qlora_ray.worker.state import State
 from qlora_ray.worker.stopwatch import Stopwatch
@@ -57,7 +58,7 @@ def run_worker(run: Run, channel: Any) -> None:
 def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
     with watchdog.phase("load"):
         worker, state, micro_batches = _load(run, team)
-    if run.config.training.pairs:
+    if run.config.training.prefers:
         worker = replace(worker, preferences=reference.preferences(worker, watchdog, state.step))
         worker.meter.skip_time("reference", state.step)
     plan, patience, meter = run.plan, run.config.training.early_stopping_patience, worker.meter
@@ -66,7 +67,7 @@ def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
         with watchdog.phase("step", deadline):
             learning_rate = learning_rate_at(state.step, plan, run.config)
             sums, is_finite = optimizer_step(
-                worker.engine, micro_batches.of_step(state.step, worker.preferences.get("train")),
+                worker.engine, _of_step(worker, micro_batches, state.step),
                 meter.counts.summands(state.step), learning_rate, meter.stopwatch,
             )  # fmt: skip
             state = replace(state, step=state.step + 1)
@@ -124,6 +125,18 @@ def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
     engine.time_gathers(meter.stopwatch)
     team.tell(Ready(state.step, time.perf_counter() - began, resumed.broken if resumed else []))
     return Worker(run, team, engine, tokenizer, device, meter, Saver(run, team)), state, micro_batches
+
+
+def _of_step(worker: Worker, micro_batches: MicroBatches, step: int) -> Iterable[MicroBatch]:
+    """The micro-batches of a step, each with what is asked of it."""
+    preference = worker.preferences.get("train")
+    if preference is None or worker.run.config.training.records != "labels":
+        return micro_batches.of_step(step, preference)
+
+    def measure(mismatched) -> Preference:
+        return replace(preference, kl=preference.measured_kl(worker.engine, worker.team, mismatched))
+
+    return micro_batches.of_labelled_step(step, measure)
 
 
 def optimizer_step(

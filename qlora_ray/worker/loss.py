@@ -50,7 +50,7 @@ def num_label_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _forward(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
     """Logits (B, T, V) and False; or, of a head with the loss in it, nats and True: (B T,), or of label_places (L,)."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     module, borders, ids = getattr(model, "module", model), batch.get("sample_borders"), batch["input_ids"]
     takes_borders = getattr(module, "takes_borders", False)
     if borders is not None and takes_borders:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,6 +194,21 @@ def test_adapter_is_judged_by_the_chosen_answers(storage, tmp_path):
     found = json.loads(results.read_text())
     of_chosen = [line["eval_nll_loss"] for line in door.metrics(storage / "two") if "eval_nll_loss" in line]
     assert found["with_adapter"]["loss"] == pytest.approx(of_chosen[-1], rel=0.1)  # there pair by pair, here by token
+    (*_, last) = (line for line in door.metrics(storage / "two") if "eval_loss" in line)
+    assert found["rewards"]["accuracies"] == pytest.approx(last["eval_rewards/accuracies"])
+    assert 0.1 * found["rewards"]["margins"] == pytest.approx(last["eval_rewards/margins"], rel=1e-3)
+    assert found["with_adapter"]["pairs_right"] > found["base"]["pairs_right"]
+
+
+def test_adapter_is_judged_by_a_file_of_pairs(storage, tmp_path, capsys):
+    lines = Path("data/preferences_sample.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    results = tmp_path / "results.json"
+    asked = ["--adapter", str(storage / "two"), "--file", str(tmp_path / "pairs.jsonl"), "--num-prompts", "0"]
+    assert evaluate.main([*asked, "--output", str(results)]) == 0
+    found = json.loads(results.read_text())
+    assert found["num_rows"] == 8 and found["rewards"]["accuracies"] > 0.8
+    assert "rewards/accuracies" in capsys.readouterr().out
 
 
 def door_config(run):

@@ -48,7 +48,7 @@ def test_each_shape_makes_the_same_pair(record, name):
     pair, found = to_pair(record, "auto")
     assert halves(pair) == [[ASKED, LIMA], [ASKED, LIST]]
     assert found == name and to_pair(record, name) == (pair, name)
-    assert unused_fields(record, name, pairs=True) == []
+    assert unused_fields(record, name, records="pairs") == []
 
 
 def test_prompt_and_answers_as_texts_follow_each_other_as_they_are():
