@@ -600,7 +600,7 @@ class Config(Section):
                 f"sweep.metric={self.sweep.metric}: each trial keeps its best adapter by "
                 f"training.metric_for_best_model={decides}. Set both to the same."
             )
-        if training.objective == "kto" and decides == "eval_rewards/accuracies":
+        if training.objective == "kto" and decides == "eval_rewards/accuracies":  # nor can sweep.metric be
             raise ValueError(
                 f"training.metric_for_best_model={decides}: training.objective=kto compares no two answers of "
                 "one prompt. Use eval_rewards/margins."

@@ -8,12 +8,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora_ray.data.rows import Rows, open_rows
 from qlora_ray.model.answer import PROMPTS_PER_BATCH, answer_texts, exact_match
 from qlora_ray.worker.batches import apart, to_tensors
-from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+from qlora_ray.worker.loss import log_probabilities, num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Warned
 from qlora_ray.worker.metrics import means
 from qlora_ray.worker.rounds import rounds
@@ -78,6 +79,42 @@ def compare_answers(worker: Worker) -> dict[str, Any]:
     expected = [prompt["expected"] for prompt in prompts]
     right = {f"exact_match_{who}": exact_match(texts, expected) for who, texts in answers.items()}
     return {**right, "samples": samples}
+
+
+def compare_pairs(worker: Worker) -> list[dict[str, Any]]:
+    """A few held-out pairs, and how many nats likelier the chosen answer is than the other: to the base, and now.
+
+    Every worker must call this; each computes the same.
+    """
+    held_out, config = open_rows(worker.run.rows, "validation"), worker.run.config
+    if not held_out.pairs or held_out.labelled or not len(held_out):
+        return []
+    rows = np.arange(min(len(held_out), config.training.batch_size))
+    batch = to_tensors(held_out.gather(rows), worker.tokenizer.pad_token_id, worker.device)
+    halves = [half.to_pylist() for half in held_out.halves(rows)]
+    margins, model = [], worker.engine.module
+    worker.engine.train(False)
+    for adapter in (model.disable_adapter(), nullcontext()):
+        with torch.no_grad(), adapter:
+            chosen, rejected = log_probabilities(model, batch)[0].chunk(2)
+        margins.append((chosen - rejected).tolist())
+    worker.engine.train()
+    made = [
+        {**_texts(worker.tokenizer, chosen, rejected), "base": base, "adapter": now}
+        for chosen, rejected, base, now in zip(*halves, *margins, strict=True)
+    ]
+    return made[: config.evaluation.num_samples]
+
+
+def _texts(tokenizer: Any, chosen: dict[str, list[int]], rejected: dict[str, list[int]]) -> dict[str, str]:
+    """Prompt, chosen and rejected answer of a pair, as they are read."""
+    starts = [next(i for i, label in enumerate(half["labels"]) if label >= 0) for half in (chosen, rejected)]
+    parts = {
+        "prompt": chosen["input_ids"][: starts[0]],
+        "chosen": chosen["input_ids"][starts[0] :],
+        "rejected": rejected["input_ids"][starts[1] :],
+    }
+    return {name: tokenizer.decode(ids, skip_special_tokens=True) for name, ids in parts.items()}
 
 
 def sample_answers(worker: Worker) -> list[dict[str, Any]]:

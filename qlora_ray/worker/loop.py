@@ -100,8 +100,9 @@ def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
         worker.saver.save_last(_adapter_writer(worker, names.ADAPTER, worker.reached(state)))
     with watchdog.phase("evaluate"):
         answers = {} if stopping else evaluate.compare_answers(worker)
+        pairs = [] if stopping else evaluate.compare_pairs(worker)
     early = state.step < plan.num_steps and state.is_patience_over(patience)
-    team.tell(Done("interrupted" if stopping else "done", worker.reached(state), answers, early))
+    team.tell(Done("interrupted" if stopping else "done", worker.reached(state), answers, early, pairs))
     team.wait_until_told()
 
 

@@ -169,6 +169,15 @@ def test_figures_have_trls_names_and_margins_grow(storage):
     assert validations[-1]["eval_loss"] < validations[0]["eval_loss"]
 
 
+def test_report_shows_held_out_pairs_before_and_after(storage):
+    pairs = json.loads((storage / "two" / "pairs.json").read_text())
+    assert pairs and all(pair["adapter"] > pair["base"] for pair in pairs)
+    rows = [json.loads(line) for line in Path("data/preferences_sample.jsonl").read_text().splitlines()]
+    assert {pair["chosen"].strip() for pair in pairs} <= {row["chosen"].strip() for row in rows}
+    page = (storage / "two" / "report.html").read_text()
+    assert "Pairs before and after" in page and f"{pairs[0]['adapter']:+.2f}" in page
+
+
 def test_reference_is_the_base_computed_alone(storage):
     config = Config.model_validate(door_config(storage / "two"))
     base = load_base(config.model, config.quantization, "float32", CPU)

@@ -185,7 +185,9 @@ def test_a_row_of_pairs_has_their_answers_behind_one_copy_of_the_prompt(packing,
     table = shared.gather(np.arange(len(shared)))
     tensors = to_tensors(table, 0, torch.device("cpu"))
     texts = {}
-    for row, (ids, labels, positions) in enumerate(zip(*table.to_pydict().values(), strict=False)):
+    for row, (ids, labels, positions) in enumerate(
+        zip(*(table[name].to_pylist() for name in ("input_ids", "labels", "position_ids")), strict=True)
+    ):
         starts = [i for i, place in enumerate(positions) if not i or place != positions[i - 1] + 1]
         assert len(starts) == len(table["places"][row]) and len(ids) <= 128
         for number, (a, b) in enumerate(zip(starts, [*starts[1:], len(ids)], strict=True)):
@@ -270,6 +272,12 @@ def test_a_sweep_looks_for_the_highest_margin():
         ({"training": {"objective": "dpo"}, "data": {"train_on": "everything"}}, "data.train_on=everything"),
         ({"training": {"objective": "dpo"}, "data": {"keep_thoughts": "all"}}, "data.keep_thoughts=all"),
         ({"training": {"objective": "dpo"}, "data": {"format": "text"}}, "data.format=text"),
+        (
+            {"training": {"objective": "kto", "metric_for_best_model": "eval_rewards/accuracies"}},
+            "training.objective=kto compares no two answers",
+        ),
+        ({"training": {"objective": "dpo", "desirable_weight": 2}}, "training.desirable_weight=2"),
+        ({"training": {"share_prompts": False}}, "training.share_prompts=False"),
         ({"training": {"metric_for_best_model": "eval_rewards/margins"}}, "training.objective=sft has no pairs"),
         ({"training": {"objective": "dpo"}, "sweep": {**SWEEP, "metric": "eval_perplexity"}}, "eval_perplexity"),
         ({"training": {"objective": "dpo"}, "sweep": {**SWEEP, "metric": "eval_rewards/margins"}}, "Set both to the"),
