@@ -39,13 +39,27 @@ def make_entry(
     offsets = np.cumsum([0, *map(len, rows)])
     for split in ("train", "validation"):
         index = Index(tokens, labels, shared, desirable, numbers, numbers)
-        of_rows = write_rows(cache / "rows", split, (offsets, np.concatenate(rows)), index, pairs == "shared")
+        held = np.concatenate(rows)
+        lengths = tokens[held] - shared[held] * (pairs == "shared")
+        of_rows = write_rows(cache / "rows", split, (offsets, held), index, lengths)
     stats = DataStats(
         "rows", len(samples), 0, 0, len(rows), len(rows), int(of_rows.sum()), int(labels.sum()), int(of_rows.max()),
         packed=packed, pairs=bool(pairs), shares_prompts=pairs == "shared",
     )  # fmt: skip
     write_stats(cache / "rows", stats, {"train": ["samples"], "validation": ["samples"]}, None)
     return cache / "rows"
+
+
+def make_random_entry(folder: Path, rows: list[list[int]], packed: bool = True) -> Folder:
+    """An entry of rows whose samples have these lengths, random tokens, and answers in their last two thirds."""
+    random = np.random.default_rng(1)
+    lengths = [length for row in rows for length in row]
+    samples = [
+        Sample(random.integers(3, 2048, length).tolist(), [(max(1, length // 3), length)], False) for length in lengths
+    ]
+    firsts = np.cumsum([0, *map(len, rows)]).tolist()
+    numbers = [list(range(first, first + len(row))) for first, row in zip(firsts, rows, strict=False)]
+    return make_entry(folder, samples, numbers, packed)
 
 
 def make_rows(folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: str = "") -> Rows:

@@ -116,6 +116,7 @@ class Sight:
 
     scale: float
     window: int | None = None  # None: of all
+    sinks: torch.Tensor | None = None  # (H,), a score beside those of the keys, whose share goes nowhere; frozen
 
     def is_whole(self, length: int) -> bool:
         """Whether the window shows all of a sample of this length."""
@@ -137,6 +138,12 @@ def dense_mask(mask: torch.Tensor, num_rows: int, length: int, sight: Sight) -> 
     behind = position[:, :, :, None] - position[:, :, None, :]  # of the query, in its sample and its beginning
     begins = (query == key + 1) & (position[:, :, None, :] < num_shared[query])
     return ((query == key) | begins) & (behind >= 0) & (behind < (sight.window or 2 * length))
+
+
+def added_mask(mask: torch.Tensor | None, like: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """`dense_mask` for attention that is written out, which adds one to its scores; it reads `like` (B, T, D)."""
+    seen = _band(like.shape[1], like.shape[1], sight, like.device)[None, None] if mask is None else mask
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, torch.finfo(like.dtype).min)
 
 
 def masks_of_model(config: Any, mask: torch.Tensor, size: torch.Size) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -171,7 +178,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     """
     rows, _, length, _ = q.shape
     if mask is None or not mask.numel():
-        mask = None if sight.is_whole(length) else _borders_of_rows(rows, length, q.device)
+        by_borders = not sight.is_whole(length) or sight.sinks is not None and _has_flash(q)
+        mask = _borders_of_rows(rows, length, q.device) if by_borders else None
     if mask is not None and mask.dtype == torch.int32:
         within = _attend_flash if _has_flash(q) else _attend_one_by_one
         output = within(_as_rows(q), _as_rows(k), _as_rows(v), mask, sight)
@@ -180,6 +188,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 
 def _attend_dense(q, k, v, mask: torch.Tensor | None, sight: Sight) -> torch.Tensor:
+    if sight.sinks is not None:
+        return _attend_with_a_sink(q, k, v, mask, sight)
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not (mask is None and _kernels_share_keys(q)):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -198,11 +208,63 @@ def _borders_of_rows(rows: int, length: int, device: torch.device) -> torch.Tens
 def _attend_flash(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
     """All samples in one kernel: q (M, H, E), k and v (M, fewer, E) -> (M, H, E)."""
     runs = _Runs(mask, len(q))
+    k, v = runs.keys_of(k), runs.keys_of(v)
+    if sight.sinks is not None:
+        output: torch.Tensor = _FlashWithSinks.apply(q, k, v, runs, sight)
+        return output
+    return torch.ops.aten._flash_attention_forward(q, k, v, *_borders(runs), 0.0, True, False, **_weighing(sight))[0]
+
+
+def _borders(runs: _Runs) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Of queries and of keys, and the longest sample of both."""
+    return runs.borders, runs.key_borders, runs.longest, runs.longest_keys
+
+
+def _weighing(sight: Sight) -> dict[str, Any]:
     window = {} if sight.window is None else {"window_size_left": sight.window - 1, "window_size_right": 0}
-    return torch.ops.aten._flash_attention_forward(
-        q, runs.keys_of(k), runs.keys_of(v), runs.borders, runs.key_borders, runs.longest, runs.longest_keys, 0.0, True,
-        False, scale=sight.scale, **window,
-    )[0]  # fmt: skip
+    return {"scale": sight.scale, **window}
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    """Attention whose weights add up to less than 1: exp(sink) is added to each sum of exponentials.
+
+    With that sum in place of the kernel's own, its backward pass is right as it is: the weights, and the products of
+    output and gradient that it takes from them, become those with the sink.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, runs: _Runs, sight: Sight) -> torch.Tensor:
+        output, sums, *rest = torch.ops.aten._flash_attention_forward(
+            q, k, v, *_borders(runs), 0.0, True, False, **_weighing(sight)
+        )  # sums: (H, M), logarithms
+        assert sight.sinks is not None
+        with_sinks = torch.logaddexp(sums, sight.sinks.to(sums.dtype)[:, None])
+        output = (output * (sums - with_sinks).exp().T[..., None]).to(output.dtype)
+        ctx.save_for_backward(q, k, v, output, with_sinks, *rest[:2])
+        ctx.runs, ctx.sight = runs, sight
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        *kept, state, unused = ctx.saved_tensors
+        gradients = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), *kept, *_borders(ctx.runs), 0.0, True, state, unused, **_weighing(ctx.sight)
+        )
+        return *gradients, None, None
+
+
+def _attend_with_a_sink(q, k, v, mask: torch.Tensor | None, sight: Sight) -> torch.Tensor:
+    """The same by one key more, of zeros, whose score is the sink."""
+    length, keys, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    seen = _band(length, keys, Sight(sight.scale), q.device) if mask is None else mask
+    seen = seen if seen.dtype == torch.bool else seen == 0  # of attention that is written out, which adds its mask
+    assert sight.sinks is not None
+    shape = (*seen.shape[:-3], len(sight.sinks), length)
+    scores = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+    sinks = sight.sinks.to(q.dtype)[:, None, None]
+    scores = torch.cat([scores.expand(*shape, keys), sinks.expand(*shape, 1)], -1)
+    k, v = (F.pad(part.repeat_interleave(groups, 1), (0, 0, 0, 1)) for part in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, scores, scale=sight.scale)
 
 
 def _attend_one_by_one(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:

@@ -19,6 +19,7 @@ class Family:
     norm_of_heads: str = ""  # of queries and keys: each head for itself, or the whole width; "" is none
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    halves_angles: bool = False  # cos and sin come with each value once
     interleaved: bool = False  # which values are rotated together: neighbours, or those half a head apart
 
     @property
@@ -50,9 +51,14 @@ FAMILIES = {
         after=("post_attention_layernorm", "post_feedforward_layernorm"), plus_one=True, rounds_first=False,
         norm_of_heads="head",
     ),
+    "mixtral": Family("MixtralDecoderLayer"),
+    "qwen2_moe": Family("Qwen2MoeDecoderLayer"),
+    "qwen3_moe": Family("Qwen3MoeDecoderLayer", norm_of_heads="head"),
+    "glm4_moe": Family("Glm4MoeDecoderLayer", norm_of_heads="head"),
+    "gpt_oss": Family("GptOssDecoderLayer", rounds_first=False, halves_angles=True),
 }  # fmt: skip
 
 # Types whose decoder layers are not fused, and whose logits are what their head returns, or that over logits_scaling.
 PLAIN_HEADS = {
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
+    "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3",
 }  # fmt: skip

@@ -26,7 +26,7 @@ def validation_loss(worker: Worker) -> dict[str, float]:
 
     Of pairs: eval_loss is the mean over them, and each of objectives.FIGURES has a value too, as eval_rewards/chosen.
     """
-    engine, team, preference = worker.engine, worker.team, worker.preferences.get("validation")
+    engine, team, seat, preference = worker.engine, worker.team, worker.seat, worker.preferences.get("validation")
     held_out = open_rows(worker.run.rows, "validation")
     if preference and held_out.labelled:
         preference = replace(preference, kl=preference.measured_kl(engine, team, _mismatched(worker, held_out)))
@@ -34,9 +34,9 @@ def validation_loss(worker: Worker) -> dict[str, float]:
     number = 0.0
     engine.train(False)
     with torch.no_grad():
-        for rows, counts in rounds(held_out, worker.run.config.training.batch_size, team):
+        for rows, counts in rounds(held_out, worker.run.config.training.batch_size, seat):
             rows = apart(rows)[0] if held_out.labelled else rows
-            batch = to_tensors(rows, worker.tokenizer.pad_token_id, worker.device)
+            batch = to_tensors(rows, worker.tokenizer.pad_token_id, worker.device, seat)
             if preference:
                 loss, figures = preference.sums(engine.module, batch)
                 size = len(batch["places"]) // (1 if held_out.labelled else 2)
@@ -57,7 +57,7 @@ def validation_loss(worker: Worker) -> dict[str, float]:
 
 def _mismatched(worker: Worker, held_out: Rows) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
     """Batches of held-out prompts with other answers, and whether each counts."""
-    for rows, counts in rounds(held_out, worker.run.config.training.batch_size, worker.team):
+    for rows, counts in rounds(held_out, worker.run.config.training.batch_size, worker.seat):
         yield to_tensors(apart(rows)[1], worker.tokenizer.pad_token_id, worker.device), counts
 
 

@@ -10,6 +10,7 @@ import torch
 from qlora_ray.data.delivery import Stream, deliver
 from qlora_ray.worker.batches import apart, to_tensors
 from qlora_ray.worker.preference import Preference
+from qlora_ray.worker.seat import Seat
 
 DATA_TIMEOUT_SECONDS = 600
 Measure = Callable[[Iterable[tuple[dict[str, torch.Tensor], bool]]], Preference]  # of batches that count or do not
@@ -45,11 +46,10 @@ class Tables:
 
 
 class MicroBatches:
-    """A worker's share of each step, on its device."""
+    """A worker's share of each step, on its device; the stream is that of the worker's group."""
 
-    def __init__(self, stream: Stream, seed: int, pad_token_id: int, device: torch.device):
-        self._rank, self._num_workers = stream.rank, stream.num_workers
-        self._num_of_step = stream.order.micro_batches_per_step
+    def __init__(self, stream: Stream, seat: Seat, seed: int, pad_token_id: int, device: torch.device):
+        self._seat, self._num_of_step = seat, stream.order.micro_batches_per_step
         self._tables, self._seed, self._pad_token_id, self._device = Tables(stream), seed, pad_token_id, device
 
     def of_step(self, step: int, preference: Preference | None = None) -> Iterator[MicroBatch]:
@@ -61,7 +61,7 @@ class MicroBatches:
         """The same of labelled answers: what is asked of them takes all the step's mismatched ones to be measured."""
         tables = [(number, *apart(rows), num_present) for number, rows, num_present in self._tables_of(step)]
         mismatched = (
-            (to_tensors(others, self._pad_token_id, self._device), self._rank < num_present)
+            (to_tensors(others, self._pad_token_id, self._device), self._seat.group < num_present)
             for _, _, others, num_present in tables
         )
         preference = measure(mismatched)
@@ -69,10 +69,10 @@ class MicroBatches:
             yield self._micro_batch(step, number, answers, (num_present, preference))
 
     def _tables_of(self, step: int) -> Iterator[tuple[int, pa.Table, int]]:
-        """(micro-batch number, rows, workers present) of each round of a step."""
-        for first in range(0, self._num_of_step, self._num_workers):
-            num_present = min(self._num_workers, self._num_of_step - first)
-            if self._rank < num_present:
+        """(micro-batch number, rows, groups of workers present) of each round of a step."""
+        for first in range(0, self._num_of_step, self._seat.num_groups):
+            num_present = min(self._seat.num_groups, self._num_of_step - first)
+            if self._seat.group < num_present:
                 number, rows = self._tables.next(step)
             # Else the last one again, which then does not count: ZeRO-3's forward is a collective.
             yield number, rows, num_present
@@ -81,9 +81,10 @@ class MicroBatches:
         self, step: int, number: int, rows: pa.Table, how: tuple[int, Preference | None]
     ) -> MicroBatch:  # fmt: skip
         num_present, preference = how
-        tensors = to_tensors(rows, self._pad_token_id, self._device)
+        tensors = to_tensors(rows, self._pad_token_id, self._device, self._seat)
         seed_everything(self._seed, step, number)
-        return MicroBatch(tensors, num_present, self._rank < num_present, preference)
+        counts = self._seat.group < num_present
+        return MicroBatch(tensors, num_present * self._seat.num_parts, counts, preference)
 
 
 def seed_everything(seed: int, step: int, micro_batch: int) -> None:

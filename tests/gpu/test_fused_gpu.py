@@ -138,11 +138,13 @@ def test_cross_entropy_and_its_gradient(dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows, width, rank", [(300, 4096, 16), (70, 1000, 48), (8192, 256, 8)])
-def test_dropout_of_what_a_lora_reads_and_its_gradients(dtype, rows, width, rank):
+@pytest.mark.parametrize("is_part", [False, True])
+def test_dropout_of_what_a_lora_reads_and_its_gradients(dtype, rows, width, rank, is_part):
     from qlora_ray.model import ops_plain, ops_triton
     from qlora_ray.model.dropout import drop_of
 
-    drop = drop_of(0.1, 2**40 + 3, 17)
+    numbers = torch.arange(rows, dtype=torch.int32, device="cuda") + 70_001 if is_part else None
+    drop = drop_of(0.1, 2**40 + 3, 17, numbers)
     buffer = random(rows, width + rank, dtype=dtype)  # as in a fused layer: input and LoRA side by side
     x, a, dz = buffer[:, :width], random(rank, width, dtype=dtype), random(rows, rank, dtype=dtype)
     dx = random(rows, width + 16, dtype=dtype)
@@ -243,10 +245,11 @@ def test_what_is_kept_for_backward_changes_no_bit(folders, family, variant, leve
 
 @pytest.mark.bites("model.attention.FLASH")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("heads, few, window", [(8, 2, None), (6, 6, None), (8, 2, 100)])
 @pytest.mark.parametrize("num_shared", [None, [0, 20, 0, 0, 0, 150]])
 def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(
-    dtype, heads, few, window, num_shared, caplog
+    dtype, heads, few, window, num_shared, has_sinks, caplog
 ):
     from qlora_ray.model import attention
 
@@ -256,7 +259,7 @@ def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(
     mask = attention.mask_of_borders(borders, torch.device("cuda"), shared)
     parts = [random(2, 512, count, 64, dtype=dtype).transpose(1, 2).requires_grad_() for count in (heads, few, few)]
     grad = random(2, 512, heads, 64, dtype=dtype).transpose(1, 2)
-    sight = attention.Sight(0.125, window)
+    sight = attention.Sight(0.125, window, random(heads, dtype=torch.float32) if has_sinks else None)
     with caplog.at_level("INFO"):
         output = attention.attend(*parts, mask, sight)
     assert ("no FlashAttention" in caplog.text) == (dtype == torch.float32)
