@@ -8,7 +8,7 @@ Pairs of a prompt of about two thirds of --length tokens and two answers of a th
 (Ray Train, DeepSpeed), TRL's its DPOTrainer with PEFT and bitsandbytes, and on a GPU Liger's kernels, with and without
 recomputation; both know the reference's log-probabilities before the first step. NF4 with double quantization, r=16 on
 all linear layers, no dropout. Each side is a process of its own with a time limit, and loads the model once. Prints a
-table and JSON, also to $OUT/preferences.json.
+table and JSON, also to $OUT/preferences.json. Peaks of ours count loading and the reference, TRL's training alone.
 """
 
 import argparse
@@ -179,7 +179,7 @@ def train_with_trl(arguments: argparse.Namespace, recomputes: bool) -> dict:
         train_dataset=load_dataset("json", data_files=str(pairs_file(arguments)), split="train"),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear"),
     )  # fmt: skip
-    if cuda:  # what computing the reference took is not counted, nor is it of ours
+    if cuda:  # what loading and the reference took is not counted: of ours it is
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     seconds = [after - before for before, after in zip(ends[WARMUP:], ends[WARMUP + 1 :], strict=False)]
