@@ -9,13 +9,14 @@ product over all rows.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from qlora_ray.model.recompute import LONG_ROW, SLICE_ROWS, Keep
 
-FusedLayer = Kept = Any  # of layer.py, which calls this
+FusedLayer: TypeAlias = Any  # of layer.py, which calls this
+Kept: TypeAlias = Any
 
 
 def of_rows(count: int, length: int) -> tuple[slice, ...]:
