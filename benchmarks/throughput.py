@@ -5,7 +5,7 @@
 Each variant runs in a process of its own on the same random weights, data and LoRA start: NF4 with double quantization,
 r=16 on all projections but those of experts, no dropout, AdamW. Mixtures of experts, for example:
 
-    python -m benchmarks.throughput --shapes qwen3-30b-a3b --layers 12 --length 4096 --variants ours:host
+    python -m benchmarks.throughput --shapes qwen3-30b-a3b --length 4096 --variants ours:input ours_experts:input
 
 Unsloth runs where it is installed. Writes JSON and a Markdown table.
 """
