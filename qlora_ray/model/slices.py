@@ -28,9 +28,8 @@ def of_rows(count: int, length: int) -> tuple[slice, ...]:
 
 def mlp_part(layer: FusedLayer, kept: Kept, with_graph: bool) -> torch.Tensor:
     """`FusedLayer.mlp_part` by slices: the layer's output (M, D). Fills in what is kept of them."""
-    like = kept.x1
-    assert like is not None
-    count, y = len(like), torch.empty_like(like)
+    like, count = kept.x1, len(kept.x1)
+    y = torch.empty_like(like)
     if with_graph and layer.keep < Keep.ATTENTION:
         kept.gate_up = like.new_empty(count, sum(layer.gate_up.rows))
     if with_graph and layer.down.rank:
@@ -44,7 +43,7 @@ def mlp_part(layer: FusedLayer, kept: Kept, with_graph: bool) -> torch.Tensor:
             z_down, given2, part.given2 = part.z_down, part.given2, None
             y[rows] = layer.mlp_part(part, with_graph)
             for whole, made in ((z_down, part.z_down), (given2, part.given2)):
-                if whole is not None and made is not None:
+                if whole is not None:
                     whole.copy_(made)
     return y
 
