@@ -63,7 +63,7 @@ def slab_of(layer: torch.nn.Module, away: Away) -> Slab:
     fused = layer.__dict__.get("fused")
     # What a mixture's routers compute with waits for backward in autograd's graph.
     stay = {id(p) for p in fused.block.parameters()} if isinstance(fused, RoutedLayer) else set()
-    found = [p for module in layer.modules() for p in module._parameters.values() if hasattr(p, "home")]
+    found = [p for module in layer.modules() for p in module.parameters(recurse=False) if hasattr(p, "home")]
     passing = [hasattr(p, "quant_state") or (p.home.num_bytes >= SMALLEST and id(p) not in stay) for p in found]
     slab = Slab(layer, list(compress(found, passing)))
     for parameter in slab.parameters:
