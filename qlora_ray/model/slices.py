@@ -9,7 +9,7 @@ product over all rows.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -51,7 +51,7 @@ def mlp_part(layer: "FusedLayer", kept: "Kept", with_graph: bool) -> torch.Tenso
 
 def through_mlp(layer: "FusedLayer", kept: "Kept", buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """`FusedLayer.through_mlp` by slices; the gradient of x1 takes the place of dy where it has as much room."""
-    width, room = layer.qkv.inputs, int(layer.out.room)
+    width, room = cast(int, layer.qkv.inputs), cast(int, layer.out.room)
     has_room = buffer.shape[1] == width + room
     made = buffer if has_room else buffer.new_empty(len(buffer), width + room)
     sums: list[torch.Tensor] = []
@@ -71,7 +71,7 @@ def through_mlp(layer: "FusedLayer", kept: "Kept", buffer: torch.Tensor) -> tupl
     return [total.to(buffer.dtype) for total in sums], made
 
 
-def _part(kept: "Kept", rows: slice) -> Kept:
+def _part(kept: "Kept", rows: slice) -> "Kept":
     """What is kept of some rows."""
     names = ("x1", "gate_up", "z_down", "given2")
     cut = {name: None if (whole := getattr(kept, name)) is None else whole[rows] for name in names}
