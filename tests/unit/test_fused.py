@@ -262,10 +262,11 @@ def test_padding_on_the_right_needs_no_mask(folders):
 def test_packed_samples_are_those_in_rows_of_their_own(folders, family):
     model = fused_models.build(folders[family], torch.float32)
     packed = fused_models.packed_batch()
-    by_borders = fused_models.nats_and_gradients(model, packed)
-    by_mask = fused_models.nats_and_gradients(model, {n: v for n, v in packed.items() if n != "sample_borders"})
+    batches = [packed]
+    if family != "gpt_oss":  # whose masks transformers makes without a look at positions: nobody but us packs it
+        batches += [{name: values for name, values in packed.items() if name != "sample_borders"}]
     nats, gradients = fused_models.alone(model, packed)
-    for found in (by_borders, by_mask):
+    for found in (fused_models.nats_and_gradients(model, batch) for batch in batches):
         assert found[0] == pytest.approx(nats, rel=1e-6)
         assert fused_models.error(found[1], gradients) < 1e-5
 
