@@ -49,6 +49,7 @@ class Sight:
 
     scale: float
     window: int | None = None  # None: of all
+    dropout: float = 0.0  # of scores' weights, from torch's generator
 
     def is_whole(self, length: int) -> bool:
         """Whether the window shows all of a sample of this length."""
@@ -92,7 +93,7 @@ def _attend_dense(q, k, v, mask: torch.Tensor | None, sight: Sight) -> torch.Ten
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         groups = 1
     return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, scale=sight.scale, enable_gqa=groups > 1
+        q, k, v, mask, sight.dropout, mask is None, scale=sight.scale, enable_gqa=groups > 1
     )
 
 
@@ -107,7 +108,7 @@ def _attend_flash(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
     longest, borders = mask.shape[2], mask[0, 0, 0]
     window = {} if sight.window is None else {"window_size_left": sight.window - 1, "window_size_right": 0}
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, borders, borders, longest, longest, 0.0, True, False, scale=sight.scale, **window
+        q, k, v, borders, borders, longest, longest, sight.dropout, True, False, scale=sight.scale, **window
     )[0]
 
 

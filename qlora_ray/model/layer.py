@@ -1,18 +1,26 @@
 """A decoder layer on a 4-bit base with LoRA as one autograd function: forward, backward, recomputation.
 
 x1 = x + m post1(o_proj(attention(q, k, v))) with q, k, v of pre1(x); y = x1 + m post2(down(activation(gate) x up)) with
-gate and up of pre2(x1). Which norms there are, and what else differs between model types, says its `Family`. Nothing
-but activations is kept between forward and backward, and of those only what `Keep` says.
+gate and up of pre2(x1), or of activation(up) alone. Which norms there are, and what else differs between model types,
+says its `Family`. Nothing but activations is kept between forward and backward, and of those only what `Keep` says.
 """
 
-# B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP
-from dataclasses import dataclass, field
+# B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP, U = 2 I with a gate, else I
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from qlora_ray.model.attention import Sight, attend
-from qlora_ray.model.dropout import drop_of, probability_of
+from qlora_ray.model.dropout import (
+    NOTHING,
+    Drop,
+    drawing_from,
+    drop_of,
+    generator_state,
+    probability_in,
+    probability_of,
+)
 from qlora_ray.model.families import Family
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.ops_plain import Angles
@@ -33,10 +41,13 @@ class Kept:
     given1: torch.Tensor | None = None  # (M, D) of o_proj, in the same cases
     x1: torch.Tensor | None = None  # (M, D)
     n2: torch.Tensor | None = None  # (M, D + R) what gate and up read, with its LoRA
-    gate_up: torch.Tensor | None = None  # (M, 2 I)
+    gate_up: torch.Tensor | None = None  # (M, U)
     z_down: torch.Tensor | None = None  # (M, R)
     given2: torch.Tensor | None = None  # (M, D) of down, in the same cases
     turns: tuple[Turn, ...] = field(default_factory=lambda: tuple(Turn() for _ in range(4)))  # q k v, o, gate up, down
+    drops: tuple[Drop, Drop] = (NOTHING, NOTHING)  # of what attention and MLP add
+    dropout: float = 0.0  # of attention
+    generator: torch.Tensor | None = None  # where it stood before that, for layers whose attention is computed again
     places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
 
     def rows(self, whole: torch.Tensor) -> torch.Tensor:
@@ -60,17 +71,23 @@ class FusedLayer:
     """The arithmetic of one decoder layer. Holds modules, never their weights."""
 
     def __init__(self, layer: torch.nn.Module, family: Family, index: int, stash: HostStash | None, passed: Passed):
-        attention, mlp = layer.self_attn, layer.mlp
-        self.family = family
+        attention, mlp = getattr(layer, family.attention), layer.mlp
+        self.family, self.attention = family, attention
         self.before, self.after = (
             tuple(getattr(layer, name) if name else None for name in names) for names in (family.before, family.after)
         )
         self.head_norms = (attention.q_norm, attention.k_norm) if family.norm_of_heads else None
-        self.qkv = Group([member(getattr(attention, name)) for name in family.qkv])
-        self.out = Single(member(attention.o_proj))
-        self.gate_up = Group([member(getattr(mlp, name)) for name in family.gate_up], apart=True)
-        self.down = Group([member(mlp.down_proj)], spare_rows=member(mlp.down_proj).rank)
-        self.down_back = Single(member(mlp.down_proj), held_by=self.down)
+        self.drops = [layer.get_submodule(name) if name else None for name in family.drops]
+        multiplier = float(getattr(layer, "residual_multiplier", 1.0))
+        assert multiplier == 1 or not any(self.after), "a norm would come between a product and its factor"
+        factors = (1.0, multiplier, 1.0, multiplier)
+        qkv, (out,), gate_up, (down,) = (
+            [member(layer.get_submodule(name), factor) for name in names]
+            for names, factor in zip(family.projections, factors, strict=True)
+        )
+        self.qkv, self.gate_up = Group(qkv), Group(gate_up, apart=True)
+        self.out, self.down = Single(out), Group([down], spare_rows=down.rank)
+        self.down_back = Single(down, held_by=self.down)
         groups = (self.qkv, self.out, self.gate_up, self.down)
         self.learns_lengths = [any(m.magnitude for m in group.members) for group in groups]
         self.keeps_given = [bool(norm) or self.learns_lengths[i] for norm, i in zip(self.after, (1, 3), strict=True)]
@@ -80,8 +97,7 @@ class FusedLayer:
         few = (sum(self.qkv.rows) // self.head_dim - many) // 2
         self.num_heads = [many, few, few]  # of q, k, v
         self.is_gelu = activation_of(mlp) in GELU_BY_TANH
-        self.multiplier = float(getattr(layer, "residual_multiplier", 1.0))
-        self.rotates = bool(getattr(attention, "use_rope", True))
+        self.rotates = bool(getattr(attention, "use_rope", family.rotates))
         self.index, self.stash, self.passed, self.keep = index, stash, passed, Keep.ALL
         self.places: torch.Tensor | None = None  # the only rows that the next forward is to return; None: all
 
@@ -95,19 +111,24 @@ class FusedLayer:
         for part in (self.qkv, self.out, self.gate_up, self.down):
             part.hold_weights = True
 
-    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None):
-        """x (B, T, D), cos and sin (B or 1, T, E) -> (B, T, D), or (1, L, D) of `places`."""
-        return _Layer.apply(x, self, cos, sin, mask, torch.is_grad_enabled(), *self.parameters())
+    def __call__(self, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None):
+        """x (B, T, D), turned by cos and sin (B or 1, T, E) -> (B, T, D), or (1, L, D) of `places`."""
+        return _Layer.apply(x, self, self.angles(turned), mask, torch.is_grad_enabled(), *self.parameters())
 
-    def draw(self) -> tuple[Turn, ...]:
-        """Which values the LoRAs of each group shall not see in this micro-batch."""
-        seed = torch.initial_seed()
-        return tuple(Turn(drop_of(probability_of(lora), seed, 4 * self.index + i)) for i, lora in enumerate(self.loras))
+    def begin(self, x: torch.Tensor) -> Kept:
+        """Of a micro-batch x (B, T, D): its rows, and what is to be dropped of them."""
+        seed, loras, own = torch.initial_seed(), enumerate(self.loras), enumerate(self.drops)
+        return Kept(
+            x.reshape(-1, x.shape[-1]), places=self.places, dropout=dropout_of(self.attention),
+            turns=tuple(Turn(drop_of(probability_of(lora), seed, 4 * self.index + i)) for i, lora in loras),
+            drops=tuple(drop_of(probability_in(one), seed, OWN_PLACE + 2 * self.index + i) for i, one in own),  # type: ignore[arg-type]
+        )  # fmt: skip
 
-    def angles(self, cos: torch.Tensor, sin: torch.Tensor) -> Angles | None:
+    def angles(self, turned: tuple[torch.Tensor, torch.Tensor] | None) -> Angles | None:
         """How queries and keys are rotated; None where this layer does not."""
-        flat = (part.reshape(-1, part.shape[-1]) for part in (cos, sin))  # (T or M, 2 F)
-        return Angles(*flat, self.family.interleaved) if self.rotates else None
+        if turned is None or not self.rotates:
+            return None
+        return Angles(*(part.reshape(-1, part.shape[-1]) for part in turned), self.family.interleaved)  # (T or M, 2 F)
 
     def attention_part(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask, with_graph: bool) -> None:
         """Fill in n1, heads and attention."""
@@ -130,8 +151,11 @@ class FusedLayer:
         many, few, _ = self.num_heads
         parts = turned[:, :many], turned[:, many:], every[:, many + few :]
         q, k, v = (part.detach().requires_grad_(with_graph) for part in parts)
-        with torch.set_grad_enabled(with_graph):
-            output = attend(q, k, v, mask, self.sight)
+        if kept.dropout and not with_graph and self.keep >= Keep.INPUT:
+            kept.generator = generator_state(q.device)
+        again = kept.generator if with_graph else None
+        with torch.set_grad_enabled(with_graph), drawing_from(again, q.device):
+            output = attend(q, k, v, mask, replace(self.sight, dropout=kept.dropout))
         kept.attention = (q, k, v, output)
 
     def _norms_of_heads(self, *heads: torch.Tensor):
@@ -150,7 +174,7 @@ class FusedLayer:
             if kept.given1 is None:
                 output = kept.rows(kept.attention[3].detach().transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
                 kept.given1, kept.z_o = self.out.forward(output, kept.turns[1])
-            added = self._given(0, kept.given1)
+            added = self._given(0, kept, kept.given1)
             if not self.keeps_given[0]:
                 kept.given1 = None
         if kept.n2 is None:
@@ -164,7 +188,7 @@ class FusedLayer:
         h = self._hidden(kept)
         kept.given2 = self.down.forward(h, kept.turns[3])
         kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
-        y = self._given(1, kept.given2)
+        y = self._given(1, kept, kept.given2)
         if not self.keeps_given[1]:
             kept.given2 = None
         return y.add_(kept.x1)
@@ -172,20 +196,22 @@ class FusedLayer:
     def _hidden(self, kept: Kept) -> torch.Tensor:
         """What down reads, with its LoRA: (M, I + R)."""
         h = self.down.buffer(kept.gate_up)
-        ops_for(h.device).glu(kept.gate_up, self.is_gelu, h[:, : self.down.inputs])
+        ops_for(h.device).activate(kept.gate_up, self.is_gelu, h[:, : self.down.inputs])
         self.down.fill(h, kept.turns[3])
         return h
 
-    def _given(self, which: int, given: torch.Tensor) -> torch.Tensor:
+    def _given(self, which: int, kept: Kept, given: torch.Tensor) -> torch.Tensor:
         """What is added to the residual stream of what attention or MLP gives: (M, D), in place if that is not kept."""
-        norm = self.after[which]
+        norm, drop, ops = self.after[which], kept.drops[which], ops_for(given.device)
         if norm is not None:
             out = torch.empty_like(given)
-            ops_for(given.device).rms_norm(given, None, norm_of(norm, self.family), out)
+            ops.norm_rows(given, None, norm_of(norm, self.family), out)
             given = out
         elif self.keeps_given[which]:
             given = given.clone()
-        return given if self.multiplier == 1 else given.mul_(self.multiplier)
+        if drop.probability:
+            ops.drop_values(given, drop, given)
+        return given
 
     def complete(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask) -> None:
         """Compute again what was not kept."""
@@ -215,18 +241,19 @@ class FusedLayer:
         self.complete(kept, shape, angles, mask)
         ops = ops_for(dy.device)
         width, buffer = dy.shape[1], self._with_room(dy)
-        d_given = self._back_to_given(1, kept.given2, buffer)
+        d_given = self._back_to_given(1, kept, kept.given2, buffer)
         self._learn_from(3, kept, kept.given2)
         kept.given2 = None
         h, dz = self.down_back.input_gradient(d_given, kept.turns[3])  # dh (M, I)
-        self._learn_from(2, kept, kept.gate_up.clone() if self.learns_lengths[2] else None)
-        ops.glu_backward(h, kept.gate_up, self.is_gelu)  # dh becomes h, gate_up its gradient
+        self._learn_from(2, kept, kept.gate_up)
+        d_gate_up = torch.empty_like(kept.gate_up) if self.learns_lengths[2] else kept.gate_up
+        ops.activate_backward(h, kept.gate_up, self.is_gelu, d_gate_up)  # dh becomes h
         of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, kept.turns[3])
         kept.turns[3].given = None
         del h, dz, d_given, buffer
-        of_gate_up, buffer1 = self._through_group(1, kept, kept.gate_up, dy)
-        kept.gate_up = kept.n2 = kept.x1 = None
-        d_given = self._back_to_given(0, kept.given1, buffer1)
+        of_gate_up, buffer1 = self._through_group(1, kept, d_gate_up, dy)
+        kept.gate_up = d_gate_up = kept.n2 = kept.x1 = None
+        d_given = self._back_to_given(0, kept, kept.given1, buffer1)
         self._learn_from(1, kept, kept.given1)
         kept.given1 = None
         q, k, v, output = kept.attention
@@ -259,21 +286,21 @@ class FusedLayer:
         if self.learns_lengths[which]:
             kept.turns[which].given = given
 
-    def _back_to_given(self, which: int, given: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
-        """Gradient of what attention or MLP gives, with room, of that of what it adds: the same without norm or factor.
+    def _back_to_given(self, which: int, kept: Kept, given: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
+        """Gradient of what attention or MLP gives, with room, of that of what it adds: the same without norm or drop.
 
         The buffers (M, D + room) hold a gradient.
         """
-        norm, width = self.after[which], self.qkv.inputs
-        if norm is None and self.multiplier == 1:
+        norm, drop, ops = self.after[which], kept.drops[which], ops_for(buffer.device)
+        if norm is None and not drop.probability:
             return buffer
-        made, dy = torch.empty_like(buffer), buffer[:, :width]
-        if norm is None:
-            torch.mul(dy, self.multiplier, out=made[:, :width])
-            return made
-        if self.multiplier != 1:
-            dy = dy * self.multiplier
-        ops_for(dy.device).rms_norm_backward(dy, given, norm_of(norm, self.family), None, made[:, :width])
+        made = torch.empty_like(buffer)
+        grad, out = (part[:, : self.qkv.inputs] for part in (buffer, made))
+        if drop.probability:
+            ops.drop_values(grad, drop, out)
+            grad = out
+        if norm is not None:
+            ops.norm_rows_backward(grad, given, norm_of(norm, self.family), None, out)
         return made
 
     def _with_room(self, dy: torch.Tensor) -> torch.Tensor:
@@ -293,7 +320,7 @@ class FusedLayer:
         buffer = group.buffer(x)
         out = buffer[:, : group.inputs]
         if norm is not None:
-            ops_for(x.device).rms_norm(x, added, norm_of(norm, self.family), out)
+            ops_for(x.device).norm_rows(x, added, norm_of(norm, self.family), out)
         else:
             out.copy_(x if added is None else added.add_(x))
         group.fill(buffer, turn)
@@ -312,17 +339,24 @@ class FusedLayer:
         if norm is None:
             torch.add(back, residual, out=out)
         else:
-            ops_for(x.device).rms_norm_backward(back, x, norm_of(norm, self.family), residual, out)
+            ops_for(x.device).norm_rows_backward(back, x, norm_of(norm, self.family), residual, out)
         return gradients, dx
 
 
 GELU_BY_TANH = ("GELUTanh", "NewGELUActivation")
 ACTIVATIONS = ("SiLU", "SiLUActivation", *GELU_BY_TANH)
+OWN_PLACE = 2**30  # of a layer's own dropout, in the masks: those of its LoRAs come before
 
 
 def activation_of(mlp: torch.nn.Module) -> str:
-    """Class of the activation of an MLP with a gate."""
-    return type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn).__name__
+    """Class of the activation of an MLP."""
+    return type(next(getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name))).__name__
+
+
+def dropout_of(attention: torch.nn.Module) -> float:
+    """The dropout of an attention as it is now: 0 in evaluation mode."""
+    own: Any = attention.attn_dropout.p if hasattr(attention, "attn_dropout") else attention.attention_dropout
+    return float(own) if attention.training else 0.0
 
 
 def sight_of(attention: torch.nn.Module) -> Sight:
@@ -335,9 +369,8 @@ def sight_of(attention: torch.nn.Module) -> Sight:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, fused: FusedLayer, cos, sin, mask, with_graph: bool, *parameters):
-        angles = fused.angles(cos, sin)
-        kept = Kept(x.reshape(-1, x.shape[-1]), turns=fused.draw(), places=fused.places)
+    def forward(ctx, x, fused: FusedLayer, angles: Angles | None, mask, with_graph: bool, *parameters):
+        kept = fused.begin(x)
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
         y = fused.mlp_part(kept)
@@ -352,4 +385,4 @@ class _Layer(torch.autograd.Function):
         flat = dy.reshape(-1, dy.shape[-1])
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
         dx, *gradients = ctx.fused.backward(kept, flat, ctx.shape, ctx.angles, ctx.mask)
-        return dx.view(ctx.shape), None, None, None, None, None, *gradients
+        return dx.view(ctx.shape), None, None, None, None, *gradients

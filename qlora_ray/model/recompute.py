@@ -27,6 +27,8 @@ class LayerShape:
     element_bytes: int
     adapted: tuple[int, int, int, int] = (3, 1, 2, 1)  # projections with a LoRA among q k v, o, gate up, down
     has_head_norms: bool = False  # queries and keys are kept before their norm, too
+    has_gate: bool = True
+    drops: bool = False  # values of what attention and MLP give: their gradient then lies apart
     norms_after: int = 0  # of what attention and MLP give: each keeps what it reads
     is_dora: bool = False  # lengths learn from what projections give, which is kept, or copied in backward
     has_whole_logits: bool = False  # the output layer is not fused with its loss
@@ -37,9 +39,14 @@ class LayerShape:
         return (Keep.PRODUCTS, Keep.ATTENTION, Keep.INPUT), (Keep.ALL,)
 
     @property
+    def up(self) -> int:
+        """Outputs of the MLP's first projections."""
+        return self.inner * (1 + self.has_gate)
+
+    @property
     def num_weights(self) -> int:
-        """Of the seven frozen projections."""
-        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.inner)
+        """Of the frozen projections."""
+        return self.hidden * (2 * self.queries + 2 * self.keys + self.up + self.inner)
 
     def kept_bytes(self, level: Keep) -> int:
         """Between forward and backward, for each token."""
@@ -50,7 +57,7 @@ class LayerShape:
             elements += (self.queries + self.keys) * (self.has_head_norms or self.is_dora)
             elements += self.hidden * (2 if self.is_dora else self.norms_after)
         if level < Keep.ATTENTION:
-            elements += 2 * self.inner
+            elements += self.up
         if level < Keep.PRODUCTS:
             elements += 2 * self.hidden + of_qkv + of_gate_up
         return elements * self.element_bytes
@@ -58,12 +65,12 @@ class LayerShape:
     def passing_bytes(self, num_tokens: int) -> int:
         """The most that one layer's backward holds beyond what was or is kept: gradients, one dequantized weight."""
         weight = self.inner * (self.hidden + 2 * self.rank)
-        copied = 2 * self.inner * self.is_dora
-        return (num_tokens * (self.hidden + self.inner + copied) + weight) * self.element_bytes
+        apart = self.up * self.is_dora + self.hidden * self.drops
+        return (num_tokens * (self.hidden + self.inner + apart) + weight) * self.element_bytes
 
     def repeated_flops(self, level: Keep, length: int) -> float:
         """Computed a second time, for each token."""
-        weights = 2.0 * self.hidden * 2 * self.inner if level >= Keep.ATTENTION else 0.0
+        weights = 2.0 * self.hidden * self.up if level >= Keep.ATTENTION else 0.0
         if level >= Keep.INPUT:
             weights += 2.0 * self.hidden * (2 * self.queries + 2 * self.keys) + 2.0 * length * self.queries
             weights += 2.0 * self.hidden * self.inner * (self.norms_after == 2 or self.is_dora)

@@ -205,13 +205,13 @@ class Experts:
         if not self.has_silu:
             return gate(self.module, up)
         out = up.new_empty(len(up), up.shape[1] // 2)
-        ops_for(up.device).glu(up, False, out)
+        ops_for(up.device).activate(up, False, out)
         return out
 
     def gate_backward(self, dh: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Gradient of what `gate` was given. Overwrites both."""
         if self.has_silu:
-            ops_for(up.device).glu_backward(dh, up, False)
+            ops_for(up.device).activate_backward(dh, up, False, up)
             return up
         with torch.enable_grad():
             leaf = up.detach().requires_grad_()
