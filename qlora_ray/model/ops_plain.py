@@ -64,7 +64,8 @@ def row_lengths(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: f
     whole = a.new_empty(b.shape[0], a.shape[1])
     dequantize(weight, None, whole)
     parts = zip(whole.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True)
-    return torch.cat([(rows.float() + scale * (low.float() @ a.float())).norm(dim=1) for rows, low in parts])
+    wholes = (torch.addmm(rows.float(), low.float(), a.float(), alpha=scale) for rows, low in parts)
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).float() for rows in wholes])
 
 
 def place(placed: Placed | None, out: torch.Tensor) -> None:
