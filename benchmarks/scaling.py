@@ -1,9 +1,13 @@
-"""The ordinary path on 1, 2, 4 ... workers of one host: tokens per second of all, against one's in the same call.
+r"""The ordinary path on 1, 2, 4 ... workers of one host: tokens per second of all, against one's in the same call.
 
     python -m benchmarks.scaling --shape llama-8b --workers 1 2 4
     python -m benchmarks.scaling --shape tiny --workers 1 2 --device cpu --rows 2 --length 128   # what CI has room for
 
-Rows and length are those of a worker, so the work grows with the workers. Writes JSON and prints a Markdown table.
+    python -m benchmarks.scaling --workers 1 2 --sequence-parallel 2 --rows 1 --length 131072 --records 16 --layers 8 \
+        --steps 6
+
+Rows and length are those of a worker, so the work grows with the workers; with --sequence-parallel those of a group of
+at most so many, which share each row. Writes JSON and prints a Markdown table.
 """
 
 import argparse
@@ -11,8 +15,8 @@ import json
 import time
 from pathlib import Path
 
-from benchmarks.product import train
-from benchmarks.throughput import SHAPES, floor_tokens_per_second, save_checkpoint, save_rows
+from benchmarks.product import STEPS, train
+from benchmarks.throughput import SHAPES, floor_tokens_per_second, save_checkpoint, save_rows, shape_of
 
 
 def main() -> None:
@@ -21,23 +25,29 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--sequence-parallel", type=int, default=1, help="of the runs with as many workers or more")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than the shape has")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each run; the first fifth is not timed")
+    parser.add_argument("--records", type=int, default=200, help="of full length, to make rows of")
     parser.add_argument("--folder", default="/tmp/throughput_checkpoints")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", default="runs/scaling.json")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    base = save_checkpoint(arguments.shape, arguments.folder, arguments.device)
-    data = save_rows(arguments.folder, arguments.length)
-    floor = floor_tokens_per_second(SHAPES[arguments.shape], arguments.length)
+    base = save_checkpoint(arguments.shape, arguments.folder, arguments.device, arguments.layers)
+    data = save_rows(arguments.folder, arguments.length, arguments.records)
+    floor = floor_tokens_per_second(shape_of(arguments.shape, arguments.layers), arguments.length)
     print("| workers | tokens/s | against one | of the floor | peak GiB | load s | first step s |\n" + "|---" * 7 + "|")
     results: list[dict] = []
     for count in arguments.workers:
         settings = [
             f"model.base_model={base}", f"training.max_length={arguments.length}", f"data.train_file={data}",
             f"training.batch_size={arguments.rows}", f"ray.num_workers={count}",
+            f"training.sequence_parallel={min(count, arguments.sequence_parallel)}",
             f"ray.storage_path={Path(arguments.folder) / 'runs'}", f"ray.run_name=scaling_{count}_{time.time_ns()}",
         ]  # fmt: skip
-        made = {"workers": count, "shape": arguments.shape, **train([*settings, *arguments.overrides])}
+        measured = train([*settings, *arguments.overrides], arguments.steps)
+        made = {"workers": count, "shape": arguments.shape, **vars(arguments), **measured}
         results.append(made)
         rate = made["tokens_per_second"]
         against = rate / (results[0]["tokens_per_second"] / results[0]["workers"])

@@ -66,6 +66,7 @@ SHAPES = {
 }  # fmt: skip
 PEAK_FLOPS = 795e12  # bf16 matrix products measured on an H200 (8192 x 8192 x 8192, random data)
 LEARNING_RATE, SEED, RANK = 2e-4, 0, 16
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def shape_of(name: str, num_layers: int | None) -> dict:
@@ -145,7 +146,7 @@ def _pack(layer, four_bit, device: str) -> None:
 
 
 def ours(arguments, shape: dict):
-    """The product's model; with stage0 or stage3 in its engine too, with dora as DoRA. Returns a step's function."""
+    """The product's model; with stage0 or stage3 in its engine too, dora as DoRA, experts adapted. Returns a step."""
     import torch
 
     from qlora_ray.config import Config
@@ -157,7 +158,9 @@ def ours(arguments, shape: dict):
     from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
     variant = "dora" if "dora" in arguments.variant.split("_") else "lora"
-    config = Config.model_validate({"model": {"lora_r": RANK, "lora_alpha": RANK, "lora_variant": variant}})
+    settings = {"lora_r": RANK, "lora_alpha": RANK, "lora_variant": variant}
+    settings["expert_lora"] = "experts" in arguments.variant.split("_")
+    config = Config.model_validate({"model": settings})
     model = add_adapter(build_base(shape, arguments.device), config.model, torch.bfloat16, SEED)
     print(fuse(model))
     levels = [Keep[name.upper()] for name in arguments.keep if name != "weights"]
@@ -247,9 +250,10 @@ def unsloth(arguments, shape: dict):
     import torch
 
     torch.cuda.reset_peak_memory_stats()
+    has_experts = "num_experts_per_tok" in shape
     model = FastLanguageModel.get_peft_model(
         model, r=RANK, lora_alpha=RANK, lora_dropout=0, bias="none", random_state=SEED,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", *([] if has_experts else MLP)],
         use_gradient_checkpointing=False if arguments.keep == ["all"] else "unsloth",
     )  # fmt: skip
     model.train()
@@ -404,11 +408,12 @@ def save_checkpoint(name: str, folder: str, device: str, num_layers: int | None 
     return str(target)
 
 
-def save_rows(folder: str, length: int) -> Path:
-    """200 records that each fill `length` tokens and more."""
-    words, path = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)], Path(folder, f"rows_{length}.jsonl")
+def save_rows(folder: str, length: int, count: int = 200) -> Path:
+    """Records that each fill `length` tokens and more."""
+    words = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)]
+    path = Path(folder, f"rows_{length}_{count}.jsonl")
     with path.open("w") as file:
-        for row in range(200):
+        for row in range(count):
             text = " ".join(random.Random(row).choices(words, k=length))
             file.write(json.dumps({"instruction": "Go on.", "input": "", "output": text}) + "\n")
     return path

@@ -130,7 +130,7 @@ class QuantizationConfig(Section):
 
 # What each objective reads of training's settings of objectives; the others must be left as they are.
 OBJECTIVES = {
-    "sft": (),
+    "sft": ("router_aux_loss_coef",),
     "dpo": ("beta", "label_smoothing", "rpo_alpha", "reference"),
     "ipo": ("beta", "rpo_alpha", "reference"),
     "orpo": ("beta",),
@@ -139,7 +139,9 @@ OBJECTIVES = {
 }
 # Figures of a validation of pairs that can decide between adapters: more is better.
 OF_PAIRS = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_rewards/chosen", "eval_logps/chosen")
-OF_OBJECTIVES = ("beta", "label_smoothing", "simpo_gamma", "rpo_alpha", "cpo_alpha", "reference")
+OF_OBJECTIVES = (
+    "beta", "label_smoothing", "simpo_gamma", "rpo_alpha", "cpo_alpha", "reference", "router_aux_loss_coef",
+)  # fmt: skip
 
 
 class TrainingConfig(Section):
@@ -185,8 +187,16 @@ class TrainingConfig(Section):
     """LoRA+ (arXiv:2402.12354): learning rate of the B matrices over that of the A matrices."""
     neftune_noise_alpha: float = Field(0.0, ge=0)
     """NEFTune (arXiv:2310.05914): strength of uniform noise on the input embeddings; 0 is off."""
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    """Mixtures of experts: weight of the load-balancing loss (arXiv:2101.03961), each layer's, as a mean; 0 is off.
+
+    Pretraining had 0.001 to 0.02. metrics.jsonl tells of imbalance by busiest_expert_share.
+    """
     max_length: int = Field(512, ge=8)
     """Tokens per row; longer records are cut."""
+    sequence_parallel: int = Field(1, ge=1)
+    """So many workers share each row, a part of its tokens each: for rows that one GPU has no room for. ray.num_workers
+    is a multiple of it. See docs/speed.md."""
     packing: bool = True
     """Fill each row with several samples that do not see each other: no time goes into padding."""
     recompute: Literal["auto", "all", "none"] = "auto"
@@ -330,8 +340,14 @@ class DeepSpeedConfig(Section):
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = 3
     """ZeRO stage: 3 shards the 4-bit base over the workers; auto: 3 with several workers, 0 with one."""
-    offload_params: Literal["none", "cpu"] = "none"
-    """Keep the sharded base in host memory (stage 3). NVMe is not offered: its buffers do not hold 4-bit bytes."""
+    share_base: Literal["auto", "replicate", "world"] = "auto"
+    """How workers hold the 4-bit base at stage 3: replicate: each all of it, and no weights travel; world: each its
+    share. auto: replicate where base and activations fit every GPU. The same bits in all."""
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    """Keep the layers' weights in each worker's host memory, or on a local disk (nvme), and bring them to the GPU one
+    layer after the other while it computes (stage 3). Free GPU memory keeps the last layers."""
+    nvme_path: str | None = None
+    """A folder on a local disk of every node, for offload_params: nvme. The file there is gone when the run ends."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Keep the optimizer state in host memory."""
     config_file: str | None = None
@@ -598,10 +614,44 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _rows_can_be_shared(self):
+        training, size = self.training, self.training.sequence_parallel
+        ends = (self.ray.min_workers, self.ray.max_workers)
+        if size == 1:
+            return self
+        key = f"training.sequence_parallel={size}"
+        if any(end % size for end in ends):
+            fits = [max(size, end // size * size) for end in ends]
+            raise ValueError(
+                f"{key}: {size} workers share each row, and ray.num_workers={_range(ends)} is not a multiple of it. "
+                f"Use ray.num_workers={_range(fits)}."
+            )
+        if training.pairs:
+            raise ValueError(
+                f"{key}: training.objective={training.objective} compares whole answers, of which each worker would "
+                "have a part. Use 1."
+            )
+        if training.neftune_noise_alpha:
+            raise ValueError(
+                f"{key}: training.neftune_noise_alpha={training.neftune_noise_alpha:g} draws the noise of a whole row "
+                "at once. Set it to 0, or sequence_parallel to 1."
+            )
+        return self
+
+    @property
+    def num_row_groups(self) -> int:
+        """Groups of workers at most, each of which computes rows of its own."""
+        return self.ray.max_workers // self.training.sequence_parallel
+
+    @model_validator(mode="after")
     def _lora_variant_fits(self):
         if self.model.lora_variant == "loftq" and self.quantization.type == "none":
             raise ValueError("model.lora_variant=loftq: starts from the quantization error; quantization.type is none.")
         return self
+
+
+def _range(ends: Sequence[int]) -> str:
+    return str(ends[0]) if ends[0] == ends[1] else f"[{ends[0]},{ends[1]}]"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
 from qlora_ray.model.base import load_base
 from qlora_ray.model.dropout import Drop, drop_of, kept
+from qlora_ray.model.experts import modules_of_stacks, stack_names
 from qlora_ray.model.families import FAMILIES
 from qlora_ray.model.fused import FIRST_PLACE, fuse
 from qlora_ray.model.layer import OWN_PLACE
@@ -30,6 +31,10 @@ SETTINGS: dict[str, dict] = {
     "glm4": {"attention_bias": True},
     "gemma": {"head_dim": 16},
     "gemma3_text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    "mixtral": {"sliding_window": 9}, "qwen3_moe": {"mlp_only_layers": [0], "norm_topk_prob": True},
+    "qwen2_moe": {"qkv_bias": True},
+    "gpt_oss": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 0.5},
+    "glm4_moe": {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.7},
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }  # fmt: skip
 OWN_DROPOUT: dict[str, dict] = {  # of the base itself
@@ -72,6 +77,7 @@ def build(folder: Path | str, dtype: torch.dtype, device: str = "cpu", fused: bo
 def build_reference(folder: Path | str, device: str = "cpu", **model) -> PeftModel:
     """The float32 model of `build` with each 4-bit layer replaced by a dense one of the same values, in float64."""
     adapted = build(folder, torch.float32, device, fused=False, **model)
+    unpack_experts(adapted)
     for parent in list(adapted.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Linear4bit):
@@ -82,6 +88,17 @@ def build_reference(folder: Path | str, device: str = "cpu", **model) -> PeftMod
     return adapted.double()
 
 
+def unpack_experts(model: PeftModel) -> None:
+    """Have experts compute as transformers' own loop does, on dense stacks of the same values."""
+    model.config._experts_implementation = "eager"
+    for module in modules_of_stacks(model).values():
+        for name in stack_names(module):
+            packed = module.get_parameter(name)
+            values = dequantize_4bit(packed.data, packed.quant_state)
+            module._parameters[name] = torch.nn.Parameter(values, requires_grad=False)
+        module.__dict__.pop("forward", None)
+
+
 def with_masks_of_fused(
     model: PeftModel, probability: float, seed: int, places: torch.Tensor | None = None
 ) -> PeftModel:
@@ -90,14 +107,17 @@ def with_masks_of_fused(
 
     `places` are the rows that the last layer is asked for.
     """
-    family = FAMILIES[model.config.model_type]
+    family, num_beside = FAMILIES[model.config.model_type], 0
     for name, module in model.named_modules():
         found = re.fullmatch(r".*\.(\d+)\.(.*?)(\.lora_dropout)?", name)
         if not found:
             continue
         layer, part, of_lora = int(found[1]), found[2], found[3]
         is_last = layer == model.config.num_hidden_layers - 1
-        if of_lora:
+        if of_lora and "shared_expert" in name:  # beside experts
+            drop = drop_of(probability, seed, FIRST_PLACE + num_beside)
+            module[ADAPTER_NAME], num_beside = GivenMask(drop, places if is_last else None), num_beside + 1
+        elif of_lora:
             group = next(i for i, names in enumerate(family.projections) if part in names)
             drop = drop_of(probability, seed, 4 * layer + group)
             module[ADAPTER_NAME] = GivenMask(drop, places if is_last and group > 0 else None)

@@ -44,6 +44,18 @@ def make_entry(
     return cache / "rows"
 
 
+def make_random_entry(folder: Path, rows: list[list[int]], packed: bool = True) -> Folder:
+    """An entry of rows whose samples have these lengths, random tokens, and answers in their last two thirds."""
+    random = np.random.default_rng(1)
+    lengths = [length for row in rows for length in row]
+    samples = [
+        Sample(random.integers(3, 2048, length).tolist(), [(max(1, length // 3), length)], False) for length in lengths
+    ]
+    firsts = np.cumsum([0, *map(len, rows)]).tolist()
+    numbers = [list(range(first, first + len(row))) for first, row in zip(firsts, rows, strict=False)]
+    return make_entry(folder, samples, numbers, packed)
+
+
 def make_rows(
     folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: bool = False
 ) -> Rows:

@@ -5,7 +5,8 @@ from qlora_ray.cluster.found import Check
 
 CHECKS: tuple[Check, ...] = (
     of_cluster.answers, of_nodes.versions, of_nodes.gpus, of_nodes.cuda, of_nodes.bfloat16, of_cluster.network,
-    of_cluster.all_reduce, of_cluster.shared_storage, of_cluster.disk, of_cluster.shared_memory, of_cluster.cpus,
+    of_cluster.all_reduce, of_cluster.shared_rows, of_cluster.shared_storage, of_cluster.disk,
+    of_cluster.shared_memory, of_cluster.cpus,
     of_nodes.base_model, of_nodes.compilers, of_nodes.clocks, of_cluster.authentication, of_nodes.open_files,
     of_cluster.job_stop,
 )  # fmt: skip

@@ -26,6 +26,8 @@ class Needs:
     worker_gib: float | None  # of GPU memory; None: not known
     storage_bytes: int
     object_store_bytes: int  # of a node's rows that wait to be trained on
+    row_parts: int = 1  # workers that hold each row together
+    sharing: str = ""  # what these hold and send; "": not known
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import Keep
 from qlora_ray.planning import memory
 from qlora_ray.planning.plan import Hardware, storage_bytes, uses_gpu, zero_stage
+from qlora_ray.planning.sharing import refuse_sharing, shown_sharing, tokens_of_a_worker
 
 BYTES_PER_TOKEN = 12  # input_ids, labels and position_ids, int32 each
 MICRO_BATCHES_AHEAD = 512  # of each worker in the object store (data/delivery.py)
@@ -14,9 +15,12 @@ MICRO_BATCHES_AHEAD = 512  # of each worker in the object store (data/delivery.p
 
 def needs_of(config: Config, hardware: Hardware, base: ModelFacts | None) -> Needs:
     """Memory, disk and object store of a run; what depends on a base that is not here yet (None) is left out."""
-    use_gpu = uses_gpu(config, hardware)
+    use_gpu, training = uses_gpu(config, hardware), config.training
+    layer = memory.layer_shape(config, base, 2) if base else None
+    if base and layer:
+        refuse_sharing(config, base, layer, longest_row=0)  # of rows that are not read yet
     trainable = base.num_trainable_parameters if base else 0
-    rows = config.training.batch_size * config.training.max_length * BYTES_PER_TOKEN * MICRO_BATCHES_AHEAD
+    rows = training.batch_size * training.max_length * BYTES_PER_TOKEN * MICRO_BATCHES_AHEAD
     workers_a_node = -(-config.ray.max_workers // max(1, len(hardware.nodes)))
     return Needs(
         use_gpu=use_gpu,
@@ -25,6 +29,8 @@ def needs_of(config: Config, hardware: Hardware, base: ModelFacts | None) -> Nee
         worker_gib=_worker_gib(config, base) if base and use_gpu else None,
         storage_bytes=storage_bytes(config, trainable),
         object_store_bytes=rows * workers_a_node,
+        row_parts=training.sequence_parallel,
+        sharing=shown_sharing(config, layer, base.num_layers, training.max_length) if base and layer else "",
     )
 
 
@@ -38,5 +44,5 @@ def refuse(rows: list[Row]) -> None:
 def _worker_gib(config: Config, base: ModelFacts) -> float:
     """The leanest peak of a worker: layers that keep only their inputs, in host memory."""
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
-    num_tokens = config.training.batch_size * config.training.max_length
+    num_tokens = config.training.batch_size * tokens_of_a_worker(config, config.training.max_length)
     return memory.peak_gib(memory.memory_gib(known, num_tokens, memory.all_layers(known, Keep.HOST)))

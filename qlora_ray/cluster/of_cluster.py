@@ -59,6 +59,20 @@ def all_reduce(found: Found):
         yield Row("all-reduce", "all", "unknown" if slow else "ok", text, todo)
 
 
+def shared_rows(found: Found):
+    """Whether the workers that hold a row together find room on one node; no row where each holds rows of its own."""
+    size, kind = found.needs.row_parts, "GPU" if found.needs.use_gpu else "CPU"
+    if size == 1:
+        return
+    text = found.needs.sharing or f"{size} workers hold each row"
+    apart = [node for node, held in found.resources.items() if held.get(kind, 0) % size]
+    if len(found.resources) > 1 and apart:
+        todo = f"Use nodes with a multiple of {size} {kind}s, or a training.sequence_parallel that divides theirs."
+        yield Row("rows", "all", "unknown", f"{text}; over the network where a group lies on two nodes", todo)
+    else:
+        yield Row("rows", "all", "ok", text)
+
+
 def shared_storage(found: Found):
     """Whether each node reads what the driver wrote to ray.storage_path, and the driver what the node wrote."""
     for node, facts in found.nodes.items():

@@ -1,6 +1,7 @@
 """The part of the doctor that `train` runs by itself: what would cost a run, in a moment, before anything is loaded."""
 
 import os
+from dataclasses import replace
 
 from qlora_ray import environment, libraries
 from qlora_ray.cluster.ask import ask
@@ -17,9 +18,10 @@ SECONDS = 15  # a node's first task starts a process there
 
 def look_quickly(
     config: Config, folder: Folder, hardware: Hardware, base: ModelFacts | None
-) -> tuple[list[str], dict[str, str]]:
-    """Notes for the user, and what tells the workers which network interface to use. Raises ConfigError if red.
+) -> tuple[list[str], dict[str, str], Hardware]:
+    """Notes for the user, what tells the workers which network interface to use, and the hardware with its GPUs' sizes.
 
+    Raises ConfigError if red.
     A node that does not answer in time is noted, not refused: it may only be slow.
     """
     found = ask(config, folder, hardware, needs_of(config, hardware, base), SECONDS, quick=True)
@@ -30,5 +32,7 @@ def look_quickly(
     notes += [f"node {node} was not checked: {why}." for node, why in found.silent.items()]
     if found.authentication != "private" and (names := environment.kept_back(os.environ)):
         notes.append(f"not given to the workers, since they look like secrets: {', '.join(names)}.")
+    sizes = [gpu["total_gib"] for facts in found.nodes.values() for gpu in facts["gpus"]]
+    hardware = replace(hardware, gpu_gib=min(sizes)) if sizes and not found.silent else hardware
     interfaces = [facts["interface"]["name"] for facts in found.nodes.values() if facts["interface"]]
-    return notes, environment.network(interfaces, os.environ) if len(found.nodes) > 1 else {}
+    return notes, environment.network(interfaces, os.environ) if len(found.nodes) > 1 else {}, hardware

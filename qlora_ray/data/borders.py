@@ -5,6 +5,7 @@ follows. So a text is cut where an answer begins, and each part is tokenized alo
 model has read in training.
 """
 
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from qlora_ray.data.mask import Rendered, Span
+from qlora_ray.data.words import Words
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Token ids of a text, and its spans in tokens: [start, end) of those that overlap the characters."""
 
-    ids: list[int]
+    ids: array
     spans: list[Span]
 
 
@@ -26,15 +28,15 @@ class Tokens:
 class _Part:
     """Tokens between two cuts, and where each stands in the text: no places where a token shows all edges."""
 
-    ids: list[int]
+    ids: array
     offsets: list[Span]
 
 
 class Borders:
     """A tokenizer's backend, and which of its tokens stand apart from any text around them."""
 
-    def __init__(self, tokenizer):
-        self._backend = tokenizer.backend_tokenizer
+    def __init__(self, tokenizer, words: Words | None = None):
+        self._backend, self._words = tokenizer.backend_tokenizer, words
         self._backend.no_truncation()
         self._backend.no_padding()
         self._added = {str(token): (number, token) for number, token in tokenizer.added_tokens_decoder.items()}
@@ -52,13 +54,13 @@ class Borders:
         closers = [self._closers(one, of_one) for one, of_one in zip(rendered, cuts, strict=True)]
         parts = [[one.text[a:b] for a, b in pairwise(of_one)] for one, of_one in zip(rendered, cuts, strict=True)]
         quick = [part for own, known in zip(parts, closers, strict=True) if known is not None for part in own]
-        encoded = iter(self._backend.encode_batch_fast(quick, add_special_tokens=False))
+        encoded = iter(self._encode_all(quick))
         made = []
         for one, of_one, own, known in zip(rendered, cuts, parts, closers, strict=True):
             if known is None:
                 whole = [self._part(one.text, a, b) for a, b in pairwise(of_one)]
             else:
-                whole = [_Part(next(encoded).ids, []) for _ in own]
+                whole = [_Part(next(encoded), []) for _ in own]
             made.append(_joined(one, of_one, whole, known or {}))
         return made
 
@@ -107,10 +109,16 @@ class Borders:
         if lead == "\n" and not self._begins_after_newline(led, count):
             lead, count, led = "", 0, self._encode(text[start:end])
         size = len(lead)
-        return _Part(led.ids[count:], [(max(0, a - size), b - size) for a, b in led.offsets[count:]])
+        return _Part(array("i", led.ids[count:]), [(max(0, a - size), b - size) for a, b in led.offsets[count:]])
 
     def _begins_after_newline(self, led: Any, count: int) -> bool:
         return led.ids[:count] == self._newline and (len(led) == count or led.token_to_chars(count)[0] >= 1)
+
+    def _encode_all(self, texts: list[str]) -> list[array]:
+        if self._words is not None:
+            return self._words.encode(texts)
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [array("i", encoding.ids) for encoding in encoded]
 
     def _encode(self, text: str) -> Any:
         return self._backend.encode(text, add_special_tokens=False)
@@ -129,5 +137,5 @@ def _joined(one: Rendered, cuts: tuple[int, ...], parts: list[_Part], closers: d
             return before[k] + bisect_right(parts[k].offsets, edge - cuts[k], key=lambda offset: offset[1])
         return before[k] + bisect_left(parts[k].offsets, edge - cuts[k], key=lambda offset: offset[0])
 
-    ids = parts[0].ids if len(parts) == 1 else [number for part in parts for number in part.ids]
+    ids = parts[0].ids if len(parts) == 1 else array("i", b"".join(part.ids for part in parts))
     return Tokens(ids, [(place(start, True), place(end, False)) for start, end in one.spans])

@@ -41,7 +41,7 @@ def read_examples(
 
 def to_table(samples: list[Sample]) -> pa.Table:
     """Samples as rows that are not packed: input_ids and labels (list<int32>)."""
-    offsets = pa.array(np.cumsum([0, *(len(sample.input_ids) for sample in samples)]), pa.int32())
+    offsets = pa.array(np.cumsum([0, *(len(sample.ids) for sample in samples)]), pa.int32())
     columns = {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
     flat = {name: np.fromiter(itertools.chain.from_iterable(values), np.int32) for name, values in columns.items()}
     return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in flat.items()})

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,8 @@ def faults_of(messages: Messages, samples: list[Sample], base: Base) -> Iterator
     if damage := _damage(text_of(messages)):
         yield "garbled", damage
     unseen = base.unseen_ids or frozenset()
-    if not all(unseen.isdisjoint(sample.input_ids) for sample in samples):
-        ids = sorted(unseen.intersection(*(sample.input_ids for sample in samples[:1])))[:3]
+    if not all(unseen.isdisjoint(sample.ids) for sample in samples):
+        ids = sorted(unseen.intersection(*(sample.ids for sample in samples[:1])))[:3]
         yield "unseen_token", " ".join(base.encoder.tokenizer.convert_ids_to_tokens(ids))
     if messages[0]["role"] != "text":
         both = halves(messages)
@@ -76,26 +76,26 @@ def _faults_of_answers(messages: Messages, samples: list[Sample], base: Base) ->
         yield "short", ""
     if any(_is_unfinished(turn["content"]) for turn in messages if turn["role"] in SPEAKERS):
         yield "unfinished", ""
-    prompt, row = prompt_ids(base.encoder.tokenizer, messages[:-1]), samples[-1].input_ids
+    prompt, row = prompt_ids(base.encoder.tokenizer, messages[:-1]), samples[-1].ids
     differs = next((i for i, (a, b) in enumerate(zip(prompt, row, strict=False)) if a != b), None)
     if differs is not None:
         around = slice(max(0, differs - 2), differs + 3)
-        alone, inside = (base.encoder.tokenizer.decode(ids[around]) for ids in (prompt, row))
+        alone, inside = (base.encoder.tokenizer.decode(list(ids[around])) for ids in (prompt, row))
         yield "other_prompt", f"from token {differs}: {alone!r} alone, {inside!r} in the row"
 
 
-def _answers(sample: Sample, stop_ids: frozenset[int]) -> list[list[int]]:
+def _answers(sample: Sample, stop_ids: frozenset[int]) -> list[Sequence[int]]:
     """Tokens of each answer that is trained on to its end."""
     spans: list[tuple[int, int]] = []
     for start, end in sample.spans:
-        is_closing = stop_ids.issuperset(sample.input_ids[start:end])
+        is_closing = stop_ids.issuperset(sample.ids[start:end])
         if spans and start - spans[-1][1] <= (CLOSING_TOKENS if is_closing else 0):
             spans[-1] = (spans[-1][0], end)
         else:
             spans.append((start, end))
-    if sample.truncated and spans and spans[-1][1] == len(sample.input_ids):
+    if sample.truncated and spans and spans[-1][1] == len(sample.ids):
         spans.pop()
-    return [sample.input_ids[start:end] for start, end in spans]
+    return [sample.ids[start:end] for start, end in spans]
 
 
 def _is_unfinished(answer: str) -> bool:

@@ -79,7 +79,7 @@ def look(sources: tuple[Source, ...], encoder: Encoder, format: str) -> Lengths 
         samples += [made for made in encoded if not isinstance(made, BadRecord)]
     if not samples:
         return None
-    columns = [(len(s.input_ids), s.num_labels, s.spans[0][0], s.spans[-1][0]) for made in samples for s in made]
+    columns = [(len(s.ids), s.num_labels, s.spans[0][0], s.spans[-1][0]) for made in samples for s in made]
     names = tuple(name for name, _ in formats.most_common())
     num_left_out = sum(any(kind not in TOLD for sample in made for kind in sample.missing) for made in samples)
     bad = max(len(records) - len(samples), num_left_out) / len(records)

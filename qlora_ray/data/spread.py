@@ -4,6 +4,7 @@ Chunks are written where they are made; nothing but counts and lengths comes bac
 """
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from qlora_ray.data.read import Chunk
-from qlora_ray.data.work import Done, Recipe, encoder_of, tokenize_chunk
+from qlora_ray.data.work import Done, Recipe, encoder_of, encoder_with, tokenize_chunk
 from qlora_ray.errors import ProcessDied
 from qlora_ray.storage import Folder
 
 MOST_PROCESSES = 32  # each holds a tokenizer and a chunk: about half a GiB
+OBJECTS_PER_COLLECTION = 100_000
 
 
 def run_on_cores(chunks: list[Chunk], recipe: Recipe, entry: Folder) -> Iterator[tuple[int, Done]]:
@@ -39,15 +41,16 @@ def run_on_cores(chunks: list[Chunk], recipe: Recipe, entry: Folder) -> Iterator
             theirs.close()  # only the process has it now: where either ends, the other reads the end of the pipe
             stack.callback(_end, process, ours)
             busy[ours] = process
-        encoder_of(recipe)  # a tokenizer that cannot be loaded is told here, not from there
+        tokenizer = encoder_of(recipe).tokenizer  # one that cannot be loaded is told here, not from there
         left = iter(enumerate(chunks))
         for pipe in busy:
+            _send(pipe, None if recipe.trust_remote_code else tokenizer)  # a class of the base's own is known only here
             _send(pipe, next(left))
         while busy:
             for pipe in (one for one in wait(list(busy)) if isinstance(one, Connection)):
                 try:
                     done = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):  # the latter where it left a chunk unread
                     busy[pipe].join()
                     raise ProcessDied(
                         f"a process that tokenizes ended with exit code {busy[pipe].exitcode}"
@@ -78,12 +81,19 @@ def _tokenize_as_told(pipe: Connection, recipe: Recipe, entry: Folder) -> None:
     """Tokenize the chunks that come, until none does or the process that sends them is gone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores have a process each
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal it comes to all; the driver ends this process
+    import transformers  # noqa: F401, while the driver loads the tokenizer, which takes longer: it needs torch for it
+
     with contextlib.suppress(EOFError):
+        tokenizer = pipe.recv()
+        encoder = encoder_of(recipe) if tokenizer is None else encoder_with(tokenizer, recipe)
+        # Records make many objects and no circles: looking for circles took a quarter of the time.
+        gc.freeze()
+        gc.set_threshold(OBJECTS_PER_COLLECTION)
         while True:
             number, chunk = pipe.recv()
             done: Any
             try:
-                done = number, tokenize_chunk(chunk, recipe, entry, number)
+                done = number, tokenize_chunk(chunk, recipe, entry, number, encoder)
             except OSError as error:
                 done = error
             _send(pipe, done)

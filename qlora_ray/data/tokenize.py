@@ -1,5 +1,6 @@
 """Turns messages into token ids and the spans that are trained on: what the model reads, and what it learns to say."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,7 @@ from qlora_ray.data.mask import ChatTemplate, Rendered
 from qlora_ray.data.pairs import halves
 from qlora_ray.data.template import fit_template
 from qlora_ray.data.turns import Messages
+from qlora_ray.data.words import words_of
 from qlora_ray.errors import BadRecord, ConfigError
 
 ROUND_TRIP = "Every quick fox jumps over 12 lazy dogs\n  and runs away"
@@ -22,17 +24,22 @@ IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
 class Sample:
     """A tokenized record, or a window of a long text."""
 
-    input_ids: list[int]
+    ids: Sequence[int]
     spans: list[tuple[int, int]]  # [start, end) in tokens, of what is trained on; never token 0, which nothing predicts
     truncated: bool
     missing: tuple[str, ...] = ()  # kinds of what the record has and the text has not (see mask.py)
 
     @property
+    def input_ids(self) -> list[int]:
+        """The tokens as a list."""
+        return list(self.ids)
+
+    @property
     def labels(self) -> list[int]:
         """input_ids where trained on, IGNORE_INDEX elsewhere; not shifted."""
-        labels = [IGNORE_INDEX] * len(self.input_ids)
+        labels = [IGNORE_INDEX] * len(self.ids)
         for start, end in self.spans:
-            labels[start:end] = self.input_ids[start:end]
+            labels[start:end] = self.ids[start:end]
         return labels
 
     @property
@@ -131,7 +138,7 @@ def prompt_ids(tokenizer, messages: Messages) -> list[int]:
     if messages and messages[0]["role"] in RAW_ROLES:
         return first_ids(tokenizer) + tokenizer(messages[0]["content"], add_special_tokens=False)["input_ids"]
     rendered = _template_of(tokenizer, tokenizer.chat_template).prompt(messages)
-    return Borders(tokenizer).encode([rendered])[0].ids
+    return list(_borders_of(tokenizer, len(tokenizer)).encode([rendered])[0].ids)
 
 
 def prompt_of(tokenizer, messages: Messages) -> dict[str, Any] | None:
@@ -162,6 +169,12 @@ def _template_of(tokenizer, chat_template: str) -> ChatTemplate:
     return ChatTemplate(tokenizer)
 
 
+@lru_cache(maxsize=4)
+def _borders_of(tokenizer, num_tokens: int) -> Borders:
+    """Tokenizes prompts whole, as generate does; `num_tokens` is how many it knows, for there may come more."""
+    return Borders(tokenizer)
+
+
 class Encoder:
     """Encodes messages in batches: rendered by the template, tokenized by the Rust tokenizer, masked by offsets."""
 
@@ -170,8 +183,8 @@ class Encoder:
     ):
         self.tokenizer, self._max_length, self._train_on = tokenizer, max_length, train_on
         self.template = ChatTemplate(tokenizer, train_on, keep_thoughts)
-        self._first_ids = first_ids(tokenizer)
-        self._borders = Borders(tokenizer)
+        self._first_ids = array("i", first_ids(tokenizer))
+        self._borders = Borders(tokenizer, words_of(tokenizer))
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how this template and this tokenizer go together."""
@@ -237,7 +250,7 @@ class Encoder:
             shift = len(self._first_ids)
             ids, spans = self._first_ids + ids, [(start + shift, end + shift) for start, end in spans]
         if not rendered.is_closed:
-            ids = [*ids, self.tokenizer.eos_token_id]
+            ids = ids + array("i", [self.tokenizer.eos_token_id])
             spans = [*spans, (len(ids) - 1, len(ids))]
         if first_role == "text":
             return self._windows(ids)
@@ -248,7 +261,7 @@ class Encoder:
             return BadRecord(f"the prompt alone is longer than training.max_length={self._max_length} tokens")
         return [Sample(ids[:kept], spans, len(ids) > kept, rendered.missing)]
 
-    def _windows(self, ids: list[int]) -> list[Sample]:
+    def _windows(self, ids: array) -> list[Sample]:
         starts = list(range(0, len(ids), self._max_length))
         if len(starts) > 1 and len(ids) - starts[-1] == 1:
             starts[-1] -= 1  # one token alone has nothing to predict
@@ -262,7 +275,7 @@ def _pair(chosen: list[Sample] | BadRecord, rejected: list[Sample] | BadRecord) 
             return made
     assert not isinstance(chosen, BadRecord) and not isinstance(rejected, BadRecord)
     assert len(chosen) == len(rejected) == 1, "a half of a pair has several samples"
-    if chosen[0].input_ids == rejected[0].input_ids:
+    if chosen[0].ids == rejected[0].ids:
         return BadRecord("chosen and rejected are the same within training.max_length tokens")
     return [*chosen, *rejected]
 

@@ -4,7 +4,7 @@ import collections
 import itertools
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -63,9 +63,11 @@ class Done:
     damage: str | None  # why the rest of the file cannot be read
 
 
-def tokenize_chunk(chunk: Chunk, recipe: Recipe, entry: Folder, number: int) -> Done:
-    """Write a chunk's files to a cache entry: see samples.py."""
-    tally = _Tally(chunk, recipe, RECORDS_WITH_MESSAGES if number < CHUNKS_WITH_MESSAGES else 0)
+def tokenize_chunk(chunk: Chunk, recipe: Recipe, entry: Folder, number: int, encoder: Encoder | None = None) -> Done:
+    """Write a chunk's files to a cache entry: see samples.py. Without an encoder, with the recipe's."""
+    tally = _Tally(
+        chunk, recipe, encoder or encoder_of(recipe), RECORDS_WITH_MESSAGES if number < CHUNKS_WITH_MESSAGES else 0
+    )
     damage = None
     with (entry / part_name(number)).open_to_write() as file, pa.ipc.new_file(file, PART_SCHEMA) as writer:
         try:
@@ -84,8 +86,8 @@ def tokenize_chunk(chunk: Chunk, recipe: Recipe, entry: Folder, number: int) -> 
 class _Tally:
     """Encodes a chunk's records, and counts what becomes of them."""
 
-    def __init__(self, chunk: Chunk, recipe: Recipe, num_messages_kept: int):
-        self._chunk, self._recipe, self._encoder = chunk, recipe, encoder_of(recipe)
+    def __init__(self, chunk: Chunk, recipe: Recipe, encoder: Encoder, num_messages_kept: int):
+        self._chunk, self._recipe, self._encoder = chunk, recipe, encoder
         self._num_messages_kept = num_messages_kept
         self._of_samples = array("i")  # num_tokens, num_label_tokens, record; and so on
         self._num_records = self._num_places = self._num_usable = self._num_truncated = 0
@@ -105,7 +107,7 @@ class _Tally:
                     self._reject(place, made)
                     continue
                 for sample in made:
-                    self._of_samples.extend((len(sample.input_ids), sample.num_labels, self._num_usable))
+                    self._of_samples.extend((len(sample.ids), sample.num_labels, self._num_usable))
                 self._num_truncated += any(sample.truncated for sample in made)
                 _count(self._missing, {kind for sample in made for kind in sample.missing}, place)
                 if self._num_usable < self._num_messages_kept:
@@ -180,7 +182,7 @@ def _record_batches(samples: Iterator[Sample]) -> Iterator[pa.RecordBatch]:
     tokens = 0
     for sample in samples:
         held.append(sample)
-        tokens += len(sample.input_ids)
+        tokens += len(sample.ids)
         if tokens >= TOKENS_PER_BATCH:
             yield to_record_batch(held)
             held, tokens = [], 0
@@ -190,14 +192,15 @@ def _record_batches(samples: Iterator[Sample]) -> Iterator[pa.RecordBatch]:
 
 def to_record_batch(samples: list[Sample]) -> pa.RecordBatch:
     """Samples as rows of PART_SCHEMA."""
-    ids = [sample.input_ids for sample in samples]
+    ids = [sample.ids for sample in samples]
     spans = [[edge for span in sample.spans for edge in span] for sample in samples]
     return pa.record_batch([_lists(ids), _lists(spans)], schema=PART_SCHEMA)
 
 
-def _lists(values: list[list[int]]) -> pa.Array:
-    sizes = np.fromiter(map(len, values), np.int32, len(values))
-    flat = np.fromiter(itertools.chain.from_iterable(values), np.int32, int(sizes.sum()))
+def _lists(values: Iterable[Sequence[int]]) -> pa.Array:
+    arrays = [value if isinstance(value, array) else array("i", value) for value in values]
+    sizes = np.fromiter(map(len, arrays), np.int32, len(arrays))
+    flat = np.frombuffer(b"".join(arrays), np.int32)
     return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32), flat)
 
 
@@ -207,4 +210,9 @@ def encoder_of(recipe: Recipe) -> Encoder:
     tokenizer: Any = open_tokenizer(recipe.base, recipe.revision, recipe.trust_remote_code, recipe.new_tokens)
     refuse_lossy(tokenizer, recipe.base)
     with_template(tokenizer, recipe.chat_template, recipe.date)
+    return encoder_with(tokenizer, recipe)
+
+
+def encoder_with(tokenizer: Any, recipe: Recipe) -> Encoder:
+    """The same with its tokenizer, template and all, from another process."""
     return Encoder(tokenizer, recipe.max_length, recipe.train_on, recipe.keep_thoughts)

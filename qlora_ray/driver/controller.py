@@ -1,6 +1,6 @@
 """What runs in Ray Train's controller: it tells the driver why a worker group failed, and saves before a resize.
 
-Stands on three of Ray's internals: CAUSES, HOOKS and FRESH_NODES.
+Stands on four of Ray's internals: CAUSES, HOOKS, FRESH_NODES and WHOLE_GROUPS.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from typing import Any
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from qlora_ray.libraries import Patch
 from qlora_ray.worker.messages import DEATH, FREEZE, Failed
@@ -30,6 +31,13 @@ FRESH_NODES = Patch(
     "ray", "2.60.0", "the autoscaling coordinator, which Ray Train asks for nodes, is told to look at them anew",
     gains="up to 20 s of a node failure, in which the new group waits for a node that is gone",
     delete_when="Ray Train does so itself after a failure",
+)  # fmt: skip
+
+WHOLE_GROUPS = Patch(
+    "ray", "2.60.0", "ElasticScalingPolicy._count_possible_workers is rounded down, and the trainer's own call of "
+    "_initialize_and_run_controller is given that policy",
+    gains="training.sequence_parallel with [min, max] workers: never as many as make no whole groups",
+    delete_when="ScalingConfig takes a number that workers must be a multiple of",
 )  # fmt: skip
 
 COLLATERAL = re.compile(r"connection (closed|reset)|connection refused|timed out|NCCL|gloo|aborted", re.IGNORECASE)
@@ -93,6 +101,18 @@ def _describe(error: Exception) -> str:
         return FREEZE
     text = str(inner).strip()
     return f"{type(inner).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+class WholeGroups(ElasticScalingPolicy):
+    """As many workers as there is room for, and as make whole groups of `size`."""
+
+    def __init__(self, scaling_config: Any, size: int):
+        super().__init__(scaling_config)
+        self._size = size
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible = super()._count_possible_workers(reserved_resources)
+        return possible // self._size * self._size
 
 
 class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):

@@ -60,7 +60,7 @@ class Fit:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        from qlora_ray.driver.controller import ReportFailures, SaveBeforeResize
+        from qlora_ray.driver.controller import ReportFailures, SaveBeforeResize, WholeGroups
         from qlora_ray.worker import train_worker
 
         class Trainer(TorchTrainer):
@@ -68,6 +68,12 @@ class Fit:
                 made = super()._create_default_callbacks()  # type: ignore[misc]  # Ray annotates its old trainer
                 return [one for one in made if type(one).__name__ not in NEEDLESS]
 
+            def _initialize_and_run_controller(self, **given):
+                if size > 1 and ray_config.min_workers < ray_config.max_workers:
+                    given["scaling_policy"] = WholeGroups(self.scaling_config, size)
+                return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
+
+        size = self._what.config.training.sequence_parallel
         ray_config, plan, folder = self._what.config.ray, self._what.plan, self._what.folder
         logs = f"{folder.path}/{names.LOGS}" if folder.is_local else None
         # Ray's own bookkeeping gets a fresh name each time: what it leaves behind can never block a run of ours.

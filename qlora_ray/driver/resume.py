@@ -77,6 +77,11 @@ def notes(found: Resumption, config: Config, plan: Plan) -> list[str]:
     first = found.state.step + 1
     changed = ", ".join(f"{key} {_shown(then)} -> {_shown(now)}" for key, (then, now) in found.changes.items())
     told = [f"Changed from step {first:,} on: {changed}."]
+    if "training.sequence_parallel" in found.changes:
+        told.append(
+            "training.sequence_parallel: the parts of a gradient are added in another order. Data order is kept; from "
+            f"step {first:,} on the last bits are not those of the number before."
+        )
     if found.changes.keys() & SCHEDULE:
         rate = learning_rate_at(found.state.step, plan, config)
         before = "" if found.learning_rate is None else f" (the run so far ended at {found.learning_rate:.3g})"
@@ -90,12 +95,12 @@ def record(found: Resumption) -> dict[str, Any]:
 
 
 def _changes(run: Folder, config: Config) -> dict[str, tuple[Any, Any]]:
-    """A key that the run's version did not know has the same default now as it had then: it is left out."""
+    """A key that the run's version did not know had what is its default now."""
     try:
-        before = flat(yaml.safe_load((run / names.CONFIG).read_bytes()))
+        written = flat(yaml.safe_load((run / names.CONFIG).read_bytes()))
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"--resume: {run.path}/{names.CONFIG} cannot be read ({error}). Start a new run.") from None
-    now = flat(config.model_dump(mode="json"))
+    before, now = flat(Config().model_dump(mode="json")) | written, flat(config.model_dump(mode="json"))
     decides = [key for key in now if key in before and not _is_in(key, DECIDES_NO_STEP)]
     return {key: (before[key], now[key]) for key in decides if before[key] != now[key]}
 

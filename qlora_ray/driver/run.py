@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qlora_ray import laps
 from qlora_ray.cluster import connect
 from qlora_ray.console import chatter_goes_to
 from qlora_ray.driver.fit import Fit
@@ -120,7 +121,7 @@ class Driver:
                 case Referring(split, done, total):
                     progress.show_reference(split, done, total)
                 case Stepped(step):
-                    self._last_step = step
+                    self._has_stepped(step)
                 case Failed(cause):
                     self._note(self._failures, cause)
                     if not (self._fatal or self._refusal):  # else the run ends, for the reason that was told
@@ -133,7 +134,7 @@ class Driver:
                 case Fatal(reason):
                     self._fatal = self._fatal or reason
                 case Logged(entry):
-                    self._last_step = entry["step"]
+                    self._has_stepped(entry["step"])
                     progress.show(entry)
                     self._track(entry, progress)
                 case Evaluated(step, metrics, samples):
@@ -155,8 +156,19 @@ class Driver:
                 }
         for reason in message.broken:
             progress.note(f"{reason} Going on from step {message.step:,}.")
-        self._seconds.setdefault("load", message.seconds)
-        self._seconds.setdefault("to_first_step", time.perf_counter() - self._began)
+        if "to_first_step" not in self._seconds:
+            self._seconds["to_first_step"] = time.perf_counter() - self._began
+            in_workers = sum(message.parts.values())
+            laps.note("workers", self._seconds["to_first_step"] - self._seconds["prepare"] - in_workers)
+            for name, seconds in message.parts.items():
+                laps.note(name, seconds)
+            self._seconds["load"] = in_workers - message.parts["imports"]
+
+    def _has_stepped(self, step: int) -> None:
+        self._last_step = step
+        if "first_step_done" not in self._seconds:
+            self._seconds["first_step_done"] = time.perf_counter() - self._began
+            laps.note("first step", self._seconds["first_step_done"] - self._seconds["to_first_step"])
 
     def _note(self, events: list[dict[str, Any]], cause: str) -> None:
         events.append({"step": self._last_step, "cause": cause, "at": time.perf_counter()})
@@ -222,7 +234,7 @@ class Driver:
             "steps": reached.pop("step", self._last_step),
             "planned_steps": self._run.plan.num_steps,
             **reached,
-            "seconds": {name: round(value, 2) for name, value in self._seconds.items()},
+            "seconds": {**{name: round(value, 2) for name, value in self._seconds.items()}, "of_start": laps.taken()},
             **survived,
             "adapter": f"{self._folder.path}/{names.ADAPTER}" if done else None,
         }

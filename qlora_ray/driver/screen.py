@@ -13,7 +13,9 @@ from qlora_ray.config import OBJECTIVES, Config
 from qlora_ray.console import console, say_note
 from qlora_ray.data.stats import DataStats
 from qlora_ray.model.facts import BaseFacts
+from qlora_ray.planning.holding import shown
 from qlora_ray.planning.plan import Plan, shown_layers
+from qlora_ray.planning.sharing import shown_sharing
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
 
@@ -24,7 +26,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
     table.add_column(style="bold")
     forecast = plan.memory_forecast_gib
     needed = sum(value for part, value in forecast.items() if part != "while_loading")
-    kind = "GPU" if plan.use_gpu else "CPU"
+    kind, is_shared = "GPU" if plan.use_gpu else "CPU", config.training.sequence_parallel > 1
     rows = {
         "base": f"{config.model.base_model} ({base.model_type}, {base.num_parameters / 1e6:,.1f} M parameters, "
         f"{plan.four_bit_share:.0%} in {config.quantization.type})",
@@ -33,8 +35,11 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
         **({"objective": _show_objective(config)} if config.training.pairs else {}),
         "data": _show_data(data),
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
+        **({"base on each": sharing} if (sharing := shown(plan.shares_base, plan.why_shared)) else {}),
+        **({f"base on {'disk' if plan.passing.disk_bytes else 'host'}": str(plan.passing)} if plan.passing else {}),
         "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "
-        f"{plan.gradient_accumulation_steps} accumulated x {plan.num_workers} workers",
+        f"{plan.gradient_accumulation_steps} accumulated x {_show_groups(config)}",
+        **({"rows": shown_sharing(config, plan.layer_shape, base.num_layers, data.longest_row)} if is_shared else {}),
         "steps": f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch), checkpoint every "
         f"{plan.checkpoint_every_steps:,}, validation every {plan.eval_every_steps or '-'}",
         "memory": f"about {needed:.2f} GiB a worker for tensors, {forecast['while_loading']:.2f} while loading",
@@ -46,6 +51,11 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
     for note in plan.notes:
         say_note(note)
     console.print()
+
+
+def _show_groups(config: Config) -> str:
+    size = config.training.sequence_parallel
+    return f"{config.ray.max_workers} workers" if size == 1 else f"{config.num_row_groups} groups of {size} workers"
 
 
 def _show_objective(config: Config) -> str:

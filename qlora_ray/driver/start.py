@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_ray import storage
+from qlora_ray import laps, storage
 from qlora_ray.cluster import connect
 from qlora_ray.config import Config
 from qlora_ray.console import console, say_note
@@ -17,6 +17,7 @@ from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.model.start import copy_weights, open_start
 from qlora_ray.model.start import notes as start_notes
+from qlora_ray.planning import offload
 from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
 from qlora_ray.planning.tokens import check_vocabulary
@@ -49,7 +50,12 @@ class Start:
 
     def train(self) -> int:
         """Train to the end of the run; returns the exit code. Raises ConfigError for what can be refused before."""
+        config = offload.taken_from_json(self.config, read_deepspeed_json(self.config))
+        return replace(self, config=config)._train()
+
+    def _train(self) -> int:
         config = self.config
+        laps.begin()
         refuse_before_ray(config)
         folder = storage.open_folder(config.ray.storage_path)
         storage.check_writable(folder)
@@ -88,20 +94,27 @@ class Start:
             started.result()
             return run_on_ray
 
+        def measure() -> ModelFacts:
+            with laps.part("sizes of the base"):
+                return exact_facts(config)
+
         def prepare_data() -> tuple[Prepared, list[str]]:
             facts = measured.result()
-            prepared = prepare(config, folder, packs(config, facts), runner, console.out)
-            return prepared, check_vocabulary(config, prepared, facts)
+            with laps.part("data"):
+                prepared = prepare(config, folder, packs(config, facts), runner, console.out)
+                return prepared, check_vocabulary(config, prepared, facts)
 
         with ThreadPoolExecutor(1) as thread:
-            measured = thread.submit(exact_facts, config)
+            measured = thread.submit(measure)
             prepared = thread.submit(prepare_data)
             thread.submit(importlib.import_module, "ray.train.torch")  # takes 2 s, and fit needs it
             try:
-                hardware = connect.start_ray(config, self.debug)
+                with laps.part("Ray"):
+                    hardware = connect.start_ray(config, self.debug)
                 at_hand = folder_at_hand(config.model.base_model, config.model.revision) is not None
                 facts = measured.result() if at_hand else None  # else it is still downloaded
-                notes, network = look_quickly(config, folder, hardware, facts)
+                with laps.part("look at the nodes"):
+                    notes, network, hardware = look_quickly(config, folder, hardware, facts)
                 started.set_result(hardware)
             except BaseException as error:
                 started.set_exception(error)  # the thread may be waiting for it

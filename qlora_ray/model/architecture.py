@@ -35,11 +35,16 @@ def config_of(folder: str, trust_remote_code: bool = False, factory: str | None 
     return config
 
 
+def dense_config(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> Any:
+    """The same without a word of quantization: of packed weights the shapes are known, as if unpacked."""
+    config = config_of(folder, trust_remote_code, factory)
+    config.__dict__.pop("quantization_config", None)
+    return config
+
+
 def build_empty(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> PreTrainedModel:
     """The model of a folder without its weights, on torch's default device. Raises ConfigError."""
-    config = config_of(folder, trust_remote_code, factory)
-    # Of packed weights the shapes are known, as if unpacked.
-    config.__dict__.pop("quantization_config", None)
+    config = dense_config(folder, trust_remote_code, factory)
     if factory:
         return _make(factory, config)
     has_towers = any(getattr(config, name, None) for name in TOWERS)

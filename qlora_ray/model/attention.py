@@ -7,6 +7,7 @@ Stands on two internals, of torch and of transformers: FLASH and OWN_MASK.
 import logging
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,8 @@ class Sight:
 
     scale: float
     window: int | None = None  # None: of all
-    dropout: float = 0.0  # of scores' weights, from torch's generator
+    sinks: torch.Tensor | None = None  # (H,), a score beside those of the keys, whose share goes nowhere; frozen
+    dropout: float = 0.0  # of scores' weights, from torch's generator; not with sinks
 
     def is_whole(self, length: int) -> bool:
         """Whether the window shows all of a sample of this length."""
@@ -66,6 +68,12 @@ def dense_mask(mask: torch.Tensor, num_rows: int, length: int, sight: Sight) -> 
     return is_same & _band(length, sight, mask.device)
 
 
+def added_mask(mask: torch.Tensor | None, like: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """`dense_mask` for attention that is written out, which adds one to its scores; it reads `like` (B, T, D)."""
+    seen = _band(like.shape[1], sight, like.device)[None, None] if mask is None else mask
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, torch.finfo(like.dtype).min)
+
+
 def _band(length: int, sight: Sight, device: torch.device) -> torch.Tensor:
     """Whether a query sees a key of its own sample: (T, T)."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -79,7 +87,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     """
     rows, _, length, _ = q.shape
     if mask is None or not mask.numel():
-        mask = None if sight.is_whole(length) else _borders_of_rows(rows, length, q.device)
+        by_borders = not sight.is_whole(length) or sight.sinks is not None and _has_flash(q)
+        mask = _borders_of_rows(rows, length, q.device) if by_borders else None
     if mask is not None and mask.dtype == torch.int32:
         within = _attend_flash if _has_flash(q) else _attend_one_by_one
         output = within(_as_rows(q), _as_rows(k), _as_rows(v), mask, sight)
@@ -88,6 +97,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 
 def _attend_dense(q, k, v, mask: torch.Tensor | None, sight: Sight) -> torch.Tensor:
+    if sight.sinks is not None:
+        return _attend_with_a_sink(q, k, v, mask, sight)
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not (mask is None and _kernels_share_keys(q)):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -105,11 +116,66 @@ def _borders_of_rows(rows: int, length: int, device: torch.device) -> torch.Tens
 
 def _attend_flash(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
     """All samples in one kernel: q (M, H, E), k and v (M, fewer, E) -> (M, H, E)."""
-    longest, borders = mask.shape[2], mask[0, 0, 0]
+    if sight.sinks is not None:
+        output: torch.Tensor = _FlashWithSinks.apply(q, k, v, mask, sight)
+        return output
+    dropout = sight.dropout
+    return torch.ops.aten._flash_attention_forward(q, k, v, *_borders(mask), dropout, True, False, **_weighing(sight))[
+        0
+    ]
+
+
+def _borders(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Of queries and of keys, and the longest sample of both."""
+    borders, longest = mask[0, 0, 0], mask.shape[2]
+    return borders, borders, longest, longest
+
+
+def _weighing(sight: Sight) -> dict[str, Any]:
     window = {} if sight.window is None else {"window_size_left": sight.window - 1, "window_size_right": 0}
-    return torch.ops.aten._flash_attention_forward(
-        q, k, v, borders, borders, longest, longest, sight.dropout, True, False, scale=sight.scale, **window
-    )[0]
+    return {"scale": sight.scale, **window}
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    """Attention whose weights add up to less than 1: exp(sink) is added to each sum of exponentials.
+
+    With that sum in place of the kernel's own, its backward pass is right as it is: the weights, and the products of
+    output and gradient that it takes from them, become those with the sink.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
+        output, sums, *rest = torch.ops.aten._flash_attention_forward(
+            q, k, v, *_borders(mask), 0.0, True, False, **_weighing(sight)
+        )  # sums: (H, M), logarithms
+        assert sight.sinks is not None
+        with_sinks = torch.logaddexp(sums, sight.sinks.to(sums.dtype)[:, None])
+        output = (output * (sums - with_sinks).exp().T[..., None]).to(output.dtype)
+        ctx.save_for_backward(q, k, v, output, with_sinks, *rest[:2])
+        ctx.mask, ctx.sight = mask, sight
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        *kept, state, unused = ctx.saved_tensors
+        gradients = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), *kept, *_borders(ctx.mask), 0.0, True, state, unused, **_weighing(ctx.sight)
+        )
+        return *gradients, None, None
+
+
+def _attend_with_a_sink(q, k, v, mask: torch.Tensor | None, sight: Sight) -> torch.Tensor:
+    """The same by one key more, of zeros, whose score is the sink."""
+    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    seen = _band(length, Sight(sight.scale), q.device) if mask is None else mask
+    seen = seen if seen.dtype == torch.bool else seen == 0  # of attention that is written out, which adds its mask
+    assert sight.sinks is not None
+    shape = (*seen.shape[:-3], len(sight.sinks), length)
+    scores = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+    sinks = sight.sinks.to(q.dtype)[:, None, None]
+    scores = torch.cat([scores.expand(*shape, length), sinks.expand(*shape, 1)], -1)
+    k, v = (F.pad(part.repeat_interleave(groups, 1), (0, 0, 0, 1)) for part in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, scores, scale=sight.scale)
 
 
 def _attend_one_by_one(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:

@@ -15,9 +15,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import Patch
-from qlora_ray.model.architecture import load_filled
+from qlora_ray.model.architecture import dense_config, load_filled
 from qlora_ray.model.experts import packed_while_loading
-from qlora_ray.model.facts import loadable_folder, packed_weights, stored_quantization
+from qlora_ray.model.facts import has_mxfp4, loadable_folder, packed_weights, stored_quantization
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.routed import compute_in_4_bits
@@ -73,10 +73,11 @@ def load_base(
     folder = local_folder(model.base_model, model.revision)
     refuse_unread_code(folder, model, key)
     four_bit = four_bit_config(quantization, dtype)
-    with packed_while_loading() if four_bit and pack_experts else nullcontext():
+    is_mxfp4 = has_mxfp4(folder)
+    with packed_while_loading(is_mxfp4) if four_bit and pack_experts else nullcontext():
         base, found = load_filled(
             loadable_folder(folder, key), model.trust_remote_code, model.factory, quantization_config=four_bit,
-            dtype=dtype, device_map={"": device},
+            dtype=dtype, device_map={"": device}, **({"config": dense_config(folder)} if is_mxfp4 else {}),
         )  # fmt: skip
     refuse_unfilled(key, base, found)
     base.name_or_path = base_model_path(model.base_model)  # which PEFT writes down: not where it lies here
@@ -108,7 +109,8 @@ def count_bytes(model: torch.nn.Module) -> BytesByKind:
 
     four_bit = other = four_bit_parameters = parameters = 0
     for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())  # of which a worker may hold a share
+        # A worker may hold a share of it, or have put it away (model/homes.py).
+        count = getattr(parameter, "ds_numel", getattr(parameter, "whole_shape", parameter.shape).numel())
         size = count * parameter.element_size()
         if isinstance(parameter, Params4bit):
             four_bit += size

@@ -2,15 +2,16 @@
 
 The mask of what a LoRA reads, or of what a base's layer adds, depends on the seed of the micro-batch
 (worker/micro_batches.py sets it from the run's seed, the step and the micro-batch), the layer, the group, the row and
-the column, and on nothing else: no number of workers, resume, recomputation or kernel changes it. Bits come from a hash
-and no generator, so that a kernel makes them where it needs them: PCG-RXS-M-XS-32 (O'Neill 2014, HMC-CS-2014-0905; as a
-hash in Jarzynski and Olano 2020, JCGT 9:3). Dropout of attention is torch's own, from its generator: where attention is
-computed again, the generator goes back to where it stood.
+the column, and on nothing else: no number of workers, resume, recomputation or kernel changes it. Where workers share
+rows of tokens, a row is counted through all of them. Bits come from a hash and no generator, so that a kernel makes
+them where it needs them: PCG-RXS-M-XS-32 (O'Neill 2014, HMC-CS-2014-0905; as a hash in Jarzynski and Olano 2020, JCGT
+9:3). Dropout of attention is torch's own, from its generator: where attention is computed again, the generator goes
+back to where it stood.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Drop:
 
     probability: float
     key: int = 0  # 32 bits
+    numbers: torch.Tensor | None = field(default=None, compare=False)  # of the rows, int32; None: as they lie
 
     @property
     def threshold(self) -> int:
@@ -41,12 +43,12 @@ class Drop:
 NOTHING = Drop(0.0)
 
 
-def drop_of(probability: float, seed: int, place: int) -> Drop:
+def drop_of(probability: float, seed: int, place: int, numbers: torch.Tensor | None = None) -> Drop:
     """The mask of one place (layer and group) in a micro-batch of this seed."""
     if not probability:
         return NOTHING
     key = pcg(seed & MASK_32)
-    return Drop(probability, pcg(pcg(key ^ (seed >> 32 & MASK_32)) ^ place & MASK_32))
+    return Drop(probability, pcg(pcg(key ^ (seed >> 32 & MASK_32)) ^ place & MASK_32), numbers)
 
 
 def probability_of(lora: Any) -> float:
@@ -88,7 +90,8 @@ def pcg(value: int) -> int:
 
 def kept(rows: int, columns: int, drop: Drop, device: torch.device) -> torch.Tensor:
     """Which values of (rows, columns) are kept: bool. A word of the hash decides on two neighbours in a row."""
-    row = _pcg(np.arange(rows, dtype=np.uint32) ^ np.uint32(drop.key))
+    numbers = np.arange(rows) if drop.numbers is None else drop.numbers.cpu().numpy()
+    row = _pcg(numbers.astype(np.uint32) ^ np.uint32(drop.key))
     column = _pcg(np.arange(-(-columns // 2), dtype=np.uint32) ^ np.uint32(~drop.key & MASK_32))
     words = _pcg(row[:, None] ^ column[None, :])  # (rows, columns / 2)
     bits = words.astype("<u4", copy=False).view("<u2")  # the low half of a word first

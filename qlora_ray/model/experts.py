@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from qlora_ray.libraries import Patch
+from qlora_ray.model import mxfp4
 from qlora_ray.model.facts import ExpertSizes
+from qlora_ray.model.ops_plain import Clamp
 
 STACKS_TOO = Patch(
     "transformers", "5.23.0", "AUTO_QUANTIZER_MAPPING's bitsandbytes_4bit is a subclass while a base is loaded; marks "
@@ -27,7 +29,7 @@ def stack_names(module: torch.nn.Module) -> tuple[str, ...]:
 
     Known by what transformers' use_experts_implementation leaves: experts that it does not mark compute otherwise.
     """
-    is_marked = hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate")
+    is_marked = hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate")
     if not is_marked or getattr(module, "has_post_expert_norm", False):
         return ()
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
@@ -42,6 +44,12 @@ def has_silu(module: Any) -> bool:
     """Whether that is SiLU(first half) x second half."""
     is_plain = module.has_gate and type(module)._apply_gate.__name__ == "_default_apply_gate"
     return is_plain and type(module.act_fn).__name__ in SILU
+
+
+def clamp_of(module: Any) -> Clamp | None:
+    """That of gpt_oss's gate; None of another gate."""
+    is_clamped = module.has_gate and type(module).__name__ == "GptOssExperts"
+    return Clamp(float(module.alpha), float(module.limit)) if is_clamped else None
 
 
 def modules_of_stacks(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -106,7 +114,7 @@ def expert_sizes(model: Any, are_packed: bool) -> ExpertSizes | None:
 def is_packed(module: torch.nn.Module) -> bool:
     """Whether a module's stacks are in 4 bits."""
     names = stack_names(module)
-    return bool(names) and all(hasattr(module._parameters.get(name), "quant_state") for name in names)
+    return bool(names) and all(hasattr(getattr(module, name, None), "quant_state") for name in names)
 
 
 def packed_stacks(model: torch.nn.Module) -> list[str]:
@@ -142,7 +150,7 @@ def make_room(model: torch.nn.Module, quantization: Any) -> None:
 
 
 @contextmanager
-def packed_while_loading() -> Iterator[None]:
+def packed_while_loading(is_mxfp4: bool) -> Iterator[None]:
     """Within, transformers packs stacks of experts as it packs linear layers, each as soon as it has been read."""
     from transformers.quantizers import auto
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -157,6 +165,9 @@ def packed_while_loading() -> Iterator[None]:
             owner, _, name = param_name.rpartition(".")
             is_stack = name in stack_names(model.get_submodule(owner))
             return is_stack or super().param_needs_quantization(model, param_name, **more)
+
+        def get_weight_conversions(self):
+            return [*super().get_weight_conversions(), *(mxfp4.conversions(self) if is_mxfp4 else ())]
 
     plain = auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
     auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = WithExperts

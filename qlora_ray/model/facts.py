@@ -25,6 +25,7 @@ EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 # What bitsandbytes lays beside a weight that it has packed; the first holds the weight's own shape.
 PACKED_STATE = ".quant_state.bitsandbytes__"
 BESIDE_PACKED = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$")
+MXFP4 = re.compile(r"\.experts\.(gate_up|down)_proj_(blocks|scales)$")  # of gpt_oss
 SAMPLES = 16
 
 # What PEFT refuses in which model types (peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba).
@@ -40,7 +41,9 @@ class RopeLimit:
     num_tokens: int
 
 
-EXPERT_CHUNK_BYTES = 2**30  # of experts' weights dequantized at a time: all of a layer of Qwen3-30B-A3B, half Mixtral's
+# Of experts' weights dequantized at a time: a projection of a layer of Mixtral-8x7B, Qwen3-30B-A3B or gpt-oss-20b.
+# More than one part a projection needs the number of its rows on the host, which waits for the GPU.
+EXPERT_CHUNK_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class BaseFacts:
     fingerprint: str  # of names, shapes and sizes; contents are not read
     num_embeddings: int | None = field(default=None, kw_only=True)  # rows of the input embedding
     num_positions: int | None = field(default=None, kw_only=True)  # where each has learned weights; no row is longer
+    num_heads: int | None = field(default=None, kw_only=True)  # of queries
+    num_key_heads: int | None = field(default=None, kw_only=True)
     rope_limit: RopeLimit | None = field(default=None, kw_only=True)
     is_packed: bool = field(default=False, kw_only=True)  # stored in bitsandbytes' 4 bits
     experts: ExpertSizes | None = field(default=None, kw_only=True)  # known once the model is built
@@ -106,6 +111,7 @@ class ModelFacts(BaseFacts):
     whole_modules: dict[str, int]  # how many are trained whole, in the same way
     new_tokens: dict[int, list[int]]  # id of each, and the tokens that its text was before
     num_embedding_rows: int  # with those that new tokens need
+    has_balancing_loss: bool = False  # of its routers
 
 
 def read_facts(folder: str) -> BaseFacts:
@@ -131,6 +137,8 @@ def read_facts(folder: str) -> BaseFacts:
         fingerprint=_fingerprint(path, {name: entry.shape for name, entry in _read_entries(path, key).items()}),
         num_embeddings=_rows_of(shapes, EMBEDDING),
         num_positions=_rows_of(shapes, LEARNED_POSITIONS),
+        num_heads=text.get("num_attention_heads") or text.get("n_head"),
+        num_key_heads=text.get("num_key_value_heads") or text.get("num_attention_heads") or text.get("n_head"),
         rope_limit=_rope_limit(text),
         is_packed=_quantization_of(config) is not None,
     )
@@ -248,7 +256,16 @@ def read_shapes(folder: str, is_tied: bool) -> dict[str, tuple[int, ...]]:
             shapes[weight] = tuple(json.loads(_read(entry, 0, entry.size))["shape"])
     embeddings = [entry for name, entry in entries.items() if is_tied and EMBEDDING.search(name)]
     twice = [n for n, e in entries.items() if HEAD.search(n) and any(_is_same(e, other) for other in embeddings)]
-    return {name: shape for name, shape in shapes.items() if name not in twice}
+    return _as_dense({name: shape for name, shape in shapes.items() if name not in twice})
+
+
+def _as_dense(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """With stacks in place of MXFP4's blocks and scales."""
+    dense = {name: shape for name, shape in shapes.items() if not MXFP4.search(name)}
+    for name, shape in shapes.items():
+        if MXFP4.search(name) and name.endswith("_blocks"):  # (E, N, K / 32, 16), two values a byte
+            dense[name.removesuffix("_blocks")] = (shape[0], shape[2] * 32, shape[1])
+    return dense
 
 
 def packed_weights(folder: str) -> list[str]:
@@ -262,8 +279,21 @@ def stored_quantization(folder: str) -> dict[str, Any] | None:
     return _quantization_of(_read_model_config(Path(folder), f"model.base_model={folder}"))
 
 
+def has_mxfp4(folder: str) -> bool:
+    """Whether a folder's experts are in MXFP4, which are made dense as they are read. Raises ConfigError."""
+    return _is_mxfp4(_read_model_config(Path(folder), f"model.base_model={folder}"))
+
+
+def _is_mxfp4(config: dict) -> bool:
+    stored = config.get("quantization_config") or {}
+    return config.get("model_type") == "gpt_oss" and stored.get("quant_method") == "mxfp4"
+
+
 def _quantization_of(config: dict) -> dict[str, Any] | None:
+    """None also of what is made dense."""
     found = None
+    if _is_mxfp4(config):
+        return None
     for section in (config, config.get("text_config") or {}):
         found = found or section.get("quantization_config") or section.get("compression_config")
     return found

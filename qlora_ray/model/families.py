@@ -27,6 +27,7 @@ class Family:
     has_gate: bool = True  # else the activation of one projection is all that `down` reads
     down: str = "down_proj"
     rotates: bool = True  # queries and keys, where a layer's attention does not say otherwise
+    halves_angles: bool = False  # cos and sin come with each value once
     interleaved: bool = False  # which values are rotated together: neighbours, or those half a head apart
     drops: tuple[str, str] = ("", "")  # modules with the dropout of what attention and MLP add
     by_place: tuple[str, ...] = ()  # arguments of the layer behind its input that the model gives without a name
@@ -78,9 +79,14 @@ FAMILIES = {
         rotates=False, drops=("attn.resid_dropout", "mlp.dropout"),
         by_place=("past_key_values", "attention_mask", "encoder_hidden_states"), passes_rows=False,
     ),
+    "mixtral": Family("MixtralDecoderLayer"),
+    "qwen2_moe": Family("Qwen2MoeDecoderLayer"),
+    "qwen3_moe": Family("Qwen3MoeDecoderLayer", norm_of_heads="head"),
+    "glm4_moe": Family("Glm4MoeDecoderLayer", norm_of_heads="head"),
+    "gpt_oss": Family("GptOssDecoderLayer", rounds_first=False, halves_angles=True),
 }  # fmt: skip
 
 # Types whose decoder layers are not fused, and whose logits are what their head returns, or that over logits_scaling.
 PLAIN_HEADS = {
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
+    "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3",
 }  # fmt: skip

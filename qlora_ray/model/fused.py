@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from qlora_ray.libraries import Patch
-from qlora_ray.model.attention import dense_mask
+from qlora_ray.model.attention import added_mask, dense_mask
 from qlora_ray.model.dropout import drop_of, probability_of
 from qlora_ray.model.experts import blocks_around_experts
 from qlora_ray.model.families import FAMILIES, PLAIN_HEADS, Family
 from qlora_ray.model.head import make_head_return_nats
-from qlora_ray.model.layer import ACTIVATIONS, FusedLayer, Passed, activation_of, sight_of
+from qlora_ray.model.layer import ACTIVATIONS, FusedLayer, Shared, activation_of, sight_of
+from qlora_ray.model.mixture import RoutedLayer, experts_of
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.projection import LoraProjection, Single, Turn, member, ops_for, why_not
 from qlora_ray.model.recompute import Choice
@@ -45,12 +46,11 @@ def fuse(model: torch.nn.Module) -> str:
     """Fuse what can be fused, in place; log and return one line that says what was, and why the rest was not."""
     compute_in_4_bits(model)
     device = next(model.parameters()).device
-    stash = HostStash(device) if device.type == "cuda" else None
+    shared = Shared(HostStash(device) if device.type == "cuda" else None)
     reasons: Counter[str] = Counter()
-    passed = Passed()
     classes = {family.layer: family for family in FAMILIES.values()}
     layers = [module for module in model.modules() if type(module).__name__ in classes]
-    fused = []
+    fused, inside = [], set[int]()
     for index, layer in enumerate(layers):
         family = classes[type(layer).__name__]
         projections = _projections(layer, family)
@@ -59,13 +59,14 @@ def fuse(model: torch.nn.Module) -> str:
         why = _why_not_layer(layer, family)
         reasons.update(f"layer: {reason}" for reason in why)
         if not why:
-            _fuse_layer(layer, FusedLayer(layer, family, index, stash, passed))
+            kind = RoutedLayer if _is_mixture(layer.mlp) else FusedLayer
+            _fuse_layer(layer, kind(layer, family, index, shared))
             fused.append(layer)
+            inside |= {id(part) for projection in projections for part in projection.modules()}
     _use_one_kernel_for_gelu(model)
-    inside = {id(part) for layer in fused for part in layer.modules()}
     num_projections = 0
     for module in model.modules():
-        if _is_lora(module) and id(module) not in inside:
+        if _is_lora(module) and id(module) not in inside and not hasattr(module, "parameter_name"):
             num_projections += _fuse_projection(module, num_projections, reasons)
     if fused and len(fused) == len(layers):
         _fuse_ends(model, fused[-1].fused)
@@ -94,9 +95,11 @@ def leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     experts = {id(module) for module in blocks_around_experts(model)}
+    layers = [module for module in model.modules() if isinstance(module.__dict__.get("fused"), FusedLayer)]
+    inside = {id(part) for layer in layers for part in layer.modules() if part is not layer}
     return [
         m for m in model.modules()
-        if "fused" in m.__dict__ or id(m) in experts or isinstance(m, TrainableTokensLayer)
+        if id(m) not in inside and ("fused" in m.__dict__ or id(m) in experts or isinstance(m, TrainableTokensLayer))
     ]  # fmt: skip
 
 
@@ -122,7 +125,12 @@ def _is_trained_whole(module: torch.nn.Module) -> bool:
 
 
 def _projections(layer: torch.nn.Module, family: Family) -> list[torch.nn.Module]:
-    return [layer.get_submodule(name) for names in family.projections for name in names]
+    groups = family.projections[:2] if _is_mixture(layer.mlp) else family.projections
+    return [layer.get_submodule(name) for names in groups for name in names]
+
+
+def _is_mixture(mlp: Any) -> bool:
+    return hasattr(mlp, "experts")
 
 
 def _why_not_layer(layer: torch.nn.Module, family: Family) -> set[str]:
@@ -133,7 +141,11 @@ def _why_not_layer(layer: torch.nn.Module, family: Family) -> set[str]:
         why.add("it attends to another sequence too")
     if getattr(attention, "reorder_and_upcast_attn", False):
         why.add("its attention computes scores in float32")
-    if activation_of(layer.mlp) not in ACTIVATIONS:
+    if hasattr(attention, "sinks") and attention.attention_dropout:
+        why.add("its attention has sinks and dropout")
+    if _is_mixture(layer.mlp):
+        why |= _why_not_mixture(layer.mlp)
+    elif activation_of(layer.mlp) not in ACTIVATIONS:
         why.add(f"its MLP uses {activation_of(layer.mlp)}")
     if sight_of(attention).window == 0:
         why.add("its sliding window shows nothing")
@@ -143,6 +155,17 @@ def _why_not_layer(layer: torch.nn.Module, family: Family) -> set[str]:
         why.add("its attention is not causal")
     if any(map(_is_trained_whole, layer.modules())):
         why.add("a norm of it is trained")
+    return why
+
+
+def _why_not_mixture(block: Any) -> set[str]:
+    why = set()
+    if experts_of(block) is None:
+        why.add("its experts are not in 4 bits")
+    if getattr(block, "jitter_noise", 0):
+        why.add("its router has noise")
+    beside = [m for m in block.modules() if _is_lora(m) and not hasattr(m, "parameter_name")]
+    why |= {f"beside its experts, {reason}" for reason in map(why_not, beside) if reason}
     return why
 
 
@@ -156,8 +179,12 @@ def _fuse_layer(layer: torch.nn.Module, fused: FusedLayer) -> None:
         is_other = any(given.get(name) is not None for name in ("past_key_values", "encoder_hidden_states"))
         mask_is_known = mask is None or mask.dim() == 4
         if is_other or not mask_is_known or adapter.disable_adapters or adapter.merged:
+            assert fused.holders.row_group is None, "plain layers attend to what they are given, here a part of a row"
             if mask is not None and mask.dtype == torch.int32:
-                given["attention_mask"] = dense_mask(mask, *hidden_states.shape[:2], fused.sight)
+                mask = dense_mask(mask, *hidden_states.shape[:2], fused.sight)
+                if fused.attention.config._attn_implementation == "eager":
+                    mask = added_mask(mask, hidden_states, fused.sight)
+                given["attention_mask"] = mask
             return plain(hidden_states, **given)
         return fused(hidden_states, given.get("position_embeddings"), mask)
 
@@ -193,6 +220,7 @@ def _fuse_ends(model: torch.nn.Module, last: FusedLayer) -> None:
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     norm = causal_lm.get_submodule(last.family.last_norm)
     causal_lm.takes_borders = True
+    causal_lm.row_holders = last.holders
     if not _is_trained_whole(norm):
         norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, last.family)
     _fuse_head(causal_lm, last if last.family.passes_rows else _NoLayer())
@@ -202,6 +230,7 @@ class _NoLayer:
     """Stands for the layer before a head where that always returns all rows."""
 
     places: torch.Tensor | None = None
+    place_numbers: torch.Tensor | None = None
 
 
 def _fuse_head(model: Any, last: Any) -> None:

@@ -44,18 +44,22 @@ def returns_nats(head: torch.nn.Module | None) -> bool:
 
 
 @contextmanager
-def expecting(head: Any, labels: torch.Tensor, places: torch.Tensor | None = None) -> Iterator[None]:
+def expecting(
+    head: Any, labels: torch.Tensor, places: torch.Tensor | None = None, numbers: torch.Tensor | None = None
+) -> Iterator[None]:  # fmt: skip
     """Within, the head returns the nats of these labels, one for each row of its input: float32, (M,).
 
     `places` are the rows that have a label that counts: where they are known, what only others need is left out, and
-    the nats are theirs alone.
+    the nats are theirs alone. `numbers` are those of the places in rows that are whole, of which these are parts.
     """
-    places = places if places is not None and 0 < len(places) < labels.numel() else None
-    head.expected, head.last_layer.places = (labels.reshape(-1), places), places
+    last, count = head.last_layer, 0 if places is None else len(places)
+    places = places if 0 < count < labels.numel() else None
+    head.expected, last.places = (labels.reshape(-1), places), places
+    last.place_numbers = numbers if count else None
     try:
         yield
     finally:
-        head.expected = head.last_layer.places = None
+        head.expected = last.places = last.place_numbers = None
 
 
 class _Nats(torch.autograd.Function):

@@ -6,6 +6,7 @@ says its `Family`. Nothing but activations is kept between forward and backward,
 """
 
 # B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP, U = 2 I with a gate, else I
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from qlora_ray.model.norm import norm_of
 from qlora_ray.model.ops_plain import Angles
 from qlora_ray.model.projection import Group, Single, Turn, member, ops_for
 from qlora_ray.model.recompute import Keep
+from qlora_ray.model.row_group import Holders, RowGroup
 from qlora_ray.model.stash import HostStash
 
 
@@ -37,6 +39,8 @@ class Kept:
     n1: torch.Tensor | None = None  # (M, D + R) what q, k, v read, with its LoRA
     heads: torch.Tensor | None = None  # (M, H of q and k, E) as projected, where a norm follows or DoRA learns
     attention: tuple[torch.Tensor, ...] | None = None  # q, k, v and the output, each (B, H, T, E), with their graph
+    attended: torch.Tensor | None = None  # (B, H, T, E) the output for the tokens and heads that x has
+    values: torch.Tensor | None = None  # (B, H, T, E) v for these, where DoRA learns
     z_o: torch.Tensor | None = None  # (M, R)
     given1: torch.Tensor | None = None  # (M, D) of o_proj, in the same cases
     x1: torch.Tensor | None = None  # (M, D)
@@ -44,11 +48,13 @@ class Kept:
     gate_up: torch.Tensor | None = None  # (M, U)
     z_down: torch.Tensor | None = None  # (M, R)
     given2: torch.Tensor | None = None  # (M, D) of down, in the same cases
+    routed: Any = None  # of a mixture: model/mixture.py
     turns: tuple[Turn, ...] = field(default_factory=lambda: tuple(Turn() for _ in range(4)))  # q k v, o, gate up, down
-    drops: tuple[Drop, Drop] = (NOTHING, NOTHING)  # of what attention and MLP add
+    drops: Sequence[Drop] = (NOTHING, NOTHING)  # of what attention and MLP add
     dropout: float = 0.0  # of attention
     generator: torch.Tensor | None = None  # where it stood before that, for layers whose attention is computed again
     places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
+    row_group: RowGroup | None = None  # the workers that hold the rows in parts: `attention` has whole ones
 
     def rows(self, whole: torch.Tensor) -> torch.Tensor:
         """Those that are asked for."""
@@ -67,27 +73,32 @@ class Passed:
     buffer: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the layers of a model have in common."""
+
+    stash: HostStash | None
+    passed: Passed = field(default_factory=Passed)
+    holders: Holders = field(default_factory=Holders)
+
+
 class FusedLayer:
     """The arithmetic of one decoder layer. Holds modules, never their weights."""
 
-    def __init__(self, layer: torch.nn.Module, family: Family, index: int, stash: HostStash | None, passed: Passed):
-        attention, mlp = getattr(layer, family.attention), layer.mlp
+    def __init__(self, layer: torch.nn.Module, family: Family, index: int, shared: Shared):
+        attention: Any = getattr(layer, family.attention)
         self.family, self.attention = family, attention
         self.before, self.after = (
             tuple(getattr(layer, name) if name else None for name in names) for names in (family.before, family.after)
         )
-        self.head_norms = (attention.q_norm, attention.k_norm) if family.norm_of_heads else None
+        has_norms = bool(family.norm_of_heads) and hasattr(attention, "q_norm")
+        self.head_norms = (attention.q_norm, attention.k_norm) if has_norms else None
         self.drops = [layer.get_submodule(name) if name else None for name in family.drops]
-        multiplier = float(getattr(layer, "residual_multiplier", 1.0))
-        assert multiplier == 1 or not any(self.after), "a norm would come between a product and its factor"
-        factors = (1.0, multiplier, 1.0, multiplier)
-        qkv, (out,), gate_up, (down,) = (
-            [member(layer.get_submodule(name), factor) for name in names]
-            for names, factor in zip(family.projections, factors, strict=True)
-        )
-        self.qkv, self.gate_up = Group(qkv), Group(gate_up, apart=True)
-        self.out, self.down = Single(out), Group([down], spare_rows=down.rank)
-        self.down_back = Single(down, held_by=self.down)
+        self.factor = float(getattr(layer, "residual_multiplier", 1.0))  # of what attention and MLP add
+        assert self.factor == 1 or not any(self.after), "a norm would come between a product and its factor"
+        self.qkv = Group([member(getattr(attention, name)) for name in family.qkv])
+        self.out = Single(member(getattr(attention, family.out), self.factor))
+        self.take_mlp(layer.mlp)
         groups = (self.qkv, self.out, self.gate_up, self.down)
         self.learns_lengths = [any(m.magnitude for m in group.members) for group in groups]
         self.keeps_given = [bool(norm) or self.learns_lengths[i] for norm, i in zip(self.after, (1, 3), strict=True)]
@@ -96,10 +107,21 @@ class FusedLayer:
         many = self.out.shape[1] // self.head_dim
         few = (sum(self.qkv.rows) // self.head_dim - many) // 2
         self.num_heads = [many, few, few]  # of q, k, v
-        self.is_gelu = activation_of(mlp) in GELU_BY_TANH
         self.rotates = bool(getattr(attention, "use_rope", family.rotates))
-        self.index, self.stash, self.passed, self.keep = index, stash, passed, Keep.ALL
+        self.index, self.stash, self.passed, self.keep = index, shared.stash, shared.passed, Keep.ALL
+        self.holders = shared.holders
+        self.before_backward: Callable[[], None] | None = None  # has the weights there, where they are not always
         self.places: torch.Tensor | None = None  # the only rows that the next forward is to return; None: all
+        self.place_numbers: torch.Tensor | None = None  # of them among all such, where the rows are parts: (L,) int32
+
+    def take_mlp(self, mlp: Any) -> None:
+        """Find the MLP's projections."""
+        self.gate_up: Any = Group([member(getattr(mlp, name)) for name in self.family.gate_up], apart=True)
+        down = member(getattr(mlp, self.family.down), self.factor)
+        self.down: Any = Group([down], spare_rows=down.rank)
+        self.down_back = Single(down, held_by=self.down)
+        self.room = self.down_back.room  # beside the gradient of what the layer returns
+        self.is_gelu = activation_of(mlp) in GELU_BY_TANH
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The LoRA matrices, in the order of `backward`'s gradients."""
@@ -116,19 +138,27 @@ class FusedLayer:
         return _Layer.apply(x, self, self.angles(turned), mask, torch.is_grad_enabled(), *self.parameters())
 
     def begin(self, x: torch.Tensor) -> Kept:
-        """Of a micro-batch x (B, T, D): its rows, and what is to be dropped of them."""
-        seed, loras, own = torch.initial_seed(), enumerate(self.loras), enumerate(self.drops)
+        """Of a micro-batch x (B, T, D): its rows, who holds them, and what is to be dropped of them."""
+        seed, numbers = torch.initial_seed(), self.holders.numbers
+        behind = numbers if self.place_numbers is None else self.place_numbers
+        read = enumerate(zip(self.loras, (numbers, behind, behind, behind), strict=True))
         return Kept(
-            x.reshape(-1, x.shape[-1]), places=self.places, dropout=dropout_of(self.attention),
-            turns=tuple(Turn(drop_of(probability_of(lora), seed, 4 * self.index + i)) for i, lora in loras),
-            drops=tuple(drop_of(probability_in(one), seed, OWN_PLACE + 2 * self.index + i) for i, one in own),  # type: ignore[arg-type]
+            x.reshape(-1, x.shape[-1]), places=self.places, row_group=self.holders.row_group,
+            turns=tuple(Turn(drop_of(probability_of(one), seed, 4 * self.index + i, rows)) for i, (one, rows) in read),
+            drops=[
+                drop_of(probability_in(own), seed, OWN_PLACE + 2 * self.index + i, behind)
+                for i, own in enumerate(self.drops)
+            ],
+            dropout=own_dropout(self.attention) if self.attention.training else 0.0,
         )  # fmt: skip
 
     def angles(self, turned: tuple[torch.Tensor, torch.Tensor] | None) -> Angles | None:
         """How queries and keys are rotated; None where this layer does not."""
         if turned is None or not self.rotates:
             return None
-        return Angles(*(part.reshape(-1, part.shape[-1]) for part in turned), self.family.interleaved)  # (T or M, 2 F)
+        repeats = 2 if self.family.halves_angles else 1
+        flat = (part.reshape(-1, part.shape[-1]).repeat(1, repeats) for part in turned)  # (T or M, 2 F)
+        return Angles(*flat, self.family.interleaved)
 
     def attention_part(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask, with_graph: bool) -> None:
         """Fill in n1, heads and attention."""
@@ -150,13 +180,18 @@ class FusedLayer:
         turned, every = rows
         many, few, _ = self.num_heads
         parts = turned[:, :many], turned[:, many:], every[:, many + few :]
+        kept.values = parts[2] if self.learns_lengths[0] else None
+        if kept.row_group:
+            parts = kept.row_group.to_heads(*parts)
         q, k, v = (part.detach().requires_grad_(with_graph) for part in parts)
         if kept.dropout and not with_graph and self.keep >= Keep.INPUT:
             kept.generator = generator_state(q.device)
         again = kept.generator if with_graph else None
         with torch.set_grad_enabled(with_graph), drawing_from(again, q.device):
             output = attend(q, k, v, mask, replace(self.sight, dropout=kept.dropout))
-        kept.attention = (q, k, v, output)
+        kept.attention, kept.attended = (q, k, v, output), output.detach()
+        if kept.row_group:
+            kept.attended = kept.row_group.to_tokens(kept.attended)
 
     def _norms_of_heads(self, *heads: torch.Tensor):
         """For queries and for keys their norm, and their part of each of `heads` as the groups that it takes."""
@@ -172,7 +207,7 @@ class FusedLayer:
         added = None
         if kept.x1 is None:
             if kept.given1 is None:
-                output = kept.rows(kept.attention[3].detach().transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
+                output = kept.rows(kept.attended.transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
                 kept.given1, kept.z_o = self.out.forward(output, kept.turns[1])
             added = self._given(0, kept, kept.given1)
             if not self.keeps_given[0]:
@@ -182,16 +217,20 @@ class FusedLayer:
         if added is not None:
             kept.x1 = added
 
-    def mlp_part(self, kept: Kept) -> torch.Tensor:
-        """Fill in gate_up, z_down and given2; return the layer's output (M, D)."""
-        kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2])
-        h = self._hidden(kept)
-        kept.given2 = self.down.forward(h, kept.turns[3])
-        kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
+    def mlp_part(self, kept: Kept, with_graph: bool) -> torch.Tensor:
+        """Fill in what the MLP leaves, and given2; return the layer's output (M, D)."""
+        kept.given2 = self.mlp_forward(kept, with_graph)
         y = self._given(1, kept, kept.given2)
         if not self.keeps_given[1]:
             kept.given2 = None
         return y.add_(kept.x1)
+
+    def mlp_forward(self, kept: Kept, with_graph: bool) -> torch.Tensor:
+        """What the MLP makes of n2, (M, D). Fill in gate_up and z_down."""
+        kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2])
+        h = self._hidden(kept)
+        kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
+        return self.down.forward(h, kept.turns[3])
 
     def _hidden(self, kept: Kept) -> torch.Tensor:
         """What down reads, with its LoRA: (M, I + R)."""
@@ -217,6 +256,10 @@ class FusedLayer:
         """Compute again what was not kept."""
         self.attention_part(kept, shape, angles, mask, with_graph=True)
         self.residual_part(kept)
+        self.complete_mlp(kept)
+
+    def complete_mlp(self, kept: Kept) -> None:
+        """Compute again what was not kept behind n2."""
         if kept.gate_up is None:
             kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2])
         if kept.given2 is None and self.keeps_given[1]:
@@ -229,42 +272,39 @@ class FusedLayer:
         if self.keep >= Keep.ATTENTION:
             kept.gate_up = None
         if self.keep >= Keep.INPUT:
-            kept.attention = kept.heads = kept.x1 = kept.z_o = kept.given1 = kept.given2 = None
+            kept.attention = kept.attended = kept.values = kept.heads = None
+            kept.x1 = kept.z_o = kept.given1 = kept.given2 = None
         if self.keep >= Keep.HOST and self.stash is not None:
             self.stash.put(self.index, kept.x)
             kept.x = None
 
     def backward(self, kept: Kept, dy: torch.Tensor, shape: torch.Size, angles, mask) -> tuple[Any, ...]:
         """Gradients of x and of the LoRA matrices. dy (M, D); empties `kept` on the way."""
+        if self.before_backward:
+            self.before_backward()
         if kept.x is None:
             kept.x = self.stash.take(self.index)
         self.complete(kept, shape, angles, mask)
         ops = ops_for(dy.device)
-        width, buffer = dy.shape[1], self._with_room(dy)
-        d_given = self._back_to_given(1, kept, kept.given2, buffer)
-        self._learn_from(3, kept, kept.given2)
-        kept.given2 = None
-        h, dz = self.down_back.input_gradient(d_given, kept.turns[3])  # dh (M, I)
-        self._learn_from(2, kept, kept.gate_up)
-        d_gate_up = torch.empty_like(kept.gate_up) if self.learns_lengths[2] else kept.gate_up
-        ops.activate_backward(h, kept.gate_up, self.is_gelu, d_gate_up)  # dh becomes h
-        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, kept.turns[3])
-        kept.turns[3].given = None
-        del h, dz, d_given, buffer
-        of_gate_up, buffer1 = self._through_group(1, kept, d_gate_up, dy)
-        kept.gate_up = d_gate_up = kept.n2 = kept.x1 = None
-        d_given = self._back_to_given(0, kept, kept.given1, buffer1)
+        width = dy.shape[1]
+        of_mlp, buffer1 = self.mlp_backward(kept, dy)
+        kept.gate_up = kept.n2 = kept.x1 = None
+        d_given = self.back_to_given(0, kept, kept.given1, buffer1)
         self._learn_from(1, kept, kept.given1)
         kept.given1 = None
         q, k, v, output = kept.attention
-        flat = kept.rows(output.detach().transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
+        flat = kept.rows(kept.attended.transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
         d_output, dz = self.out.input_gradient(d_given, kept.turns[1])
         of_out = self.out.parameter_gradients(d_given[:, :width], dz, flat, kept.z_o, kept.turns[1])
         kept.turns[1].given = None
         del d_given, dz
         d_output = kept.all_rows(d_output, shape[0] * shape[1])
         d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        if kept.row_group:
+            d_output = kept.row_group.to_heads_alone(d_output)
         dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
+        if kept.row_group:
+            dq, dk, dv = kept.row_group.to_tokens_of_all(dq, dk, dv, self.num_heads[1])
         d_qkv = dy.new_empty(shape[0] * shape[1], sum(self.qkv.rows))
         ops.rotate_backward(dq, dk, dv, angles, d_qkv)
         if self.head_norms:
@@ -272,21 +312,37 @@ class FusedLayer:
             for norm, grad, part in self._norms_of_heads(d_heads, kept.heads):
                 ops.norm_groups_backward(grad, part, norm)
         if self.learns_lengths[0]:
-            values = v.detach().transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H of v x E)
+            values = kept.values.transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H of v x E)
             self._learn_from(0, kept, torch.cat((kept.heads.flatten(1), values), 1))
         del q, k, v, output, flat, d_output, dq, dk, dv
-        kept.attention = kept.heads = None
+        kept.attention = kept.attended = kept.values = kept.heads = None
         past = kept.all_rows(buffer1[:, :width], shape[0] * shape[1])
         of_qkv, buffer = self._through_group(0, kept, d_qkv, past)
         self.passed.buffer = buffer if self.index else None
-        return buffer[:, :width], *of_qkv, *of_out, *of_gate_up, *of_down
+        return buffer[:, :width], *of_qkv, *of_out, *of_mlp
+
+    def mlp_backward(self, kept: Kept, dy: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Gradients of the MLP's LoRA matrices, and of x1 with room. dy (M, D)."""
+        width, buffer = dy.shape[1], self.with_room(dy)
+        d_given = self.back_to_given(1, kept, kept.given2, buffer)
+        self._learn_from(3, kept, kept.given2)
+        kept.given2 = None
+        h, dz = self.down_back.input_gradient(d_given, kept.turns[3])  # dh (M, I)
+        self._learn_from(2, kept, kept.gate_up)
+        d_gate_up = torch.empty_like(kept.gate_up) if self.learns_lengths[2] else kept.gate_up
+        ops_for(dy.device).activate_backward(h, kept.gate_up, self.is_gelu, d_gate_up)  # dh becomes h
+        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, kept.turns[3])
+        kept.turns[3].given = None
+        del h, dz, d_given, buffer
+        of_gate_up, buffer1 = self._through_group(1, kept, d_gate_up, dy)
+        return [*of_gate_up, *of_down], buffer1
 
     def _learn_from(self, which: int, kept: Kept, given: torch.Tensor | None) -> None:
         """Hand what a group's projections gave to the gradient of their lengths, where they learn those."""
         if self.learns_lengths[which]:
             kept.turns[which].given = given
 
-    def _back_to_given(self, which: int, kept: Kept, given: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
+    def back_to_given(self, which: int, kept: Kept, given: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
         """Gradient of what attention or MLP gives, with room, of that of what it adds: the same without norm or drop.
 
         The buffers (M, D + room) hold a gradient.
@@ -303,11 +359,11 @@ class FusedLayer:
             ops.norm_rows_backward(grad, given, norm_of(norm, self.family), None, out)
         return made
 
-    def _with_room(self, dy: torch.Tensor) -> torch.Tensor:
+    def with_room(self, dy: torch.Tensor) -> torch.Tensor:
         """The buffer that dy lies in if the layer above made it, else a copy with as much room."""
         rows, width = dy.shape
         buffer, self.passed.buffer = self.passed.buffer, None
-        shape = (rows, width + self.down_back.room)
+        shape = (rows, width + self.room)
         if buffer is not None and buffer.shape == shape and buffer.data_ptr() == dy.data_ptr():
             return buffer
         buffer = dy.new_empty(shape)
@@ -328,7 +384,7 @@ class FusedLayer:
 
     def _through_group(self, which: int, kept: Kept, d_out: torch.Tensor, residual: torch.Tensor):
         """Back through the projections behind a norm, and the norm: (LoRA gradients, gradient of x with room)."""
-        group, room = ((self.qkv, self.down_back.room), (self.gate_up, self.out.room))[which]
+        group, room = ((self.qkv, self.room), (self.gate_up, self.out.room))[which]
         x, buffer = ((kept.x, kept.n1), (kept.x1, kept.n2))[which]
         turn, norm = kept.turns[2 * which], self.before[which]
         both = group.backward(d_out, turn)
@@ -353,18 +409,19 @@ def activation_of(mlp: torch.nn.Module) -> str:
     return type(next(getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name))).__name__
 
 
-def dropout_of(attention: torch.nn.Module) -> float:
-    """The dropout of an attention as it is now: 0 in evaluation mode."""
-    own: Any = attention.attn_dropout.p if hasattr(attention, "attn_dropout") else attention.attention_dropout
-    return float(own) if attention.training else 0.0
+def own_dropout(attention: Any) -> float:
+    """The dropout that the base's config asks of an attention in training."""
+    return float(attention.attn_dropout.p if hasattr(attention, "attn_dropout") else attention.attention_dropout)
 
 
 def sight_of(attention: torch.nn.Module) -> Sight:
     """What each token of a layer sees: its window is its own, or that of all layers."""
     config: Any = attention.config
-    of_all = getattr(config, "sliding_window", None)
-    window: Any = attention.sliding_window if hasattr(attention, "sliding_window") else of_all
-    return Sight(float(attention.scaling), window)  # type: ignore[arg-type]
+    window: Any = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    types = getattr(config, "layer_types", None)
+    if types and types[attention.layer_idx] == "full_attention":
+        window = None
+    return Sight(float(attention.scaling), window, getattr(attention, "sinks", None))  # type: ignore[arg-type]
 
 
 class _Layer(torch.autograd.Function):
@@ -373,7 +430,7 @@ class _Layer(torch.autograd.Function):
         kept = fused.begin(x)
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
-        y = fused.mlp_part(kept)
+        y = fused.mlp_part(kept, with_graph)
         if with_graph:
             fused.thin_out(kept)
             ctx.kept, ctx.fused, ctx.shape, ctx.angles, ctx.mask = kept, fused, x.shape, angles, mask

@@ -175,7 +175,8 @@ class _Maker:
             parameter = torch.nn.Parameter(self._nothing(value.shape, self._dtype), requires_grad=False)
             share, numel = self._keeper.share, value.numel()
             self._keeper.keep(parameter, share.padded(self._cut(value, *share.of(numel)), numel))
-        self.sources.append(Source(name, parameter, value, is_transposed))
+        if isinstance(value, Pieces | Packed):  # what was made of them is not kept
+            self.sources.append(Source(name, parameter, value, is_transposed))
         return parameter
 
     def _four_bit(self, module: Any, old: Any, value: Any) -> Any:

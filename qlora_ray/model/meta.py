@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_ray.config import ModelConfig
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.adapter import ADAPTER_NAME, trainable, wrap
+from qlora_ray.model.balance import routers_of
 from qlora_ray.model.base import build_without_weights, count_parameters, packs_experts
 from qlora_ray.model.experts import expert_sizes
 from qlora_ray.model.facts import ModelFacts, left_out_of_all_linear, read_facts
@@ -54,6 +55,7 @@ def model_facts(folder: str, model: ModelConfig, new_tokens: NewTokens) -> Model
         whole_modules=dict(Counter(last_part(name) for name in names if _is_saved(name, model))),
         new_tokens=new_tokens,
         num_embedding_rows=_num_rows(base),
+        has_balancing_loss=bool(routers_of(base)),
     )
 
 

@@ -54,7 +54,8 @@ def dequantize(weight: torch.Tensor, gain: torch.Tensor | None, out: torch.Tenso
     """
     from bitsandbytes.functional import dequantize_4bit
 
-    out.copy_(dequantize_4bit(weight.data.reshape(-1, 1), weight.quant_state))  # type: ignore[attr-defined]
+    whole = dequantize_4bit(weight.data.reshape(-1, 1), weight.quant_state)  # type: ignore[attr-defined]
+    out.copy_(whole.view(out.shape))
     if gain is not None:
         out.mul_(gain[:, None])
 
@@ -190,6 +191,54 @@ def _gate_and_up(read: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, 
 def drop_values(x: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
     """out = what is kept of x, both (M, D); it may be x."""
     out.copy_(_dropped(x, drop))
+
+
+def activate_backward_with_dots(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """As `activate_backward` of SiLU; returns <grad, what `activate` returned> of each row: (M,) float32."""
+    before = grad.clone()
+    activate_backward(grad, gate_up, False, gate_up)
+    return (before.float() * grad.float()).sum(-1)
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Of gpt_oss's gate: (up + 1) x gate x sigmoid(alpha x gate), both clamped, which lie by turns."""
+
+    alpha: float
+    limit: float
+
+
+def clamped_glu(gate_up: torch.Tensor, clamp: Clamp, out: torch.Tensor) -> None:
+    """out (M, I) of gate_up (M, 2 I)."""
+    gate, up = _clamped(gate_up, clamp)
+    out.copy_((up + 1) * gate * (clamp.alpha * gate).sigmoid())
+
+
+def clamped_glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, clamp: Clamp) -> torch.Tensor:
+    """Back from grad (M, I), in place, as `activate_backward_with_dots`."""
+    gate, up = _clamped(gate_up, clamp)
+    sigmoid, wide = (clamp.alpha * gate).sigmoid(), grad.float()
+    is_free = (gate_up[:, ::2] <= clamp.limit, gate_up[:, 1::2].abs() <= clamp.limit)
+    dgate = wide * (up + 1) * sigmoid * (1 + clamp.alpha * gate * (1 - sigmoid))
+    gate_up[:, 1::2] = wide * gate * sigmoid * is_free[1]
+    gate_up[:, ::2] = dgate * is_free[0]
+    made = ((up + 1) * gate * sigmoid).to(grad.dtype)
+    dots = (wide * made.float()).sum(-1)
+    grad.copy_(made)
+    return dots
+
+
+def _clamped(gate_up: torch.Tensor, clamp: Clamp) -> tuple[torch.Tensor, torch.Tensor]:
+    gate, up = gate_up[:, ::2].float(), gate_up[:, 1::2].float()
+    return gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+
+
+def sum_of_rows(rows: torch.Tensor, places: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
+    """out (T, N) = of rows (M, N) those at places (T, k), each times its score (T, k), added in this order."""
+    total = torch.zeros(out.shape, device=out.device)
+    for place, score in zip(places.unbind(1), scores.unbind(1), strict=True):
+        total += rows[place].float() * score[:, None].float()
+    out.copy_(total)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, scale: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from triton.language.extra import libdevice
 from qlora_ray.model import ops_plain
 from qlora_ray.model.dropout import Drop
 from qlora_ray.model.norm import Norm
-from qlora_ray.model.ops_plain import Angles, Placed
+from qlora_ray.model.ops_plain import Angles, Clamp, Placed
 
 WEIGHTS_PER_SCALE = 64  # bitsandbytes' block size
 SCALES_PER_SCALE = 256  # and that of double quantization
@@ -444,6 +444,16 @@ def activate_backward(grad: torch.Tensor, read: torch.Tensor, is_gelu: bool, out
 
 
 @triton.jit
+def _glu_gradients(stored, up, wide, IS_GELU: tl.constexpr):
+    # Of gate and up, and what `activate` returned, for a gradient `wide` of it.
+    gate = stored.to(tl.float32)
+    inner, slope = _inner(gate, IS_GELU)
+    sigmoid = tl.sigmoid(inner)
+    active = (gate * sigmoid).to(stored.dtype).to(tl.float32)
+    return wide * up * sigmoid * (1 + gate * slope * (1 - sigmoid)), wide * active, active * up
+
+
+@triton.jit
 def _activate_backward(
     grad, read, out, width, stride, read_stride, out_stride, IS_GELU: tl.constexpr, GATED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -453,39 +463,150 @@ def _activate_backward(
     there = column < width
     gate_place = read + row * read_stride + column
     stored = tl.load(gate_place, mask=there, other=0.0)
-    gate = stored.to(tl.float32)
     wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    inner, slope = _inner(gate, IS_GELU)
-    sigmoid = tl.sigmoid(inner)
-    active = (gate * sigmoid).to(stored.dtype).to(tl.float32)
     target = out + row * out_stride + column
     if GATED:
         up = tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
-        tl.store(target + width, (wide * active).to(stored.dtype), mask=there)
-        wide *= up
-        active *= up
-    tl.store(target, (wide * sigmoid * (1 + gate * slope * (1 - sigmoid))).to(stored.dtype), mask=there)
-    tl.store(grad + row * stride + column, active.to(stored.dtype), mask=there)
+        of_gate, of_up, hidden = _glu_gradients(stored, up, wide, IS_GELU)
+        tl.store(target + width, of_up.to(stored.dtype), mask=there)
+    else:
+        of_gate, _, hidden = _glu_gradients(stored, wide * 0.0 + 1.0, wide, IS_GELU)
+    tl.store(target, of_gate.to(stored.dtype), mask=there)
+    tl.store(grad + row * stride + column, hidden.to(stored.dtype), mask=there)
+
+
+def activate_backward_with_dots(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """As `activate_backward` of SiLU; returns <grad, what `activate` returned> of each row: (M,) float32."""
+    rows, width = grad.shape
+    dots = torch.empty(rows, dtype=torch.float32, device=grad.device)
+    if rows:
+        block = min(1024, triton.next_power_of_2(width))
+        _activate_backward_with_dots[(rows,)](grad, gate_up, dots, width, grad.stride(0), block)
+    return dots
+
+
+@triton.jit
+def _activate_backward_with_dots(grad, gate_up, dots, width, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        there = column < width
+        gate_place = gate_up + row * 2 * width + column
+        stored = tl.load(gate_place, mask=there, other=0.0)
+        up = tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
+        wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
+        of_gate, of_up, hidden = _glu_gradients(stored, up, wide, False)
+        kept = hidden.to(stored.dtype)
+        total += wide * kept.to(tl.float32)
+        tl.store(gate_place, of_gate.to(stored.dtype), mask=there)
+        tl.store(gate_place + width, of_up.to(stored.dtype), mask=there)
+        tl.store(grad + row * stride + column, kept, mask=there)
+    tl.store(dots + row, tl.sum(total, 0))
+
+
+def clamped_glu(gate_up: torch.Tensor, clamp: Clamp, out: torch.Tensor) -> None:
+    """out (M, I) of gate_up (M, 2 I)."""
+    (rows, width), block = out.shape, 1024
+    if rows:
+        _clamped_glu[(rows, triton.cdiv(width, block))](
+            gate_up, out, width, out.stride(0), clamp.alpha, clamp.limit, block
+        )
+
+
+@triton.jit
+def _clamped(gate_up, row, column, width, limit):
+    there = column < width
+    place = gate_up + row * 2 * width + 2 * column
+    gate = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(place + 1, mask=there, other=0.0).to(tl.float32)
+    return gate, up, tl.minimum(gate, limit), tl.maximum(tl.minimum(up, limit), -limit)
+
+
+@triton.jit
+def _clamped_glu(gate_up, out, width, stride, alpha, limit, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    _, _, gate, up = _clamped(gate_up, row, column, width, limit)
+    made = (up + 1.0) * gate * tl.sigmoid(alpha * gate)
+    tl.store(out + row * stride + column, made.to(out.dtype.element_ty), mask=column < width)
+
+
+def clamped_glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, clamp: Clamp) -> torch.Tensor:
+    """Back from grad (M, I), in place, as `activate_backward_with_dots`."""
+    rows, width = grad.shape
+    dots = torch.empty(rows, dtype=torch.float32, device=grad.device)
+    if rows:
+        block = min(1024, triton.next_power_of_2(width))
+        _clamped_glu_backward[(rows,)](
+            grad, gate_up, dots, width, grad.stride(0), clamp.alpha, clamp.limit, block
+        )  # fmt: skip
+    return dots
+
+
+@triton.jit
+def _clamped_glu_backward(grad, gate_up, dots, width, stride, alpha, limit, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    kind = grad.dtype.element_ty
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        there = column < width
+        free_gate, free_up, gate, up = _clamped(gate_up, row, column, width, limit)
+        wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(alpha * gate)
+        of_gate = wide * (up + 1.0) * sigmoid * (1.0 + alpha * gate * (1.0 - sigmoid))
+        of_up = wide * gate * sigmoid
+        kept = ((up + 1.0) * gate * sigmoid).to(kind)
+        total += wide * kept.to(tl.float32)
+        place = gate_up + row * 2 * width + 2 * column
+        tl.store(place, tl.where(free_gate <= limit, of_gate, 0.0).to(kind), mask=there)
+        tl.store(place + 1, tl.where(tl.abs(free_up) <= limit, of_up, 0.0).to(kind), mask=there)
+        tl.store(grad + row * stride + column, kept, mask=there)
+    tl.store(dots + row, tl.sum(total, 0))
+
+
+def sum_of_rows(rows: torch.Tensor, places: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
+    """out (T, N) = of rows (M, N) those at places (T, k), each times its score (T, k), added in this order."""
+    (tokens, width), block = out.shape, 1024
+    _sum_of_rows[(tokens, triton.cdiv(width, block))](
+        rows, places, scores.contiguous(), out, width, rows.stride(0), out.stride(0), places.shape[1], block
+    )
+
+
+@triton.jit
+def _sum_of_rows(rows, places, scores, out, width, stride, out_stride, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for each in range(COUNT):
+        row = tl.load(places + token * COUNT + each).to(tl.int64)
+        score = tl.load(scores + token * COUNT + each).to(tl.float32)
+        total += tl.load(rows + row * stride + column, mask=there, other=0.0).to(tl.float32) * score
+    tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=there)
 
 
 def drop_values(x: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
     """out = what is kept of x, both (M, D); it may be x."""
     rows, width = x.shape
     _drop_values[(triton.cdiv(rows, 8), triton.cdiv(width, 256))](
-        x, out, rows, width, x.stride(0), out.stride(0), drop.key, drop.threshold, drop.scale, 8, 256
-    )
+        x, out, rows, width, x.stride(0), out.stride(0), drop.key, drop.threshold, drop.scale, *_numbers(drop, x),
+        8, 256,
+    )  # fmt: skip
 
 
 @triton.jit
 def _drop_values(
-    x, out, rows, width, stride, out_stride, key, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    x, out, rows, width, stride, out_stride, key, threshold, scale, numbers, GIVEN: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
     column = first + tl.arange(0, COLUMNS)
     there = (row < rows)[:, None] & (column < width)[None, :]
     value = tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=there, other=0.0)
-    keep = _kept(row, first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+    keep = _kept(_number(numbers, row, rows, GIVEN), first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
     value = tl.where(keep, value.to(tl.float32) * scale, 0.0).to(value.dtype)
     tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], value, mask=there)
 
@@ -559,8 +680,20 @@ def lora_in(x: torch.Tensor, a: torch.Tensor, drop: Drop, out: torch.Tensor) -> 
     (rows, width), rank = x.shape, a.shape[0]
     _lora_in[(triton.cdiv(rows, 32),)](
         x, a, out, rows, width, rank, x.stride(0), a.stride(0), out.stride(0), drop.key, drop.threshold, drop.scale,
-        32, 128, max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=4,
+        *_numbers(drop, x), 32, 128, max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=4,
     )  # fmt: skip
+
+
+def _numbers(drop: Drop, instead: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The numbers of the rows for a mask, and whether they are given; `instead` is any tensor."""
+    return (instead, False) if drop.numbers is None else (drop.numbers, True)
+
+
+@triton.jit
+def _number(numbers, row, rows, GIVEN: tl.constexpr):
+    if GIVEN:
+        row = tl.load(numbers + row, mask=row < rows, other=0)
+    return row
 
 
 @triton.jit
@@ -582,17 +715,18 @@ def _kept(row, pair, key, threshold):
 
 @triton.jit
 def _lora_in(
-    x, a, out, rows, width, rank, stride, a_stride, out_stride, key, threshold, scale, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    x, a, out, rows, width, rank, stride, a_stride, out_stride, key, threshold, scale, numbers, GIVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there, r = row < rows, tl.arange(0, RANK)
     place = x + row.to(tl.int64)[:, None] * stride
+    number = _number(numbers, row, rows, GIVEN)
     total = tl.zeros((ROWS, RANK), tl.float32)
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         value = tl.load(place + column[None, :], mask=there[:, None] & (column < width)[None, :], other=0.0)
-        keep = _kept(row, start // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+        keep = _kept(number, start // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
         value = tl.where(keep, value.to(tl.float32) * scale, 0.0).to(value.dtype)
         weight = tl.load(
             a + r[None, :] * a_stride + column[:, None], mask=(r < rank)[None, :] & (column < width)[:, None], other=0.0
@@ -612,16 +746,16 @@ def lora_in_gradient(dz: torch.Tensor, x: torch.Tensor, drop: Drop) -> torch.Ten
     each = triton.cdiv(triton.cdiv(rows, parts), 64) * 64
     sums = torch.empty(parts, rank, width, dtype=torch.float32, device=x.device)
     _lora_in_gradient[(triton.cdiv(width, 128), parts)](
-        dz, x, sums, rows, width, rank, dz.stride(0), x.stride(0), each, drop.key, drop.threshold, drop.scale, 64, 128,
-        max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
+        dz, x, sums, rows, width, rank, dz.stride(0), x.stride(0), each, drop.key, drop.threshold, drop.scale,
+        *_numbers(drop, x), 64, 128, max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
     )  # fmt: skip
     return sums.sum(0).to(x.dtype)
 
 
 @triton.jit
 def _lora_in_gradient(
-    dz, x, sums, rows, width, rank, dz_stride, stride, each, key, threshold, scale, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    dz, x, sums, rows, width, rank, dz_stride, stride, each, key, threshold, scale, numbers, GIVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     part, r = tl.program_id(1), tl.arange(0, RANK)
     first = tl.program_id(0) * COLUMNS
@@ -634,7 +768,7 @@ def _lora_in_gradient(
             x + row.to(tl.int64)[:, None] * stride + column[None, :],
             mask=there[:, None] & (column < width)[None, :], other=0.0,
         )  # fmt: skip
-        keep = _kept(row, first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+        keep = _kept(_number(numbers, row, rows, GIVEN), first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
         value = tl.where(keep, value.to(tl.float32) * scale, 0.0).to(value.dtype)
         gradient = tl.load(
             dz + row.to(tl.int64)[None, :] * dz_stride + r[:, None],
@@ -650,15 +784,15 @@ def add_lora_back(dz: torch.Tensor, a: torch.Tensor, drop: Drop, dx: torch.Tenso
     """Add to dx (M, K) what reaches x through its LoRA: dz A where it was kept."""
     (rows, width), rank = dx.shape, a.shape[0]
     _add_lora_back[(triton.cdiv(rows, 64), triton.cdiv(width, 128))](
-        dz, a, dx, rows, width, rank, dz.stride(0), a.stride(0), dx.stride(0), drop.key, drop.threshold, drop.scale, 64,
-        128, max(16, triton.next_power_of_2(rank)), num_warps=4,
+        dz, a, dx, rows, width, rank, dz.stride(0), a.stride(0), dx.stride(0), drop.key, drop.threshold, drop.scale,
+        *_numbers(drop, dx), 64, 128, max(16, triton.next_power_of_2(rank)), num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _add_lora_back(
-    dz, a, dx, rows, width, rank, dz_stride, a_stride, stride, key, threshold, scale, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    dz, a, dx, rows, width, rank, dz_stride, a_stride, stride, key, threshold, scale, numbers, GIVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
@@ -672,7 +806,7 @@ def _add_lora_back(
         a + r[:, None] * a_stride + column[None, :], mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0
     )
     added = tl.dot(gradient, weight, input_precision="ieee")
-    keep = _kept(row, first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+    keep = _kept(_number(numbers, row, rows, GIVEN), first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
     place = dx + row.to(tl.int64)[:, None] * stride + column[None, :]
     value = tl.load(place, mask=there, other=0.0)
     total = value.to(tl.float32) + tl.where(keep, added * scale, 0.0)

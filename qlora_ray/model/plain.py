@@ -41,15 +41,24 @@ def keep_plain(layers: list[torch.nn.Module], levels: Sequence[Keep], stash: Hos
     for slot, (layer, level) in enumerate(zip(layers, levels, strict=True)):
         is_parked = level == Keep.HOST and stash is not None
         layer.gradient_checkpointing = level >= Keep.INPUT  # type: ignore[assignment]
-        layer._gradient_checkpointing_func = partial(_parked, stash, slot) if is_parked else _again  # type: ignore
+        again = partial(_again, layer.__dict__.get("bring_weights"))
+        layer._gradient_checkpointing_func = partial(_parked, stash, slot, again) if is_parked else again  # type: ignore
 
 
-def _again(forward: Callable[..., Any], *given: Any) -> Any:
+def _again(bring_weights: Callable[[], None] | None, forward: Callable[..., Any], *given: Any) -> Any:
+    def forward_with_weights(*inputs: Any) -> Any:
+        if bring_weights:  # transformers calls a module's hooks outside of what is computed again
+            bring_weights()
+        return forward(*inputs)
+
     # Reentrant: the other kind keeps ZeRO-3's gathered weights alive through bitsandbytes' autograd function.
-    return checkpoint(forward, *given, use_reentrant=True)
+    return checkpoint(forward_with_weights, *given, use_reentrant=True)
 
 
-def _parked(stash: HostStash, slot: int, forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
+def _parked(
+    stash: HostStash, slot: int, again: Callable[..., Any], forward: Callable[..., Any], hidden: torch.Tensor,
+    *others: Any,
+) -> Any:  # fmt: skip
     def pack(tensor: torch.Tensor) -> torch.Tensor | None:
         if tensor.data_ptr() != hidden.data_ptr():
             return tensor
@@ -57,7 +66,7 @@ def _parked(stash: HostStash, slot: int, forward: Callable[..., Any], hidden: to
         return None
 
     with saved_tensors_hooks(pack, lambda tensor: stash.take(slot) if tensor is None else tensor):
-        return _again(forward, hidden, *others)
+        return again(forward, hidden, *others)
 
 
 def measure_whole_bytes(model: Any, input_ids: torch.Tensor, gathered: Gathered) -> int:

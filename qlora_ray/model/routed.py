@@ -7,6 +7,7 @@ never kept: under ZeRO-3 what was gathered for forward is released after it. Sum
 
 # M tokens, k experts of each, S = M x k rows, E experts, K inputs and N outputs of a projection, R the rank of a LoRA
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_ray.model.adapter import ADAPTER_NAME
-from qlora_ray.model.experts import blocks_around_experts, gate, has_silu, is_packed, stack_names, unwrapped
+from qlora_ray.model.experts import blocks_around_experts, clamp_of, gate, has_silu, is_packed, stack_names, unwrapped
 from qlora_ray.model.facts import EXPERT_CHUNK_BYTES
 from qlora_ray.model.projection import ops_for
 
@@ -43,19 +44,37 @@ class Routing(Rows):
 
     def __init__(self, index: torch.Tensor, num_experts: int):
         """index (M, k): experts of each token."""
-        flat = index.reshape(-1)
-        self.order = torch.argsort(flat, stable=True)  # (S,) which (token, expert) each row is
-        self.experts = flat[self.order]
-        self.tokens = self.order // index.shape[1]
-        self.places = torch.empty_like(self.order)  # (S,) the row of each (token, expert)
-        self.places[self.order] = torch.arange(len(flat), device=flat.device)
-        self.num_experts_per_token = index.shape[1]
-        numbers = torch.arange(num_experts, device=flat.device, dtype=flat.dtype)
+        flat, count = index.reshape(-1).to(torch.int32), index.shape[1]
+        order = torch.argsort(flat, stable=True)  # (S,) which (token, expert) each row is
+        self.experts = flat[order]
+        self.tokens = (order // count).to(torch.int32)
+        places = torch.empty_like(flat)
+        places[order] = torch.arange(len(flat), device=flat.device, dtype=torch.int32)
+        self.places = places.view(-1, count)  # (M, k) the row of each (token, expert)
+        numbers = torch.arange(num_experts, device=flat.device, dtype=torch.int32)
         super().__init__(torch.searchsorted(self.experts, numbers, right=True).to(torch.int32))
 
-    def sum_of_tokens(self, rows: torch.Tensor) -> torch.Tensor:
-        """(S, N) -> (M, N), each token's rows added in the order of its experts."""
-        return rows[self.places].unflatten(0, (-1, self.num_experts_per_token)).sum(1)
+    def by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """(M, k) -> (S,)."""
+        rows = torch.empty(values.numel(), dtype=values.dtype, device=values.device)
+        rows[self.places.reshape(-1)] = values.reshape(-1)
+        return rows
+
+    def sum_of_tokens(self, rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(S, N) -> (M, N), each token's rows times their scores (M, k), added in the order of its experts."""
+        out = rows.new_empty(len(self.places), rows.shape[1])
+        ops_for(rows.device).sum_of_rows(rows, self.places, scores, out)
+        return out
+
+
+@dataclass
+class Pass:
+    """What the experts of a layer have of one micro-batch between forward and backward."""
+
+    x: torch.Tensor | None = None  # (M, K) what they read
+    routing: Routing | None = None
+    up: torch.Tensor | None = None  # (S, 2 I) their first products; None: computed again
+    is_whole: bool = False  # what lies beside the experts is kept, too
 
 
 class Stack:
@@ -84,21 +103,26 @@ class Stack:
             y.add_(grouped(grouped(x, a.mT, routing), b.mT, routing), alpha=scale)
         return y
 
-    def backward(
-        self, dy: torch.Tensor, x: torch.Tensor | None, routing: Routing
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Gradient of (S, K) for dy (S, N), and those of A and B for this x (S, K)."""
+    def input_gradient(self, dy: torch.Tensor, routing: Routing, is_adapted: bool):
+        """Gradient of (S, K) for dy (S, N), and that of x A^T (S, R) if there is a LoRA."""
         dx = self._product(dy, routing, backward=True)
-        if self.lora is None or x is None:
-            return dx, []
+        if not (self.lora and is_adapted):
+            return dx, None
         a, b, scale = self._factors()
-        dz = grouped(dy, b, routing).mul_(scale)  # (S, R)
-        da = outer(dz, x, routing)  # (E, R, K)
-        db = outer(dy, grouped(x, a.mT, routing), routing).mul_(scale)  # (E, N, R)
+        dz = grouped(dy, b, routing).mul_(scale)
+        return dx.add_(grouped(dz, a, routing)), dz
+
+    def parameter_gradients(
+        self, dy: torch.Tensor, dz: torch.Tensor | None, x: torch.Tensor, scores: torch.Tensor, routing: Routing
+    ) -> list[torch.Tensor]:
+        """Of A and B, for dy (S, N), dz (S, R) and x (S, K), where each row counts by its score (S, 1)."""
+        if dz is None:
+            return []
+        a, _, scale = self._factors()
         rank = self.lora.r[ADAPTER_NAME]
-        return dx.add_(grouped(dz, a, routing)), [
-            da[:, :rank].flatten(0, 1), db[:, :, :rank].permute(1, 2, 0).flatten(1)
-        ]  # fmt: skip
+        da = outer(dz * scores.to(dz.dtype), x, routing)  # (E, R, K)
+        db = outer(dy, grouped(x, a.mT, routing).mul_(scores), routing).mul_(scale)  # (E, N, R)
+        return [da[:, :rank].flatten(0, 1), db[:, :, :rank].permute(1, 2, 0).flatten(1)]
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A (E, R, K), B (E, N, R) and their product's factor. On a GPU zeros fill R up to 16 bytes."""
@@ -123,12 +147,17 @@ class Stack:
     def _weights(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Dequantized weights of some experts, and their numbers: first, last + 1, (n, N, K) as it is stored."""
         weight: Any = getattr(self.module, self.name)
-        state, scales = weight.quant_state, _scales(weight.quant_state)
+        state = weight.quant_state
         num_experts, *sides = state.shape
         each = sides[0] * sides[1]
         at_a_time = max(1, EXPERT_CHUNK_BYTES // (each * state.dtype.itemsize))
-        if each % state.blocksize:  # a scale is of two experts
-            at_a_time = num_experts
+        if at_a_time >= num_experts or each % state.blocksize:  # else a scale is of two experts
+            assert weight.data.numel() * 2 >= num_experts * each, "not gathered"
+            whole = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
+            ops_for(weight.device).dequantize(weight, None, whole.flatten(0, 1))
+            yield 0, num_experts, whole
+            return
+        scales = _scales(state)
         for first in range(0, num_experts, at_a_time):
             last = min(num_experts, first + at_a_time)
             yield first, last, _dequantized(weight, scales, first, last)
@@ -191,59 +220,88 @@ class Experts:
         self.module = module
         self.up, self.down = (Stack(module, name, loras.get(name)) for name in stack_names(module))
         self.num_experts = int(module.down_proj.quant_state.shape[0])
-        self.has_silu = has_silu(module)
+        self.has_silu, self.clamp = has_silu(module), clamp_of(module)
         self.wrapper = next(iter(loras.values()), None)
+        self.held: Pass | None = None  # where the next forward leaves what it has; None: with autograd
+        self.num_rows: torch.Tensor | None = None  # (E,) that each expert had in training, since it was asked for
 
     def __call__(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """x (M, K), index and scores (M, k) -> (M, K)."""
         is_adapted = self.wrapper is not None and not self.wrapper.disable_adapters
-        parameters = [*self.up.parameters(), *self.down.parameters()] if is_adapted else []
-        return _Routed.apply(x, index, scores, self, is_adapted, *parameters)
+        return _Routed.apply(x, index, scores, self, is_adapted, *(self.parameters() if is_adapted else ()))
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The LoRA matrices, in the order of `backward`'s gradients."""
+        return [*self.up.parameters(), *self.down.parameters()]
+
+    def count(self, rows: Rows) -> None:
+        """Add up, in training, the rows of each expert. The host does not wait."""
+        if self.module.training:
+            counts = torch.diff(rows.ends.long(), prepend=rows.ends.new_zeros(1))
+            self.num_rows = counts if self.num_rows is None else self.num_rows.add_(counts)
 
     def gate(self, up: torch.Tensor) -> torch.Tensor:
         """(S, 2 I) -> (S, I)."""
-        if not self.has_silu:
+        if not self.has_silu and not self.clamp:
             return gate(self.module, up)
-        out = up.new_empty(len(up), up.shape[1] // 2)
-        ops_for(up.device).activate(up, False, out)
+        out, ops = up.new_empty(len(up), up.shape[1] // 2), ops_for(up.device)
+        if self.clamp:
+            ops.clamped_glu(up, self.clamp, out)
+        else:
+            ops.activate(up, False, out)
         return out
 
-    def gate_backward(self, dh: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Gradient of what `gate` was given. Overwrites both."""
-        if self.has_silu:
-            ops_for(up.device).activate_backward(dh, up, False, up)
-            return up
+    def gate_backward(self, dh: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradient of what `gate` was given, what it returned, and <dh, that> of each row. Overwrites both."""
+        ops = ops_for(up.device)
+        if self.has_silu or self.clamp:
+            return (
+                up,
+                dh,
+                ops.clamped_glu_backward(dh, up, self.clamp) if self.clamp else ops.activate_backward_with_dots(dh, up),
+            )
         with torch.enable_grad():
             leaf = up.detach().requires_grad_()
-            return torch.autograd.grad(self.gate(leaf), leaf, dh)[0]
+            h = self.gate(leaf)
+        (dup,) = torch.autograd.grad(h, leaf, dh)
+        h = h.detach()
+        return dup, h, dh.mul_(h).sum(-1, dtype=torch.float32)
 
 
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, scores, experts: Experts, is_adapted: bool, *parameters):
         routing = Routing(index, experts.num_experts)
+        experts.count(routing)
         up = experts.up.forward(x[routing.tokens], routing, is_adapted)  # (S, 2 I)
         y = experts.down.forward(experts.gate(up), routing, is_adapted)  # (S, K)
-        ctx.experts, ctx.routing = experts, routing
-        ctx.save_for_backward(scores, up, *([x] if is_adapted else []))
-        return routing.sum_of_tokens(y * scores.reshape(-1)[routing.order, None]).to(x.dtype)
+        ctx.experts, ctx.is_adapted, ctx.routing, ctx.held = experts, is_adapted, routing, experts.held
+        if ctx.held is not None:
+            ctx.held.routing, ctx.held.up = routing, up
+        ctx.save_for_backward(scores, index, *(() if ctx.held else (up, x) if is_adapted else (up,)))
+        return routing.sum_of_tokens(y, scores)
 
     @staticmethod
     def backward(ctx, grad):
-        scores, up, *x = ctx.saved_tensors
-        experts, routing = ctx.experts, ctx.routing
-        dy, score = grad[routing.tokens], scores.reshape(-1)[routing.order, None]  # (S, K), (S, 1)
-        h = experts.gate(up)
-        # The score, which is a factor of the output, is left out of dy here, and so it is in h for B and A.
-        dh, of_down = experts.down.backward(dy, (h * score).to(h.dtype) if x else None, routing)  # (S, I)
-        dscore = (dh * h).sum(-1, dtype=torch.float32)
+        scores, index, *kept = ctx.saved_tensors
+        experts, routing, is_adapted = ctx.experts, ctx.routing, ctx.is_adapted
+        held = ctx.held or Pass(kept[1] if is_adapted else None, routing, kept[0])
+        x_rows = held.x[routing.tokens] if is_adapted or held.up is None else None
+        up = experts.up.forward(x_rows, routing, is_adapted) if held.up is None else held.up
+        held.up, x_rows = None, x_rows if is_adapted else None  # the first is overwritten
+        score = routing.by_row(scores)[:, None] if is_adapted else None  # (S, 1)
+        # Scores are factors of the rows of the sum; left out here, they come in where gradients are sums over rows.
+        dy = grad[routing.tokens]  # (S, K)
+        dh, dz = experts.down.input_gradient(dy, routing, is_adapted)  # (S, I)
+        dup, h, dots = experts.gate_backward(dh, up)
+        of_down = experts.down.parameter_gradients(dy, dz, h, score, routing)
+        del dy, h, dh, up
+        dx, dz = experts.up.input_gradient(dup, routing, is_adapted)
+        of_up = experts.up.parameter_gradients(dup, dz, x_rows, score, routing)
+        dscores = dots[routing.places]  # (M, k)
         if experts.down.bias is not None:
-            dscore += (dy * experts.down.bias[routing.experts]).sum(-1, dtype=torch.float32)
-        del dy, h
-        dup = experts.gate_backward((dh * score).to(dh.dtype), up)
-        dx, of_up = experts.up.backward(dup, x[0][routing.tokens] if x else None, routing)
-        dscores = dscore[routing.places].view(scores.shape).to(scores.dtype)
-        return routing.sum_of_tokens(dx), None, dscores, None, None, *of_up, *of_down
+            dscores += (grad @ experts.down.bias.t()).gather(1, index)
+        return routing.sum_of_tokens(dx, scores), None, dscores.to(scores.dtype), None, None, *of_up, *of_down
 
 
 def compute_in_4_bits(model: torch.nn.Module) -> None:
@@ -251,7 +309,19 @@ def compute_in_4_bits(model: torch.nn.Module) -> None:
     for block in blocks_around_experts(model):
         for child in block.children():
             if is_packed(unwrapped(child)):
-                child.forward = Experts(unwrapped(child), _loras(child)).__call__  # type: ignore[method-assign]
+                routed = Experts(unwrapped(child), _loras(child))
+                child.routed, child.forward = routed, routed.__call__  # type: ignore[assignment,method-assign]
+
+
+def take_counts(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Of each layer with experts, the rows (E,) that each of them had in training since the last call."""
+    found = []
+    for module in model.modules():
+        experts = module.__dict__.get("routed")
+        if isinstance(experts, Experts) and experts.num_rows is not None:
+            found.append(experts.num_rows)
+            experts.num_rows = None
+    return found
 
 
 def _loras(wrapper: Any) -> dict[str, Any]:

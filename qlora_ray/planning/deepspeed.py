@@ -13,7 +13,6 @@ DECIDED_BY = {
     "zero_optimization.stage": "deepspeed.zero_stage",
     "bf16.enabled": "quantization.compute_dtype",
     "fp16.enabled": "quantization.compute_dtype",
-    "zero_optimization.offload_param.device": "deepspeed.offload_params",
     "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
 }
 CORRUPTING = {
@@ -42,8 +41,6 @@ def defaults(config: Config, stage: int, accumulation: int, compute_dtype: str, 
     if stage > 1:
         # One bucket holds all gradients; the default takes a GiB whatever their number.
         zero["reduce_bucket_size"] = max(1_000_000, min(num_trainable, 500_000_000))
-    if ds.offload_params != "none":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     if ds.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
@@ -59,22 +56,32 @@ def defaults(config: Config, stage: int, accumulation: int, compute_dtype: str, 
     }
 
 
-def merge(user: dict[str, Any], ours: dict[str, Any], num_workers: int) -> dict[str, Any]:
+def merge(user: dict[str, Any], ours: dict[str, Any], num_row_groups: int) -> dict[str, Any]:
     """A user's JSON over ours: "auto" is filled in, explicit values win, contradictions are refused.
 
     Raises ConfigError with the key's dotted name.
     """
-    refuse_contradictions(user, ours, num_workers)
-    return _merged(ours, user, _fixed(ours, num_workers))
+    refuse_contradictions(user, ours, num_row_groups)
+    zero = user.get("zero_optimization")
+    if isinstance(zero, dict):  # planning/offload.py has taken its own
+        user = {**user, "zero_optimization": {name: one for name, one in zero.items() if name != "offload_param"}}
+    return _merged(ours, user, _fixed(ours, num_row_groups))
 
 
 def refuse_contradictions(
-    user: dict[str, Any], ours: dict[str, Any], num_workers: int, open_sections: tuple[str, ...] = ()
+    user: dict[str, Any], ours: dict[str, Any], num_row_groups: int, open_sections: tuple[str, ...] = ()
 ) -> None:
     """Raise ConfigError for what a user's JSON must not say; sections that are still open contradict nothing."""
-    fixed = {key: value for key, value in _fixed(ours, num_workers).items() if key.split(".")[0] not in open_sections}
+    fixed = {
+        key: value for key, value in _fixed(ours, num_row_groups).items() if key.split(".")[0] not in open_sections
+    }
     sections = {name.split(".")[0] for name in fixed if "." in name}
     for key, value in flat(user).items():
+        if key == "zero_optimization.offload_optimizer.device" and value == "nvme":
+            raise ConfigError(
+                f"{key}=nvme in the DeepSpeed JSON: the state of an adapter's optimizer is small. Write cpu, and set "
+                "deepspeed.offload_optimizer: cpu."
+            )
         if key in CORRUPTING and value:
             raise ConfigError(f"{key}={value} in the DeepSpeed JSON: {CORRUPTING[key]} Remove it.")
         if key.split(".")[0] in NOT_THEIRS:
@@ -88,19 +95,18 @@ def refuse_contradictions(
             raise ConfigError(f'{key}={value} in the DeepSpeed JSON: must be an object, e.g. {{"enabled": "auto"}}.')
 
 
-def _fixed(ours: dict[str, Any], num_workers: int) -> dict[str, Any]:
-    """Dotted DeepSpeed keys that the YAML decides, with their values."""
+def _fixed(ours: dict[str, Any], num_row_groups: int) -> dict[str, Any]:
+    """Dotted DeepSpeed keys that the YAML decides, with their values; each group of workers takes rows of its own."""
     zero = ours["zero_optimization"]
     micro_batch_size, accumulation = ours["train_micro_batch_size_per_gpu"], ours["gradient_accumulation_steps"]
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch_size * accumulation * num_workers,
+        "train_batch_size": micro_batch_size * accumulation * num_row_groups,
         "zero_optimization.stage": zero["stage"],
         "bf16.enabled": ours["bf16"]["enabled"],
         "fp16.enabled": ours["fp16"]["enabled"],
         "gradient_clipping": ours["gradient_clipping"],
-        "zero_optimization.offload_param.device": zero.get("offload_param", {}).get("device", "none"),
         "zero_optimization.offload_optimizer.device": zero.get("offload_optimizer", {}).get("device", "none"),
     }
 

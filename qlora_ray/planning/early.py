@@ -10,10 +10,10 @@ from typing import Any
 from qlora_ray import environment
 from qlora_ray.config import Config, find_file
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import ModelFacts, check_folder, read_facts, stored_quantization
+from qlora_ray.model.facts import ModelFacts, check_folder, has_mxfp4, read_facts, stored_quantization
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.start import check_base, open_start
-from qlora_ray.planning import deepspeed
+from qlora_ray.planning import deepspeed, offload
 from qlora_ray.planning.plan import Hardware, accumulation_of, check_workers_fit, zero_stage
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
@@ -27,8 +27,19 @@ def refuse_before_ray(*configs: Config) -> None:
         if not environment.ray_address(config.ray.address):  # Ray takes seconds to say what is known here
             cpus = config.ray.resources_per_worker.get("CPU", 1)
             check_workers_fit(config, {"CPU": cpus}, Hardware(len(os.sched_getaffinity(0)), 0))
+            check_disk(config)
     for config in {repr((one.data, one.model)): one for one in configs}.values():
         check_files(config)
+
+
+def check_disk(config: Config) -> None:
+    """Refuse a deepspeed.nvme_path of this machine that cannot take the weights that pass. Raises ConfigError."""
+    folder, key = config.deepspeed.nvme_path, f"deepspeed.nvme_path={config.deepspeed.nvme_path}"
+    if folder is None:
+        return
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        why = "cannot be written to" if os.path.isdir(folder) else "no such folder"
+        raise ConfigError(f"{key}: {why}. Name a folder on a local disk, or use deepspeed.offload_params=cpu.")
 
 
 def check_trackers(config: Config) -> None:
@@ -40,12 +51,13 @@ def check_trackers(config: Config) -> None:
 
 def refuse_early(config: Config, deepspeed_json: dict[str, Any] | None) -> None:
     """Refuse what needs neither data nor hardware to refuse. Raises ConfigError."""
+    config = offload.taken_from_json(config, deepspeed_json)
     accumulation, stage = accumulation_of(config), zero_stage(config)
     dtype = config.quantization.compute_dtype
     if deepspeed_json:
         ours = deepspeed.defaults(config, stage, accumulation, dtype, num_trainable=1)
         open_sections = ("bf16", "fp16") if dtype == "auto" else ()  # the GPU decides
-        deepspeed.refuse_contradictions(deepspeed_json, ours, config.ray.max_workers, open_sections)
+        deepspeed.refuse_contradictions(deepspeed_json, ours, config.num_row_groups, open_sections)
 
 
 def check_files(config: Config) -> None:
@@ -87,7 +99,14 @@ def exact_facts(config: Config, folder: str | None = None) -> ModelFacts:
 
     folder, model = folder or local_base(config), config.model
     new_tokens = pieces_of(model.new_tokens, folder, model.trust_remote_code) if model.new_tokens else {}
-    return model_facts(folder, model, new_tokens)
+    facts = model_facts(folder, model, new_tokens)
+    coefficient = config.training.router_aux_loss_coef
+    if coefficient and not facts.has_balancing_loss:
+        raise ConfigError(
+            f"training.router_aux_loss_coef={coefficient:g}: {facts.model_type} models have no load-balancing loss. "
+            "Leave it out."
+        )
+    return facts
 
 
 def facts_at_hand(config: Config) -> ModelFacts | None:
@@ -122,6 +141,8 @@ def _check_base(config: Config, folder: str) -> None:
     check_folder(folder)
     key = f"model.base_model={config.model.base_model}"
     refuse_unread_code(folder, config.model, key)
+    if config.quantization.type == "none" and has_mxfp4(folder):
+        raise ConfigError(f"quantization.type=none: {key} is stored in MXFP4, and trained on in nf4 or fp4 alone.")
     stored = stored_quantization(folder)
     if stored is None:
         return

@@ -1,14 +1,18 @@
 """How much memory a run will take and how fast it will be, before it starts. No torch, no GPU."""
 
+import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_ray.config import Config
 from qlora_ray.model.facts import EXPERT_CHUNK_BYTES, BaseFacts
 from qlora_ray.model.families import FAMILIES, PLAIN_HEADS
-from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, activation_bytes
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, RoutedShape, activation_bytes
 
 GIB = 2**30
+SHARE_OF_MEMORY = 0.93  # of a GPU's; the rest is the CUDA context and the allocator's
+NUM_SLOTS = 3  # of model/ring.py
 # 4 bits + one 8-bit scale per 64 weights (arXiv:2305.14314), or one float32 scale without double quantization.
 BYTES_PER_WEIGHT = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 # bf16 matrix products, FLOP/s: H200 measured (8192^3, random data), the others their datasheets' dense rate x 0.8.
@@ -32,7 +36,14 @@ class Sizes:
     num_workers: int  # the fewest: each then holds most
     layer: LayerShape | PlainShape
     trains_rows: bool  # of embedding and output layer: model.new_tokens
-    loads_in_shares: bool
+    begins_whole: bool  # the adapter is made of whole weights, before ZeRO takes them apart
+    shares_base: bool  # over the workers; else each holds all of it
+    offload: str  # none, or where the layers' weights lie: cpu, nvme
+
+    @property
+    def loads_in_shares(self) -> bool:
+        """Whether each worker reads and packs its share of the base alone."""
+        return self.shares_base and not self.begins_whole
 
 
 def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype: str) -> Sizes:
@@ -42,16 +53,16 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
     return Sizes(
         base, num_trainable, quantization.type != "none", quantization.double_quant, wide, stage,
         config.ray.min_workers, layer_shape(config, base, wide), bool(config.model.new_tokens),
-        loads_in_shares(config, stage, config.ray.min_workers),
+        begins_whole(config),
+        stage == 3 and config.ray.max_workers > 1 and config.deepspeed.share_base != "replicate"
+        and config.deepspeed.offload_params == "none",
+        config.deepspeed.offload_params,
     )  # fmt: skip
 
 
-def loads_in_shares(config: Config, stage: int, num_workers: int) -> bool:
-    """Whether each worker reads and packs its share of the base alone, or all of it before ZeRO takes it apart.
-
-    LoftQ and DoRA begin from whole weights.
-    """
-    return stage == 3 and num_workers > 1 and config.model.lora_variant in ("lora", "rslora")
+def begins_whole(config: Config) -> bool:
+    """Whether the adapter is made of whole weights, as LoftQ and DoRA do: before ZeRO takes the base apart."""
+    return config.model.lora_variant not in ("lora", "rslora")
 
 
 def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerShape | PlainShape:
@@ -66,15 +77,27 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
     has_whole_logits = bool(model.new_tokens) or "lm_head" in model.modules_to_save
     can_fuse = config.quantization.type != "none" and not (model.lora_variant == "dora" and model.lora_dropout)
     can_fuse = can_fuse and not set(model.modules_to_save) - BESIDE_LAYERS
-    if family is None or not can_fuse or not {*sum(family.projections, ())} <= widths.keys():
+    can_fuse = can_fuse and not (base.experts and not base.experts.num_packed)
+    groups = () if family is None else family.projections[:2] if base.experts else family.projections
+    if family is None or not can_fuse or not {name for names in groups for name in names} <= widths.keys():
         return _plain_shape(base, rank, element_bytes, has_whole_logits)
-    qkv, queries, up, inner = (sum(widths[name] for name in names) for names in family.projections)
-    return LayerShape(
-        hidden=base.hidden_size, inner=inner, queries=queries, keys=(qkv - queries) // 2,
-        rank=rank, element_bytes=element_bytes, adapted=(len(family.qkv), 1, len(family.gate_up), 1),
-        has_head_norms=bool(family.norm_of_heads), has_gate=up > inner, drops=any(family.drops),
+    qkv, queries, *of_mlp = (sum(widths[name] for name in names) for names in groups)
+    parts, key_heads = config.training.sequence_parallel, base.num_key_heads or 1
+    shape: dict[str, Any] = dict(
+        hidden=base.hidden_size, queries=queries, keys=(qkv - queries) // 2, drops=any(family.drops),
+        rank=rank, element_bytes=element_bytes, has_head_norms=bool(family.norm_of_heads),
         norms_after=family.num_norms_after, is_dora=model.lora_variant == "dora", has_whole_logits=has_whole_logits,
+        row_parts=parts, key_copies=math.lcm(key_heads, parts) // key_heads,
     )  # fmt: skip
+    if base.experts:
+        shared = [rows for name, rows, _ in base.linear_shapes if "shared_expert" in name and name.endswith("up_proj")]
+        sizes = base.experts
+        return RoutedShape(
+            inner=max(shared, default=0), adapted=(len(family.qkv), 1, 0, 0), num_experts=sizes.num_experts,
+            num_per_token=sizes.num_per_token, up=sizes.up, expert_inner=sizes.inner, **shape,
+        )  # fmt: skip
+    up, inner = of_mlp
+    return LayerShape(inner=inner, has_gate=up > inner, adapted=(len(family.qkv), 1, len(family.gate_up), 1), **shape)
 
 
 def _plain_shape(base: BaseFacts, rank: int, element_bytes: int, has_whole_logits: bool) -> PlainShape:
@@ -100,6 +123,19 @@ def _plain_shape(base: BaseFacts, rank: int, element_bytes: int, has_whole_logit
     )  # fmt: skip
 
 
+def passing_bytes(sizes: Sizes) -> float:
+    """Bytes of the layers' weights, which pass through slots of the GPU where they are offloaded."""
+    base = sizes.base
+    if sizes.quantized:
+        return base.num_packed_parameters * BYTES_PER_WEIGHT[sizes.double_quant]
+    return base.num_linear_parameters * sizes.element_bytes
+
+
+def slab_bytes(sizes: Sizes) -> float:
+    """Of one layer."""
+    return passing_bytes(sizes) / max(1, sizes.base.num_layers)
+
+
 def resident_gib(sizes: Sizes) -> dict[str, float]:
     """GiB a worker holds all the time, by part."""
     base, wide = sizes.base, sizes.element_bytes
@@ -107,14 +143,17 @@ def resident_gib(sizes: Sizes) -> dict[str, float]:
     packed = quantized * 0.5
     scales = quantized * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5)  # ZeRO shards weights, not their scales
     rest = (base.num_parameters - quantized) * wide
-    shards = sizes.num_workers if sizes.stage == 3 else 1
+    shards = sizes.num_workers if sizes.shares_base else 1
     shares = sizes.num_workers if sizes.stage > 0 else 1
     master = 4 if wide == 2 else 0
     # Weights and gradients; the float32 sum of gradients, and DeepSpeed's share of it; float32 copy and two moments.
     here = sizes.num_trainable * wide * 2
     ours = sizes.num_trainable * (4 / sizes.num_workers + (wide / shares if sizes.stage > 0 else 0))
+    held = (packed + rest) / shards + scales
+    if sizes.offload != "none":
+        held = packed + scales + rest - passing_bytes(sizes) + NUM_SLOTS * slab_bytes(sizes)
     return {
-        "base": ((packed + rest) / shards + scales) / GIB,
+        "base": held / GIB,
         "lora_and_optimizer": (here + ours + sizes.num_trainable * (8 + master) / shares) / GIB,
     }
 
@@ -132,12 +171,13 @@ def loading_gib(sizes: Sizes) -> float:
     """GiB that a worker holds at most while it loads the base."""
     base, wide = sizes.base, sizes.element_bytes
     quantized = base.num_packed_parameters if sizes.quantized else 0
-    if sizes.loads_in_shares:
+    if sizes.loads_in_shares or sizes.offload != "none":
         stack = (
             base.experts and max(base.experts.up, base.experts.inner) * base.experts.hidden * base.experts.num_experts
         )
         largest = max(stack or 0, *(rows * columns for _, rows, columns in base.linear_shapes), 0)
-        one = largest * (wide / sizes.num_workers + 2 * 4 / 64)  # its share, and float32 scales of all of it
+        share = 1 / sizes.num_workers if sizes.loads_in_shares else 1.0
+        one = largest * (wide * share + 2 * 4 / 64)  # its share, and float32 scales of all of it
         return resident_gib(sizes)["base"] + one / GIB
     return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB
 

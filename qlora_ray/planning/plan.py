@@ -9,8 +9,10 @@ from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, ModelFacts, left_out_of_all_linear
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, choose
-from qlora_ray.planning import deepspeed, memory
+from qlora_ray.planning import deepspeed, holding, memory, offload
 from qlora_ray.planning.memory import GIB, Sizes
+from qlora_ray.planning.offload import Passing
+from qlora_ray.planning.sharing import PAD_TO_MULTIPLE_OF, refuse_sharing, tokens_of_a_worker
 from qlora_ray.planning.speed import speed_notes
 
 STORAGE_FOR_THE_REST = 32 * 2**20  # logs, metrics, report, tokenizer files
@@ -22,7 +24,6 @@ PACKED_MODEL_TYPES = {
     "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3",
     "gpt2", "gpt_neox", "olmo2", "granite", "glm4", "smollm3",
 }  # fmt: skip
-PAD_TO_MULTIPLE_OF = 8  # keeps matrix units busy, and the number of different widths of rows small
 FEW_STEPS = 10  # an epoch of fewer is worth a word
 
 
@@ -35,6 +36,7 @@ class Hardware:
     accelerator_types: tuple[str, ...] = ()
     other_resources: dict[str, float] = field(default_factory=dict)
     nodes: tuple[dict[str, float], ...] = ()  # resources of each: a worker lives on one
+    gpu_gib: float | None = None  # of the smallest GPU, where the nodes were asked
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Plan:
     recompute: str  # all, none, or auto: layers keep what the worker's memory has room for
     micro_batch_size: int
     micro_batches_per_step: int  # of all workers together
-    gradient_accumulation_steps: int  # of each worker, where all of num_workers are there
+    gradient_accumulation_steps: int  # of each group of workers, where all of num_workers are there
     steps_per_epoch: int
     num_steps: int
     warmup_steps: int
@@ -62,11 +64,14 @@ class Plan:
     new_tokens: dict[int, list[int]]  # ids, and the tokens that their rows begin as the mean of
     four_bit_share: float  # of the base's parameters
     notes: tuple[str, ...]
-    tokens_per_micro_batch: int  # at most, padding included
+    tokens_per_micro_batch: int  # of a worker, at most, padding included
     layer_shape: LayerShape | PlainShape  # of the decoder layers, fused or not
     may_hold_weights: bool  # whether these may keep dequantized weights between steps
     memory_forecast_gib: dict[str, float]  # per worker
     deepspeed: dict[str, Any]
+    shares_base: bool = False  # over the workers; else each holds all of it
+    why_shared: str = ""  # or not
+    passing: Passing | None = None  # the layers' weights, where they are offloaded
     rows_of_tokens: int = 1  # that each row is read as: 2 where rows hold pairs
 
     @property
@@ -88,6 +93,7 @@ def make_plan(
     config: Config, data: DataStats, base: ModelFacts, hardware: Hardware, deepspeed_json: dict | None
 ) -> Plan:
     """Derive the plan. Raises ConfigError where several fields together ask for the impossible."""
+    config = offload.taken_from_json(config, deepspeed_json)
     use_gpu = uses_gpu(config, hardware)
     if not use_gpu and config.quantization.compute_dtype == "float16":
         raise ConfigError(
@@ -97,7 +103,7 @@ def make_plan(
     resources = resources_of_a_worker(config, use_gpu)
     check_workers_fit(config, resources, hardware)
     accumulation = accumulation_of(config)
-    micro_batches = accumulation * config.ray.max_workers
+    micro_batches = accumulation * config.num_row_groups
     steps_per_epoch = -(-data.num_rows // (micro_batches * config.training.batch_size))
     num_steps = config.training.max_steps or max(1, round(config.training.num_epochs * steps_per_epoch))
     compute_dtype = _compute_dtype(config, use_gpu, hardware)
@@ -105,9 +111,12 @@ def make_plan(
     trainable = base.num_trainable_parameters
     quantized = base.num_packed_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
-    num_tokens = config.training.batch_size * data.rows_of_tokens * min(config.training.max_length, data.longest_row)
-    known = memory.sizes(config, base, trainable, stage, compute_dtype)
-    recompute = _recompute(config, use_gpu)
+    longest = min(config.training.max_length, data.longest_row)
+    num_tokens = config.training.batch_size * data.rows_of_tokens * tokens_of_a_worker(config, longest)
+    known, gpu_gib = memory.sizes(config, base, trainable, stage, compute_dtype), hardware.gpu_gib if use_gpu else None
+    known, why_shared = holding.decide(config, known, num_tokens, gpu_gib)
+    refuse_sharing(config, base, known.layer, data.longest_row)
+    recompute = _recompute(config, use_gpu, known)
     plan = Plan(
         num_workers=config.ray.max_workers,
         min_workers=config.ray.min_workers,
@@ -129,17 +138,20 @@ def make_plan(
         whole_modules=base.whole_modules,
         new_tokens=base.new_tokens,
         four_bit_share=quantized / base.num_parameters,
-        notes=_notes(config, base, data, steps_per_epoch, use_gpu),
+        notes=(*_notes(config, base, data, steps_per_epoch, use_gpu), *offload.notes(deepspeed_json)),
         tokens_per_micro_batch=num_tokens,
         layer_shape=known.layer,
-        may_hold_weights=may_hold_weights(config),
+        may_hold_weights=may_hold_weights(config, known),
         memory_forecast_gib=_memory_forecast(config, known, num_tokens, recompute, use_gpu),
         deepspeed=deepspeed.defaults(config, stage, accumulation, compute_dtype, trainable),
+        shares_base=known.shares_base,
+        why_shared=why_shared,
+        passing=offload.passing(known, num_tokens, config.training.max_length, gpu_gib, _gpu_of(hardware)),
         rows_of_tokens=data.rows_of_tokens,
     )
     if not deepspeed_json:
         return plan
-    merged = deepspeed.merge(deepspeed_json, plan.deepspeed, plan.num_workers)
+    merged = deepspeed.merge(deepspeed_json, plan.deepspeed, config.num_row_groups)
     return dataclasses.replace(plan, deepspeed=merged)
 
 
@@ -200,17 +212,30 @@ def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, budget_by
     return choose(plan.layer_shape, num_layers, tokens, vocab_size, budget_bytes, plan.may_hold_weights)
 
 
-def may_hold_weights(config: Config) -> bool:
+def may_hold_weights(config: Config, known: Sizes) -> bool:
     """Whether fused layers may keep their weights dequantized between steps, where there is room.
 
-    Several workers share the base: each holding all of it would undo that. DoRA changes their lengths at each step.
+    Where workers share the base, each holding all of it would undo that. DoRA changes their lengths at each step.
     """
-    is_frozen = config.model.lora_variant != "dora"
-    return is_frozen and config.training.dequantized_weights == "auto" and config.ray.max_workers == 1
+    is_there = config.model.lora_variant != "dora" and known.offload == "none"
+    return is_there and config.training.dequantized_weights == "auto" and not known.shares_base
 
 
-def _recompute(config: Config, use_gpu: bool) -> str:
-    return "none" if config.training.recompute == "auto" and not use_gpu else config.training.recompute
+def _recompute(config: Config, use_gpu: bool, known: Sizes) -> str:
+    asked = config.training.recompute
+    passes = known.offload != "none" and isinstance(known.layer, PlainShape)
+    if passes and asked == "none":
+        raise ConfigError(
+            f"training.recompute=none: with deepspeed.offload_params={known.offload} layers of {known.base.model_type} "
+            "models are computed again, when their weights are there. Use auto or all."
+        )
+    if asked == "auto" and not use_gpu:
+        return "all" if passes else "none"
+    return asked
+
+
+def _gpu_of(hardware: Hardware) -> str:
+    return next((name for name in hardware.accelerator_types if name in memory.PRODUCT_FLOPS), "")
 
 
 def _memory_forecast(
@@ -222,7 +247,7 @@ def _memory_forecast(
     choice = memory.all_layers(known, level)
     if recompute == "auto" and config.training.memory_budget_gib:
         room = config.training.memory_budget_gib * GIB - sum(memory.resident_gib(known).values()) * GIB
-        may_hold = may_hold_weights(config)
+        may_hold = may_hold_weights(config, known)
         choice = choose(known.layer, len(choice.levels), num_tokens, known.base.vocab_size, room, may_hold)
     return memory.memory_gib(known, num_tokens, choice)
 
@@ -292,7 +317,7 @@ def check_workers_fit(config: Config, resources: dict[str, float], hardware: Har
 
 def accumulation_of(config: Config) -> int:
     """Forward passes per optimizer step of each worker. Raises ConfigError where the global batch cannot be split."""
-    training, n = config.training, config.ray.max_workers
+    training, n = config.training, config.num_row_groups
     if training.global_batch_size is None:
         return training.gradient_accumulation_steps
     each = training.batch_size * n
@@ -303,9 +328,10 @@ def accumulation_of(config: Config) -> int:
     ]
     nearest = sorted(sorted(works, key=lambda size: abs(size - training.batch_size))[:2])
     way_out = f"Nearest that work: {', '.join(map(str, nearest))}." if nearest else f"Use a multiple of {n} rows."
+    groups = "ray.num_workers" + (" / training.sequence_parallel" if training.sequence_parallel > 1 else "")
     raise ConfigError(
         f"training.batch_size={training.batch_size}: the global batch of {training.global_batch_size} is not a "
-        f"multiple of batch_size x ray.num_workers = {training.batch_size} x {n}. {way_out}"
+        f"multiple of batch_size x {groups} = {training.batch_size} x {n}. {way_out}"
     )
 
 
@@ -329,11 +355,7 @@ def zero_stage(config: Config) -> int:
             "reads the base weight in backward, when ZeRO-3 has released it. Set model.lora_dropout: 0, or "
             "deepspeed.zero_stage: 2 (each worker then holds the whole 4-bit base)."
         )
-    if ds.offload_params != "none" and stage != 3:
-        raise ConfigError(
-            f"deepspeed.offload_params={ds.offload_params}: needs zero_stage 3, the stage is {stage}. "
-            "Set deepspeed.zero_stage=3."
-        )
+    offload.refuse(config, stage)
     if ds.offload_optimizer != "none" and stage == 0:
         raise ConfigError(
             f"deepspeed.offload_optimizer={ds.offload_optimizer}: needs zero_stage 1, 2 or 3, the stage is 0."

@@ -15,9 +15,9 @@ from qlora_ray.data.lengths import Lengths
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts
-from qlora_ray.planning.memory import peak_gib
+from qlora_ray.planning.memory import SHARE_OF_MEMORY, peak_gib
 from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs
-from qlora_ray.planning.table import BATCH_SIZES, SHARE_OF_MEMORY
+from qlora_ray.planning.table import BATCH_SIZES
 
 TOKENS_PER_PASS = {True: 8192, False: 1024}  # on a GPU or not; more is no faster
 ROWS_PER_STEP = 16  # QLoRA, arXiv:2305.14314, table 9
@@ -191,7 +191,8 @@ def _stats(config: Config, base: ModelFacts, lengths: Lengths) -> DataStats:
 
 
 def _hardware(machine: Machine) -> Hardware:
-    return Hardware(machine.num_workers, machine.num_workers if machine.use_gpu else 0)
+    gpu_gib = machine.gib if machine.use_gpu else None
+    return Hardware(machine.num_workers, machine.num_workers if machine.use_gpu else 0, gpu_gib=gpu_gib)
 
 
 def _peak(plan: Plan) -> float:

@@ -29,7 +29,8 @@ KEYS = {
     "order": "data.order", "data": "data.train_file, or what rows are made with (data, training.max_length, "
     "training.packing, the base's tokenizer)", "lora": "model", "quantization": "quantization",
     "seed": "training.seed", "batch": "training", "batch.rows": "training.batch_size",
-    "batch.micro_batches": "training.gradient_accumulation_steps x ray.num_workers (training.global_batch_size)",
+    "batch.micro_batches": "training.gradient_accumulation_steps x ray.num_workers / training.sequence_parallel "
+    "(training.global_batch_size)",
     "start_from": "sha256 of model.start_from's adapter_model.safetensors",
     "base": "model.base_model", "base.model_type": "model.base_model's model_type",
     "base.num_parameters": "model.base_model's parameters", "base.sha256": "model.base_model's files",

@@ -64,7 +64,7 @@ def series(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
 def wall_seconds(run: RunRecord) -> float | None:
     """Seconds from command to end; of a run that still goes on, those its metrics span; None where nothing is known."""
     if seconds := run.summary.get("seconds"):
-        return seconds.get("total", sum(seconds.values()))
+        return float(seconds.get("total", 0.0))
     times = [row["time"] for row in run.metrics if "time" in row]
     return max(times) - min(times) if times else None
 

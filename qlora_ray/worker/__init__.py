@@ -12,6 +12,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
     import ray
 
+    from qlora_ray import laps
     from qlora_ray.worker.messages import Fatal
 
     run, channel = job["run"], job["channel"]
@@ -22,6 +23,8 @@ def train_worker(job: dict[str, Any]) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else DeepSpeed takes a GPU that it sees for the workers' device
     # bitsandbytes wraps helpers in torch.compile, which imports a compiler for a second; nothing here is compiled.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    from qlora_ray.worker.loop import run_worker
+    laps.begin()
+    with laps.part("imports"):
+        from qlora_ray.worker.loop import run_worker
 
     run_worker(run, channel)

@@ -6,15 +6,18 @@ import logging
 import shutil
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
+from qlora_ray.errors import ConfigError
 from qlora_ray.model.base import load_base
 from qlora_ray.model.facts import read_facts, stored_quantization
+from qlora_ray.model.homes import Away, DiskFile, network_file_system
 from qlora_ray.model.hub import local_folder
-from qlora_ray.model.load import Cache, Source, Whole, files_of, load_shares
+from qlora_ray.model.load import Cache, Keeper, Source, Whole, files_of, load_shares
 from qlora_ray.model.packed_cache import Cached, Writer, cached
-from qlora_ray.planning.memory import BYTES_PER_WEIGHT, GIB, loads_in_shares
+from qlora_ray.planning.memory import BYTES_PER_WEIGHT, GIB, begins_whole
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.messages import Run, Warned
 from qlora_ray.worker.team import Team
@@ -30,20 +33,24 @@ class Loaded:
     base: PreTrainedModel
     sources: list[Source]  # what can be read again
     is_share: bool
+    away: Away | None = None  # who has put its weights where they pass from
 
 
 def load(run: Run, team: Team, device: torch.device) -> Loaded:
     """Load the base. Every worker must call this. Raises ConfigError where it, or its cache, cannot be read."""
     config, plan = run.config, run.plan
-    is_share = loads_in_shares(config, plan.zero_stage, team.size)
+    is_share = plan.shares_base and team.size > 1 and not begins_whole(config)
     place = _cache_of(run, device)
-    if not is_share and place is None:
+    away = _away_of(run, team) if config.deepspeed.offload_params != "none" else None
+    if not is_share and place is None and away is None:
         return Loaded(load_base(config.model, config.quantization, plan.compute_dtype, device), [], False)
-    keeper = patches.Shares(plan.deepspeed, getattr(torch, plan.compute_dtype)) if is_share else Whole()
+    keeper: Keeper = Whole() if away is None else away
+    if is_share:
+        keeper = patches.Shares(plan.deepspeed, getattr(torch, plan.compute_dtype))
 
     def load_with(cache: Cache) -> Loaded:
         how = config.model, config.quantization, plan.compute_dtype, device, keeper, cache
-        return Loaded(*load_shares(*how), is_share)
+        return Loaded(*load_shares(*how), is_share, away)
 
     if place is None:
         return load_with(Cache())
@@ -64,6 +71,23 @@ def load(run: Run, team: Team, device: torch.device) -> Loaded:
         elif team.rank == 0:
             place.finish(Path(folder))
         return loaded
+
+
+def _away_of(run: Run, team: Team) -> Away:
+    """Where this worker puts the weights that pass. Raises ConfigError where there is no room for them."""
+    ds, passing = run.config.deepspeed, run.plan.passing
+    assert passing is not None
+    free = psutil.virtual_memory().available
+    if passing.host_bytes > free:
+        raise ConfigError(
+            f"deepspeed.offload_params={ds.offload_params}: a worker keeps {passing.host_bytes / GIB:.2f} GiB in host "
+            f"memory, and {free / GIB:.2f} are free. Use fewer workers a node, or nvme with deepspeed.nvme_path."
+        )
+    if ds.nvme_path is None:
+        return Away()
+    if kind := network_file_system(ds.nvme_path):
+        team.tell(Warned(f"deepspeed.nvme_path={ds.nvme_path}: lies on {kind}, every step waits for the network."))
+    return Away(DiskFile(ds.nvme_path, int(passing.disk_bytes)))
 
 
 def _look(place: Cached, stack: contextlib.ExitStack) -> tuple[str, str]:

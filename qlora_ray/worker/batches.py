@@ -9,10 +9,15 @@ import torch
 
 from qlora_ray.data.order import NO_ROW
 from qlora_ray.data.tokenize import IGNORE_INDEX
-from qlora_ray.planning.plan import PAD_TO_MULTIPLE_OF
+from qlora_ray.planning.sharing import PAD_TO_MULTIPLE_OF
+from qlora_ray.worker.seat import Seat
+
+WHOLE = Seat(0, 1)
 
 
-def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+def to_tensors(
+    rows: pa.Table, pad_token_id: int, device: torch.device, seat: Seat = WHOLE
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """The model's inputs and the labels of a micro-batch, padded on the right: each (B, T) int64, where not said else.
 
     input_ids and labels; label_places, the places whose next token is trained on, counted through all rows, (L,) int64;
@@ -22,10 +27,14 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
     (S + 1,) int32 on the CPU. For others, and where each packed row holds one sample, attention_mask. Of P pairs also
     places of the chosen and then of the rejected answers' samples, (2 P,); label_counts, how many of the label_places
     each answer has, as they come in the rows, (2 P,), and answer_order, where the answers of `places` are among these.
+    Where workers share rows, what `_part` leaves of it to this one.
     """
     offsets = rows["input_ids"].combine_chunks().offsets.to_numpy()
     lengths = np.diff(offsets)
-    width = -(-int(lengths.max()) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+    width, whole_width = (
+        -(-int(lengths.max()) // multiple) * multiple
+        for multiple in (PAD_TO_MULTIPLE_OF * seat.num_parts, PAD_TO_MULTIPLE_OF)
+    )
     is_token = np.arange(width) < lengths[:, None]  # (B, T)
     batch = {
         name: np.full(is_token.shape, fill, np.int64)
@@ -49,11 +58,41 @@ def to_tensors(rows: pa.Table, pad_token_id: int, device: torch.device) -> dict[
         if is_packed:
             starts_sample |= is_token & (batch["position_ids"] == 0)
         batch |= _answers(rows, (np.cumsum(starts_sample) - 1)[batch["label_places"]])
+    borders = np.append(np.flatnonzero(batch["position_ids"] == 0), is_token.size) if is_packed else None
+    if seat.num_parts > 1:
+        batch = _part(batch, seat, whole_width)
     tensors = {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
-    if is_packed:
-        borders = np.append(np.flatnonzero(batch["position_ids"] == 0), is_token.size)
+    if borders is not None:
         tensors["sample_borders"] = torch.from_numpy(borders.astype(np.int32))
     return tensors
+
+
+def _part(batch: dict[str, np.ndarray], seat: Seat, whole_width: int) -> dict[str, np.ndarray]:
+    """This worker's S = T / N tokens of each row: input_ids, position_ids and targets, each (B, S) int64.
+
+    targets are the labels of the next tokens, also of one that the next worker has. label_places are counted through
+    these tokens. Dropout counts as if nobody shared rows, which then are `whole_width` wide: token_numbers, (B, S)
+    int32, say where the tokens stand in all rows, and place_numbers, (L,) int32, where the places do among all places.
+    Borders of samples stay those of the whole rows, which attention sees.
+    """
+    count, width = batch["input_ids"].shape
+    length = width // seat.num_parts
+    own = slice(seat.part * length, (seat.part + 1) * length)
+    ends = np.full((count, 1), IGNORE_INDEX)
+    whole = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch.get("position_ids", np.broadcast_to(np.arange(width), (count, width))),
+        "targets": np.concatenate([batch["labels"][:, 1:], ends], 1),
+    }
+    part = {name: np.ascontiguousarray(values[:, own]) for name, values in whole.items()}
+    part["token_numbers"] = (np.arange(count)[:, None] * whole_width + np.arange(width)[own]).astype(np.int32)
+    row, column = np.divmod(batch["label_places"], width)
+    is_own = column // length == seat.part
+    part["label_places"] = row[is_own] * length + column[is_own] - own.start
+    part["place_numbers"] = np.flatnonzero(is_own).astype(np.int32)
+    if not is_own.any():  # one place, whose target counts nothing: else the head would compute all
+        part |= {"label_places": np.zeros(1, np.int64), "place_numbers": np.zeros(1, np.int32)}
+    return part
 
 
 def _answers(rows: pa.Table, sample_of_label: np.ndarray) -> dict[str, np.ndarray]:

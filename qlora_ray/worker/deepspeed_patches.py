@@ -105,6 +105,23 @@ def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any
     return deepspeed.zero.GatheredParameters(shared) if shared else nullcontext()
 
 
+OUT_OF_ZERO = Patch(
+    "deepspeed", READ_IN, "frozen parameters that each worker holds whole lie in the __dict__ of their modules, where "
+    "named_parameters, and so ZeRO-3, does not find them",
+    gains="ZeRO-3 holds what is trained, and gathers, copies and casts nothing of the base",
+    delete_when="ZeRO-3 can be told which parameters to leave alone",
+)  # fmt: skip
+
+
+def keep_out_of_zero(model: torch.nn.Module) -> None:
+    """Have ZeRO-3 not see what is frozen; modules read it as ever. Call it when the trained ones are flat."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and not parameter.requires_grad:
+                del module._parameters[name]
+                module.__dict__[name] = parameter
+
+
 KNOWN_PARAMETERS = Patch(
     "deepspeed", READ_IN, "named_parameters of leaf modules and of the model answer from a list",
     gains="ZeRO-3's hooks walk each layer's module tree several times a step, while the GPU waits",

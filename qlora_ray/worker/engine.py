@@ -27,9 +27,12 @@ FOUND_INF = Patch(
 
 
 class Engine:
-    """A LoRA model inside DeepSpeed, at any ZeRO stage."""
+    """A LoRA model inside DeepSpeed, at any ZeRO stage; at stage 3 workers share what is frozen, or each has all."""
 
-    def __init__(self, model: torch.nn.Module, training: TrainingConfig, deepspeed_config: dict[str, Any]):
+    def __init__(
+        self, model: torch.nn.Module, training: TrainingConfig, deepspeed_config: dict[str, Any],
+        shares_base: bool = False,
+    ):  # fmt: skip
         import deepspeed
 
         patches.begin()
@@ -39,6 +42,8 @@ class Engine:
         self._is_sharded = deepspeed_config["zero_optimization"]["stage"] == 3
         wholes = list(self._parameters.values())
         if self._is_sharded:
+            if not shares_base:
+                patches.keep_out_of_zero(model)
             patches.gather_as_one(model)
             patches.mark_no_ranges()
             patches.print_only_on_demand()

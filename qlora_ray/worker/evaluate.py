@@ -23,14 +23,14 @@ def validation_loss(worker: Worker) -> dict[str, float]:
 
     Of pairs: eval_loss is the mean over them, and each of objectives.FIGURES has a value too, as eval_rewards/chosen.
     """
-    engine, team, preference = worker.engine, worker.team, worker.preferences.get("validation")
+    engine, team, seat, preference = worker.engine, worker.team, worker.seat, worker.preferences.get("validation")
     held_out = open_rows(worker.run.rows, "validation")
     mine: list[list[float]] = []
     number = 0.0
     engine.train(False)
     with torch.no_grad():
-        for rows, counts in rounds(held_out, worker.run.config.training.batch_size, team):
-            batch = to_tensors(rows, worker.tokenizer.pad_token_id, worker.device)
+        for rows, counts in rounds(held_out, worker.run.config.training.batch_size, seat):
+            batch = to_tensors(rows, worker.tokenizer.pad_token_id, worker.device, seat)
             if preference:
                 loss, figures = preference.sums(engine.module, batch)
                 of_batch, size = [float(loss), *figures.tolist()], len(batch["places"]) // 2

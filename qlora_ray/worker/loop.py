@@ -9,19 +9,23 @@ import ray.train
 import ray.train.torch
 import torch
 
+from qlora_ray import laps
 from qlora_ray.data.delivery import Stream
 from qlora_ray.data.order import Order
 from qlora_ray.errors import ConfigError, GuardError, Stop
+from qlora_ray.model.balance import balance_of
 from qlora_ray.planning.plan import learning_rate_at
 from qlora_ray.rundir import names
 from qlora_ray.rundir.metrics import MetricsFile
 from qlora_ray.worker import checkpoint, evaluate, export, reference, setup
 from qlora_ray.worker.engine import Engine
-from qlora_ray.worker.loss import sum_of_nats
+from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Done, Evaluated, Fatal, Holding, Ready, Refused, Run, Warned
 from qlora_ray.worker.metrics import Meter, RowCounts
 from qlora_ray.worker.micro_batches import MicroBatch, MicroBatches
+from qlora_ray.worker.routing import busiest_expert
 from qlora_ray.worker.saver import Saver
+from qlora_ray.worker.seat import seat_of
 from qlora_ray.worker.state import State
 from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.team import Team
@@ -106,7 +110,7 @@ def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
 
 def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
     """The newest checkpoint, the model, and the rows from there on."""
-    began, config, plan = time.perf_counter(), run.config, run.plan
+    config, plan = run.config, run.plan
     resumed = checkpoint.load_latest(run.folder, set_aside=team.rank == 0)
     state = State.of(resumed.progress["state"]) if resumed else State()
     order = Order(
@@ -115,14 +119,16 @@ def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
     )  # fmt: skip
     device = ray.train.torch.get_device()
     setup.choose_kernels(config, device)
-    tokenizer = setup.tokenizer_of(config, run.rows)
-    stream = Stream(run.rows, order, team.rank, team.size, state.step, plan.num_steps)
-    micro_batches = MicroBatches(stream, config.training.seed, tokenizer.pad_token_id, device)
+    seat = seat_of(team.rank, team.size, config.training.sequence_parallel)
+    with laps.part("tokenizer and rows"):
+        tokenizer = setup.tokenizer_of(config, run.rows)
+        stream = Stream(run.rows, order, seat.group, seat.num_groups, state.step, plan.num_steps)
+    micro_batches = MicroBatches(stream, seat, config.training.seed, tokenizer.pad_token_id, device)
     engine = setup.build_engine(run, team, device, tokenizer.pad_token_id, resumed.adapter if resumed else None)
     writer = MetricsFile(run.folder, state.step) if team.rank == 0 else None
     meter = Meter(team, RowCounts(run.rows, order), writer, device)
     engine.time_gathers(meter.stopwatch)
-    team.tell(Ready(state.step, time.perf_counter() - began, resumed.broken if resumed else []))
+    team.tell(Ready(state.step, laps.taken(), resumed.broken if resumed else []))
     return Worker(run, team, engine, tokenizer, device, meter, Saver(run, team)), state, micro_batches
 
 
@@ -157,6 +163,8 @@ def _sums(engine: Engine, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.
     """What is differentiated of a micro-batch, and what is added up for the log."""
     if micro_batch.preference is None:
         nats = sum_of_nats(engine, micro_batch.tensors)
+        if balance := balance_of(engine.module):
+            balance.follow(nats, num_label_tokens(micro_batch.tensors))
         return nats, nats.detach()
     loss, figures = micro_batch.preference.sums(engine, micro_batch.tensors)
     return loss, torch.cat([loss.detach()[None], figures])
@@ -164,8 +172,9 @@ def _sums(engine: Engine, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.
 
 def _log(worker: Worker, state: State, learning_rate: float) -> State:
     entry = worker.meter.log(
-        learning_rate=learning_rate, grad_norm=worker.engine.grad_norm(), epoch=worker.meter.counts.epochs(state.step)
-    )
+        learning_rate=learning_rate, grad_norm=worker.engine.grad_norm(), epoch=worker.meter.counts.epochs(state.step),
+        **busiest_expert(worker.engine.module, worker.team),
+    )  # fmt: skip
     loss = entry.get("loss", state.last_loss)
     return replace(state, first_loss=loss if state.first_loss is None else state.first_loss, last_loss=loss)
 

@@ -2,6 +2,7 @@
 
 # B rows in a micro-batch, T tokens per row, V vocabulary, L places whose next token is trained on
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,10 +24,9 @@ def sum_of_nats(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> to
     made, is_nats = _forward(model, batch)
     if is_nats:
         return made.sum()
-    labels = batch["labels"][:, 1:]  # (B, T-1) int64, IGNORE_INDEX on the prompt and on a sample's first token
-    return F.cross_entropy(
-        made[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    labels = targets(batch)
+    logits = made[:, : labels.shape[1]].float()
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def log_probabilities(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,21 +45,31 @@ def log_probabilities(model: Callable[..., Any], batch: dict[str, torch.Tensor])
 
 def num_label_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Unmasked tokens that sum_of_nats adds up: an int64 scalar."""
-    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    return (targets(batch) != IGNORE_INDEX).sum()
+
+
+def targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the tokens of each row predict: (B, T - 1) int64, of parts of rows (B, S).
+
+    IGNORE_INDEX on the prompt and on a sample's first token.
+    """
+    return batch["targets"] if "targets" in batch else batch["labels"][:, 1:]
 
 
 def _forward(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
     """Logits (B, T, V) and False; or, of a head with the loss in it, nats and True: (B T,), or of label_places (L,)."""
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     module, borders, ids = getattr(model, "module", model), batch.get("sample_borders"), batch["input_ids"]
-    takes_borders = getattr(module, "takes_borders", False)
+    takes_borders, numbers = getattr(module, "takes_borders", False), batch.get("place_numbers")
     if borders is not None and takes_borders:
         inputs["attention_mask"] = mask_of_borders(borders, ids.device)
-    elif "position_ids" not in batch and takes_borders:
+    elif ("position_ids" not in batch or numbers is not None) and takes_borders:
         inputs["attention_mask"] = no_mask(ids.device)
-    head = module.get_output_embeddings()
-    if not returns_nats(head):
-        return model(**inputs, use_cache=False).logits, False
-    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T), the last without a successor
-    with expecting(head, labels, batch.get("label_places")):
-        return model(**inputs, use_cache=False).logits, True
+    head, labels = module.get_output_embeddings(), targets(batch)
+    is_nats = returns_nats(head)
+    labels = F.pad(labels, (0, ids.shape[1] - labels.shape[1]), value=IGNORE_INDEX)  # (B, T): the last has no successor
+    with (
+        nullcontext() if numbers is None else module.row_holders.are(module.row_group, batch["token_numbers"]),
+        expecting(head, labels, batch.get("label_places"), numbers) if is_nats else nullcontext(),
+    ):
+        return model(**inputs, use_cache=False).logits, is_nats

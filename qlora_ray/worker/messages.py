@@ -27,7 +27,7 @@ class Ready:
     """The first step is next."""
 
     step: int  # done before
-    seconds: float  # since the worker began to load
+    parts: dict[str, float]  # seconds of this worker's start: laps.py
     broken: list[str]  # what is wrong with newer checkpoints
 
 

@@ -10,6 +10,7 @@ import torch
 from qlora_ray.data.delivery import Stream, deliver
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.preference import Preference
+from qlora_ray.worker.seat import Seat
 
 DATA_TIMEOUT_SECONDS = 600
 
@@ -44,24 +45,24 @@ class Tables:
 
 
 class MicroBatches:
-    """A worker's share of each step, on its device."""
+    """A worker's share of each step, on its device; the stream is that of the worker's group."""
 
-    def __init__(self, stream: Stream, seed: int, pad_token_id: int, device: torch.device):
-        self._rank, self._num_workers = stream.rank, stream.num_workers
-        self._num_of_step = stream.order.micro_batches_per_step
+    def __init__(self, stream: Stream, seat: Seat, seed: int, pad_token_id: int, device: torch.device):
+        self._seat, self._num_of_step = seat, stream.order.micro_batches_per_step
         self._tables, self._seed, self._pad_token_id, self._device = Tables(stream), seed, pad_token_id, device
 
     def of_step(self, step: int, preference: Preference | None = None) -> Iterator[MicroBatch]:
         """One round of the workers after the other; dropout and noise are seeded before each."""
-        for first in range(0, self._num_of_step, self._num_workers):
-            num_present = min(self._num_workers, self._num_of_step - first)
-            counts = self._rank < num_present
+        seat = self._seat
+        for first in range(0, self._num_of_step, seat.num_groups):
+            groups_present = min(seat.num_groups, self._num_of_step - first)
+            counts = seat.group < groups_present
             if counts:
                 number, rows = self._tables.next(step)
-                tensors = to_tensors(rows, self._pad_token_id, self._device)
+                tensors = to_tensors(rows, self._pad_token_id, self._device, seat)
             # Else the last one again, which then does not count: ZeRO-3's forward is a collective.
             seed_everything(self._seed, step, number)
-            yield MicroBatch(tensors, num_present, counts, preference)
+            yield MicroBatch(tensors, groups_present * seat.num_parts, counts, preference)
 
 
 def seed_everything(seed: int, step: int, micro_batch: int) -> None:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from qlora_ray.config import Config
 from qlora_ray.model.fused import fused_layers, keep
 from qlora_ray.model.plain import keep_plain, measure_whole_bytes, plain_layers
-from qlora_ray.model.recompute import Choice, Keep
+from qlora_ray.model.recompute import Choice, Keep, activation_bytes
+from qlora_ray.model.ring import Ring
 from qlora_ray.model.stash import HostStash
 from qlora_ray.planning.plan import Plan, choose_recomputation
 from qlora_ray.worker import deepspeed_patches as patches
@@ -36,8 +37,10 @@ def prepare(model: Any, plan: Plan, device: torch.device) -> Plan:
     return replace(plan, layer_shape=plan.layer_shape.measured(measured))
 
 
-def keep_what_fits(model: Any, config: Config, plan: Plan, device: torch.device) -> Choice | None:
-    """Choose what each decoder layer keeps. Call it when everything but activations has its memory.
+def keep_what_fits(
+    model: Any, config: Config, plan: Plan, device: torch.device, ring: Ring | None = None
+) -> Choice | None:
+    """Choose what each decoder layer keeps, and which weights stay. Call it when all else has its memory.
 
     Every worker must call this. None where the model does not mark its layers.
     """
@@ -45,7 +48,9 @@ def keep_what_fits(model: Any, config: Config, plan: Plan, device: torch.device)
     if not fused and not plain:
         return None
     budget = _room_for_activations(config, plan, device)
-    if not fused:  # their weights come one by one under ZeRO-3: all workers must compute the same layers again
+    # Plain layers' weights come one by one under ZeRO-3, and workers that share rows attend together: all must compute
+    # the same layers again.
+    if not fused or config.training.sequence_parallel > 1:
         least = torch.tensor(budget, dtype=torch.float64, device=device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         budget = float(least)
@@ -56,8 +61,15 @@ def keep_what_fits(model: Any, config: Config, plan: Plan, device: torch.device)
         beside = Keep.ALL if plan.recompute == "none" else Keep.HOST
         keep_plain(plain, (beside,) * len(plain), stash)
     else:
-        keep_plain(plain, choice.levels, stash)
+        # Weights that pass are there when a layer computes again, not when autograd goes back through it.
+        levels = tuple(max(level, Keep.INPUT if ring else Keep.ALL) for level in choice.levels)
+        keep_plain(plain, levels, stash)
     logger.info("%s (%.1f GiB for activations)", choice, budget / 2**30)
+    if ring:
+        tokens = plan.tokens_per_micro_batch
+        left = budget - activation_bytes(plan.layer_shape, choice, tokens, model.config.vocab_size)
+        ring.keep_last(max(0, min(len(ring.slabs), int(left // max(slab.num_bytes for slab in ring.slabs)))))
+        logger.info("%d of %d layers pass from %s", ring.num_passing, len(ring.slabs), config.deepspeed.offload_params)
     return choice
 
 

@@ -57,11 +57,12 @@ def fingerprint(run: Run, device: str) -> str:
 def compute(worker: Worker, split: str, watchdog: Watchdog, adapter_on: bool) -> torch.Tensor:
     """The log-probability of each answer of a split under the model as it is, by place. Every worker must call this."""
     rows, engine, team = open_rows(worker.run.rows, split), worker.engine, worker.team
-    batch_size, total = worker.run.plan.micro_batch_size, num_rounds(rows, worker.run.plan.micro_batch_size, team)
+    batch_size = worker.run.plan.micro_batch_size
+    total = num_rounds(rows, batch_size, worker.seat)
     mine: list[tuple[list[int], list[float]]] = []
     engine.train(False)
     with torch.no_grad(), contextlib.nullcontext() if adapter_on else engine.module.disable_adapter():
-        for number, (table, counts) in enumerate(rounds(rows, batch_size, team)):
+        for number, (table, counts) in enumerate(rounds(rows, batch_size, worker.seat)):
             with watchdog.phase("reference", worker.run.config.watchdog.step_seconds):
                 batch = to_tensors(table, worker.tokenizer.pad_token_id, worker.device)
                 values, _ = log_probabilities(engine.module, batch)

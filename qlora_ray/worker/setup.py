@@ -3,25 +3,34 @@
 Stands on internals of torch and transformers: WORKSPACE and NOISE.
 """
 
+import dataclasses
 import logging
 import os
 import random
 import sys
+from typing import Any
 
 import numpy as np
 import torch
 
+from qlora_ray import laps
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.rows import chat_template_of, open_rows
 from qlora_ray.data.tokenize import open_tokenizer, with_template
 from qlora_ray.errors import ConfigError, GuardError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
+from qlora_ray.model.balance import balance
 from qlora_ray.model.base import count_bytes
 from qlora_ray.model.facts import read_facts
-from qlora_ray.model.fused import fuse
+from qlora_ray.model.fused import fuse, fused_layers, is_fused
+from qlora_ray.model.homes import Away
 from qlora_ray.model.hub import local_folder
+from qlora_ray.model.layer import own_dropout
 from qlora_ray.model.load import Source
+from qlora_ray.model.plain import plain_layers
+from qlora_ray.model.ring import Ring, make_ring
+from qlora_ray.model.row_group import make_row_group
 from qlora_ray.model.start import WEIGHTS, load_weights
 from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import names
@@ -146,36 +155,75 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     dtype = getattr(torch, plan.compute_dtype)
     log = logging.getLogger(__name__)
     log.info("base model: loading")
-    loaded = base.load(run, team, device)
+    with laps.part("base"):
+        loaded = base.load(run, team, device)
     log.info("base model: loaded%s", ", each worker its share" if loaded.is_share else "")
     check_four_bit_share(count_bytes(loaded.base).four_bit_share, plan)
-    model = add_adapter(loaded.base, config.model, dtype, config.training.seed, plan.new_tokens)
-    _put_in_one_dtype(model, dtype)
-    if resumed:
-        for name, parameter in trainable(model).items():
-            parameter.data.copy_(resumed.weights[name])
-    elif config.model.start_from:
-        load_weights(model, (run.folder / names.START_FROM / WEIGHTS).read_bytes(), ADAPTER_NAME)
-    fuse(model)
+    with laps.part("adapter"):
+        model = add_adapter(loaded.base, config.model, dtype, config.training.seed, plan.new_tokens)
+        _put_in_one_dtype(model, dtype)
+        if resumed:
+            for name, parameter in trainable(model).items():
+                parameter.data.copy_(resumed.weights[name])
+        elif config.model.start_from:
+            load_weights(model, (run.folder / names.START_FROM / WEIGHTS).read_bytes(), ADAPTER_NAME)
+        share_rows(model, config.training.sequence_parallel, fuse(model), team)
+        ring = _ring_of(model, loaded.away, config, device) if loaded.away else None
+    if ring and plain_layers(model) and plan.recompute == "none":
+        plan = dataclasses.replace(plan, recompute="all")  # autograd would find the weights of other layers
     plan = recomputation.prepare(model, plan, device)
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
+    if config.training.router_aux_loss_coef:
+        balance(model, config.training.router_aux_loss_coef)
     sample = to_tensors(open_rows(run.rows, "train").gather(np.array([0])), pad_token_id, device)
     sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items() if values.dim() == 2}
     if run.debug and team.rank == 0:
         log.info("parameters:\n%s", parameter_table(model, plan))
-    before = None if loaded.is_share else _loss(model, sample)
+    with laps.part("guard"):
+        before = None if loaded.is_share else _loss(model, sample)
     log.info("engine: starting")
-    engine = Engine(model, config.training, plan.deepspeed)
+    with laps.part("engine"):
+        engine = Engine(model, config.training, plan.deepspeed, plan.shares_base)
     log.info("engine: started")
     if resumed:
         engine.load_state(resumed)
-    check_same_weights(loaded.sources, config.training.seed, team)
-    if before is not None:
-        check_same_loss(before, _loss(engine.module, sample), plan)
-    recomputation.keep_what_fits(model, config, plan, device)
+    with laps.part("guard"):
+        check_same_weights(loaded.sources, config.training.seed, team, ring)
+        if before is not None:
+            check_same_loss(before, _loss(engine.module, sample), plan)
+    recomputation.keep_what_fits(model, config, plan, device, ring)
     engine.train()
     return engine
+
+
+def _ring_of(model: torch.nn.Module, away: Away, config: Config, device: torch.device) -> Ring:
+    """What the layers' weights pass through. Raises ConfigError for a model whose layers are not known."""
+    ring = make_ring(model, away, device)
+    if ring is None:
+        raise ConfigError(
+            f"deepspeed.offload_params={config.deepspeed.offload_params}: this model does not mark its decoder layers "
+            "(GradientCheckpointingLayer of transformers), so nothing of it can pass. Leave the setting out."
+        )
+    return ring
+
+
+def share_rows(model: Any, size: int, what_is_fused: str, team: Team) -> None:
+    """Have `size` workers hold each row together. Every worker must call this.
+
+    Raises ConfigError where a layer attends to no more than the part that it is given.
+    """
+    if size > 1 and not (is_fused(model) and getattr(model, "takes_borders", False)):
+        raise ConfigError(
+            f"training.sequence_parallel={size}: only fused layers attend to rows that workers share, and not all are "
+            f"({what_is_fused}). Set it to 1."
+        )
+    if size > 1 and any(own_dropout(layer.attention) for layer in fused_layers(model)):
+        raise ConfigError(
+            f"training.sequence_parallel={size}: the base's config has dropout of attention, which each worker would draw "
+            "for its own heads as if they were all. Set attention_dropout to 0 in its config.json, or use 1."
+        )
+    model.row_group = make_row_group(team.rank, team.size, size)
 
 
 def check_four_bit_share(measured: float, plan: Plan) -> None:
@@ -198,7 +246,7 @@ def check_same_loss(before: float, after: float, plan: Plan) -> None:
         )
 
 
-def check_same_weights(sources: list[Source], seed: int, team: Team) -> None:
+def check_same_weights(sources: list[Source], seed: int, team: Team, ring: Ring | None = None) -> None:
     """Raise GuardError where the workers do not hold together what the files hold: of a layer in 4 bits and another.
 
     Those are chosen by seed; rank 0 reads and packs them anew. Every worker must call this.
@@ -207,6 +255,8 @@ def check_same_weights(sources: list[Source], seed: int, team: Team) -> None:
     packed = [one for one in sources if hasattr(one.parameter, "quant_state")]
     others = [one for one in sources if not hasattr(one.parameter, "quant_state")]
     for source in [generator.choice(kind) for kind in (packed, others) if kind]:
+        if ring:
+            ring.bring(source.parameter)
         whole = patches.whole_of(source.parameter)
         is_held = team.gather(team.rank > 0 or source.is_held(whole))[0]
         if not is_held:
@@ -224,7 +274,7 @@ def parameter_table(model: torch.nn.Module, plan: Plan) -> str:
         packed = hasattr(parameter, "quant_state")
         shape = tuple(parameter.quant_state.shape) if packed else tuple(parameter.shape)
         stored = "4-bit" if packed else str(parameter.dtype).removeprefix("torch.")
-        trained, sharded = "yes" if parameter.requires_grad else "no", "yes" if plan.zero_stage == 3 else "no"
+        trained, sharded = "yes" if parameter.requires_grad else "no", "yes" if plan.shares_base else "no"
         lines.append(f"{stored:10} {trained:7} {sharded:7} {shape!s:20} {name}")
     return "\n".join(lines)
 

@@ -20,6 +20,8 @@ class OrderedSum:
     def add(self, gradient: torch.Tensor, num_present: int) -> None:
         """Add one micro-batch of each of the first `num_present` workers, in rank order; the others' are no part of it.
 
+        Workers that share rows are neighbours in rank: the parts of a micro-batch are added one after the other, too.
+
         gradient (P,). Every worker must call this: it is one all-to-all, of as many bytes as a reduce-scatter.
         """
         if self._world_size == 1:

@@ -10,6 +10,7 @@ from qlora_ray.worker.messages import Run
 from qlora_ray.worker.metrics import Meter
 from qlora_ray.worker.preference import Preference
 from qlora_ray.worker.saver import Saver
+from qlora_ray.worker.seat import Seat, seat_of
 from qlora_ray.worker.state import State
 from qlora_ray.worker.team import Team
 
@@ -26,6 +27,11 @@ class Worker:
     meter: Meter
     saver: Saver
     preferences: dict[str, Preference] = field(default_factory=dict)  # by split, where pairs are trained on
+
+    @property
+    def seat(self) -> Seat:
+        """Which rows it takes, and which part of each."""
+        return seat_of(self.team.rank, self.team.size, self.run.config.training.sequence_parallel)
 
     def reached(self, state: State) -> dict[str, Any]:
         """The state and what follows from its step, as summary.json and the record of an adapter have it."""

@@ -1,8 +1,12 @@
-"""A process group of one GPU, for tests that need DeepSpeed but not Ray."""
+"""A process group of one GPU, for tests that need DeepSpeed but not Ray; kernels that add in one order."""
 
 import os
 
 import pytest
+import torch
+
+from qlora_ray.config import Config
+from qlora_ray.worker import setup
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +20,11 @@ def nccl(tmp_path_factory):
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def adding_in_one_order():
+    """What training.deterministic asks for, for one test."""
+    setup.choose_kernels(Config.model_validate({"training": {"deterministic": True}}), torch.device("cuda"))
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -4,19 +4,10 @@ import pytest
 import torch
 
 from qlora_ray.config import EMBEDDED_BASE, Config
-from qlora_ray.worker import setup
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from tests.integration import engines, tiny_models
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def adding_in_one_order():
-    """What training.deterministic asks for, for one test."""
-    setup.choose_kernels(Config.model_validate({"training": {"deterministic": True}}), torch.device("cuda"))
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def settings(stage: int, dtype: str) -> Config:
@@ -61,7 +52,9 @@ def test_step_whose_gradient_is_not_finite_changes_nothing(stage, dtype, nccl, t
 def test_deepspeed_asks_torch_for_the_stream_of_a_named_device(nccl, monkeypatch, tmp_path):
     from deepspeed.accelerator import get_accelerator
 
-    engine = engines.build(settings(3, "bfloat16"), tmp_path, device="cuda")
+    config = settings(3, "bfloat16")  # of workers that share the base: else there is nothing to gather
+    config = config.model_copy(update={"ray": config.ray.model_copy(update={"num_workers": 2})})
+    engine = engines.build(config, tmp_path, device="cuda")
     through, plain = [], get_accelerator().current_stream
     monkeypatch.setattr(get_accelerator(), "current_stream", lambda *some: through.append(some) or plain(*some))
     engines.train(engine, range(1), 1e-3)

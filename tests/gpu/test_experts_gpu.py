@@ -8,6 +8,8 @@ from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import load_base
 from qlora_ray.model.experts import is_packed
 from qlora_ray.model.fused import fuse
+from qlora_ray.model.ops_plain import Clamp
+from qlora_ray.model.projection import ops_for
 from qlora_ray.worker.loss import sum_of_nats
 from tests.integration import engines, tiny_models
 
@@ -65,6 +67,24 @@ def test_grouped_product_is_taken_and_is_the_loop_within_rounding():
     for one, operand in ((weights.mT, x), (weights, torch.randn(300, 512, device="cuda").bfloat16())):
         exact = routed.grouped(operand.float(), one.float(), rows)
         assert error(routed.grouped(operand, one, rows), exact) < 5e-3
+
+
+def test_row_steps_of_experts_are_those_of_plain_pytorch():
+    generator = torch.Generator().manual_seed(0)
+    rows, scores = torch.randn(300, 1100, generator=generator), torch.rand(100, 3, generator=generator)
+    places = torch.randperm(300, generator=generator).view(100, 3).int()
+    grad, gate_up = torch.randn(50, 1100, generator=generator), torch.randn(50, 2200, generator=generator)
+    outcomes = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        out = torch.empty(100, 1100, device=device, dtype=dtype)
+        ops = ops_for(torch.device(device))
+        ops.sum_of_rows(rows.to(device, dtype), places.to(device), scores.to(device), out)
+        dh, up = grad.to(device, dtype), gate_up.to(device, dtype)
+        made = [out, ops.glu_backward_with_dots(dh, up), dh, up]
+        dh, up, out = grad.to(device, dtype), gate_up.to(device, dtype), torch.empty_like(dh)
+        ops.clamped_glu(up, Clamp(1.702, 1.0), out)
+        outcomes.append([*made, out, ops.clamped_glu_backward(dh, up, Clamp(1.702, 1.0)), dh, up])
+    assert all(error(one, other) < TOLERANCE for one, other in zip(*outcomes, strict=True))
 
 
 def test_experts_repeat_their_bits(tmp_path):

@@ -190,11 +190,13 @@ def test_cross_entropy_and_its_gradient(dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows, width, rank", [(300, 4096, 16), (70, 1000, 48), (8192, 256, 8)])
-def test_dropout_of_what_a_lora_reads_and_its_gradients(dtype, rows, width, rank):
+@pytest.mark.parametrize("is_part", [False, True])
+def test_dropout_of_what_a_lora_reads_and_its_gradients(dtype, rows, width, rank, is_part):
     from qlora_ray.model import ops_plain, ops_triton
     from qlora_ray.model.dropout import drop_of
 
-    drop = drop_of(0.1, 2**40 + 3, 17)
+    numbers = torch.arange(rows, dtype=torch.int32, device="cuda") + 70_001 if is_part else None
+    drop = drop_of(0.1, 2**40 + 3, 17, numbers)
     buffer = random(rows, width + rank, dtype=dtype)  # as in a fused layer: input and LoRA side by side
     x, a, dz = buffer[:, :width], random(rank, width, dtype=dtype), random(rows, rank, dtype=dtype)
     dx = random(rows, width + 16, dtype=dtype)
@@ -309,8 +311,11 @@ def test_dropout_of_the_base_itself_is_drawn_again_as_it_was(tmp_path, family, o
 
 @pytest.mark.bites("model.attention.FLASH")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("heads, few, window", [(8, 2, None), (6, 6, None), (8, 2, 100)])
-def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(dtype, heads, few, window, caplog):
+def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(
+    dtype, heads, few, window, has_sinks, caplog
+):
     from qlora_ray.model import attention
 
     attention._say_once.cache_clear()
@@ -318,7 +323,7 @@ def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(dtype
     mask = attention.mask_of_borders(borders, torch.device("cuda"))
     parts = [random(2, 512, count, 64, dtype=dtype).transpose(1, 2).requires_grad_() for count in (heads, few, few)]
     grad = random(2, 512, heads, 64, dtype=dtype).transpose(1, 2)
-    sight = attention.Sight(0.125, window)
+    sight = attention.Sight(0.125, window, random(heads, dtype=torch.float32) if has_sinks else None)
     with caplog.at_level("INFO"):
         output = attention.attend(*parts, mask, sight)
     assert ("no FlashAttention" in caplog.text) == (dtype == torch.float32)

@@ -12,7 +12,6 @@ from qlora_ray.model.stash import HostStash
 from qlora_ray.worker import recomputation
 from qlora_ray.worker.loss import sum_of_nats
 from tests import fused_models
-from tests.gpu.test_engine_gpu import adding_in_one_order, nccl  # noqa: F401 - fixtures
 from tests.integration import engines, tiny_models
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +27,7 @@ SHARE_OF_FORECAST = 0.95  # the plan is right within 5%
 
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("family", ["opt", "gpt_neox", "falcon", "gemma2"])
-def test_what_each_layer_keeps_changes_no_bit(family, stage, nccl, adding_in_one_order, tmp_path):  # noqa: F811
+def test_what_each_layer_keeps_changes_no_bit(family, stage, nccl, adding_in_one_order, tmp_path):
     base = tiny_models.save(family, tmp_path / "base")
     config = tiny_models.make_config(
         base, model={"lora_dropout": 0.1}, training={"recompute": "all"}, deepspeed={"zero_stage": stage}
@@ -58,7 +57,7 @@ def peak_bytes(model, levels: tuple[Keep, ...]) -> int:
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("family", WIDE)
-def test_a_budget_between_the_leanest_and_all_is_kept_and_has_no_room_for_more(family, share, nccl, tmp_path):  # noqa: F811
+def test_a_budget_between_the_leanest_and_all_is_kept_and_has_no_room_for_more(family, share, nccl, tmp_path):
     config = tiny_models.make_config(tiny_models.save(family, tmp_path / "base", **WIDE[family]))
     plan = engines.plan_of(config, engines.rows_of_batch(tmp_path / "rows"), "cuda")
     plan = dataclasses.replace(plan, micro_batch_size=8, tokens_per_micro_batch=8 * 1024)

@@ -50,10 +50,18 @@ def rows_of_batch(folder: Path) -> Folder:
 def plan_of(config: Config, rows: Folder, device: str = "cpu", deepspeed_json: dict | None = None) -> Plan:
     """What the driver would plan on a CPU core a worker, or on one GPU: float16 only there, though CPUs have it too."""
     on_cpu = device == "cpu" and config.quantization.compute_dtype != "float16"
-    hardware = Hardware(num_cpus=config.ray.max_workers, num_gpus=0 if on_cpu else 1)
+    hardware = Hardware(num_cpus=config.ray.max_workers, num_gpus=0 if on_cpu else config.ray.max_workers)
     stats = find(rows)
     assert stats is not None
     return make_plan(config, stats, exact_facts(config), hardware, deepspeed_json)
+
+
+def run_of(
+    config: Config, folder: Path, rows: Folder, device: str = "cpu", deepspeed_json: dict | None = None
+) -> Run:  # fmt: skip
+    """What the driver would give the workers."""
+    plan = plan_of(config, rows, device, deepspeed_json)
+    return Run(config, plan, open_folder(str(folder / "run")), rows, "", debug=False)
 
 
 def build(
@@ -61,10 +69,7 @@ def build(
     deepspeed_json: dict | None = None,
 ) -> Engine:  # fmt: skip
     """What a worker trains with; `folder` is for the run directory and the rows."""
-    rows = rows_of_batch(folder / "cache")
-    run = Run(
-        config, plan_of(config, rows, device, deepspeed_json), open_folder(str(folder / "run")), rows, "", debug=False
-    )
+    run = run_of(config, folder, rows_of_batch(folder / "cache"), device, deepspeed_json)
     return setup.build_engine(run, Alone(), torch.device(device), pad_token_id=0, resumed=resumed)  # type: ignore[arg-type]
 
 

@@ -26,6 +26,7 @@ class Job:
     steps: int = 2
     is_loaded_whole: bool = False  # by each worker, before ZeRO takes it apart
     place: str = ""  # of run and cache, where jobs share it
+    rows: list[list[int]] = dataclasses.field(default_factory=list)  # lengths of the samples of each; []: a batch's two
     fault: str = (
         ""  # "flip": the last worker holds a wrong byte of each weight; "cast": all hold packed bytes as numbers
     )
@@ -41,6 +42,8 @@ class Held:
     losses: list[float] = dataclasses.field(default_factory=list)
     adapter: str = ""  # digest
     bytes_read: int = 0
+    gradient: str = ""  # the file of the first step's
+    eval_loss: float = 0.0
     error: str = ""
 
 
@@ -52,6 +55,9 @@ class Team:
 
     def tell(self, message: Any) -> None:
         pass
+
+    def sum(self, *values: float) -> list[float]:
+        return [sum(of_worker) for of_worker in zip(*self.gather(values), strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
         gathered = [None] * self.size
@@ -85,12 +91,12 @@ def digest(*tensors: torch.Tensor | None) -> str:
 def work(folder: Path, job: Job) -> Held:
     """Set up as a worker does, and take steps."""
     from qlora_ray.errors import QloraRayError
-    from qlora_ray.planning.memory import loads_in_shares
+    from qlora_ray.planning.memory import begins_whole
     from qlora_ray.worker import base, deepspeed_patches
     from tests.integration import engines, tiny_models
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    base.loads_in_shares = (lambda *_: False) if job.is_loaded_whole else loads_in_shares
+    base.begins_whole = (lambda *_: True) if job.is_loaded_whole else begins_whole
     keep = deepspeed_patches.Shares.keep
 
     def keep_it(self, parameter, share):
@@ -102,6 +108,8 @@ def work(folder: Path, job: Job) -> Held:
 
     deepspeed_patches.Shares.keep = keep_it  # type: ignore[method-assign]
     config = tiny_models.make_config(job.base, **job.sections, ray={"num_workers": size})
+    if job.rows:
+        return train_on_rows(folder, job, config)
     reads.clear()
     try:
         engine = engines.build(config, folder)
@@ -124,6 +132,62 @@ def work(folder: Path, job: Job) -> Held:
             scales[name] = f"{state.dtype} {tuple(state.shape)} {state.blocksize} {state.quant_type} {values}"
     losses = engines.train(engine, range(job.steps))
     return Held(shares, scales, persistent, losses, digest(*engine.state().weights.values()), bytes_read)
+
+
+def train_on_rows(folder: Path, job: Job, config: Any) -> Held:
+    """Take steps on rows of random samples, as the loop takes them, with matrices B that do not begin as zeros."""
+    from qlora_ray.data.delivery import Stream
+    from qlora_ray.data.order import Order
+    from qlora_ray.data.rows import open_rows
+    from qlora_ray.model.adapter import add_adapter, trainable
+    from qlora_ray.worker import setup
+    from qlora_ray.worker.evaluate import validation_loss
+    from qlora_ray.worker.loop import optimizer_step
+    from qlora_ray.worker.metrics import RowCounts
+    from qlora_ray.worker.micro_batches import MicroBatches
+    from qlora_ray.worker.seat import seat_of
+    from qlora_ray.worker.stopwatch import Stopwatch
+    from qlora_ray.worker.worker import Worker
+    from tests.integration import engines
+    from tests.made_rows import make_random_entry
+
+    def add_begun(*given):
+        adapted, generator = add_adapter(*given), torch.Generator().manual_seed(1)
+        for name, parameter in trainable(adapted).items():
+            if "lora_B" in name:
+                parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        return adapted
+
+    rows = make_random_entry(folder / "cache", job.rows, packed=config.training.packing)
+    run, team, device = engines.run_of(config, folder, rows), Team(), torch.device("cpu")
+    setup.add_adapter = add_begun  # type: ignore[assignment]
+    engine = setup.build_engine(run, team, device, 0, None)  # type: ignore[arg-type]
+    setup.add_adapter = add_adapter
+    order = Order(len(open_rows(rows, "train")), 0, run.plan.micro_batch_size, run.plan.micro_batches_per_step)
+    counts, seat = RowCounts(rows, order), seat_of(team.rank, team.size, config.training.sequence_parallel)
+    stream = Stream(rows, order, seat.group, seat.num_groups, 0, job.steps)
+    micro_batches = MicroBatches(stream, seat, config.training.seed, 0, device)
+    gradients, losses, take = [], [], engine._sum.take
+
+    def take_and_note() -> torch.Tensor:
+        whole = take()
+        gradients.append(whole.clone())
+        return whole
+
+    engine._sum.take = take_and_note  # type: ignore[method-assign]
+    worker = Worker(run, team, engine, _Pads, device, None, None)  # type: ignore[arg-type]
+    eval_loss = validation_loss(worker)["eval_loss"]
+    for step in range(job.steps):
+        count = counts.label_tokens(step)
+        sums, _ = optimizer_step(engine, micro_batches.of_step(step), count, 1e-2, Stopwatch(device))
+        losses.append(sum(team.sum(*(float(one) for one in sums))) / count)
+    torch.save(gradients[0], folder / "gradient.pt")
+    adapter = digest(*engine.state().weights.values())
+    return Held(losses=losses, adapter=adapter, gradient=str(folder / "gradient.pt"), eval_loss=eval_loss)
+
+
+class _Pads:
+    pad_token_id = 0
 
 
 reads: list[int] = []  # bytes of each read of a tensor

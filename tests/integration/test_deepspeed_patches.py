@@ -31,7 +31,10 @@ def build(process_group, monkeypatch, tmp_path):
         for name in without:
             monkeypatch.setattr(patches, name, lambda *_: None)
         config = tiny_models.make_config(
-            EMBEDDED_BASE, deepspeed={"zero_stage": stage, **offload}, quantization={"compute_dtype": dtype}
+            EMBEDDED_BASE,
+            deepspeed={"zero_stage": stage, **offload},
+            quantization={"compute_dtype": dtype},
+            ray={"num_workers": 2},  # which share the base at stage 3
         )
         asked = {
             "zero_optimization": zero or {},

@@ -1,6 +1,7 @@
 """Experts in 4 bits: bitsandbytes' own bits, PEFT's losses and gradients, one result however they are shared."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,23 +10,30 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from qlora_ray import evaluate, export, generate, plan
 from qlora_ray.config import base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.inference import merge
 from qlora_ray.inference.load import load as load_for_use
 from qlora_ray.model import routed
 from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, load_adapter, trainable
+from qlora_ray.model.balance import balance, balance_of
 from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.experts import is_packed, packed_stacks
-from qlora_ray.model.fused import fuse, leaf_modules
+from qlora_ray.model.fused import fuse, fused_layers, keep, leaf_modules
+from qlora_ray.model.load import Whole, load_shares
+from qlora_ray.model.recompute import Choice, Keep
 from qlora_ray.model.record import FILE, open_adapter
 from qlora_ray.model.routed import compute_in_4_bits
+from qlora_ray.planning import early
 from qlora_ray.planning.early import exact_facts
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import write_adapter
-from qlora_ray.worker.loss import sum_of_nats
-from tests.integration import adapters, engines, tiny_models
+from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+from qlora_ray.worker.routing import busiest_expert
+from tests.integration import adapters, door, engines, tiny_models
 
 CPU = torch.device("cpu")
 FAMILIES = list(tiny_models.MIXTURES)
@@ -98,11 +106,7 @@ def test_loss_and_gradients_of_the_lora_are_those_of_peft_on_the_dense_base(fami
     assert names == list(trainable(theirs)) and not any(".gate." in name or ".router." in name for name in names)
     assert any(".experts." in name for name in names) == expert_lora
     assert exact_facts(config).num_trainable_parameters == sum(one.numel() for one in trainable(ours).values())
-    generator = torch.Generator().manual_seed(1)
-    for one, other in zip(trainable(ours).values(), trainable(theirs).values(), strict=True):
-        value = torch.randn(one.shape, generator=generator) * 0.05
-        one.data.copy_(value)
-        other.data.copy_(value)
+    with_values(ours), with_values(theirs)
     losses = [sum_of_nats(model, tiny_models.batch()) for model in (ours, theirs)]
     assert abs(losses[0].item() / losses[1].item() - 1) < 1e-6
     for loss in losses:
@@ -110,6 +114,80 @@ def test_loss_and_gradients_of_the_lora_are_those_of_peft_on_the_dense_base(fami
     for name, one in trainable(ours).items():
         other = trainable(theirs)[name]
         assert tiny_models.difference(one.grad, other.grad) < 1e-4, name
+
+
+def with_values(adapted):
+    """The adapted model, its matrices far from what they begin as."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainable(adapted).values():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return adapted
+
+
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe"])
+def test_what_a_layer_with_adapted_experts_keeps_changes_no_bit(family, base_of):
+    config = tiny_models.make_config(base_of(family), model={"expert_lora": True})
+    model = with_values(add_adapter(load(config.model.base_model), config.model, torch.float32, seed=0)).train()
+    fuse(model)
+    found = []
+    for level in Keep:
+        keep(model, Choice((level,) * len(fused_layers(model))))
+        sum_of_nats(model, tiny_models.batch()).backward()
+        found.append([parameter.grad.clone() for parameter in trainable(model).values()])
+        model.zero_grad()
+    assert len(fused_layers(model)) == 2
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.bites("model.balance.ROUTERS")
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "olmoe"])
+def test_load_balancing_loss_has_the_gradient_of_transformers_own_of_each_layer(family, base_of):
+    config = tiny_models.make_config(base_of(family))
+    ours = with_values(add_adapter(load(config.model.base_model), config.model, torch.float32, seed=0)).train()
+    theirs = with_values(add_adapter(dense(config.model.base_model), config.model, torch.float32, seed=0)).train()
+    fuse(ours)
+    balance(ours, 3.0)
+    batch, gradients = tiny_models.batch(), []
+    count = num_label_tokens(batch)
+    for is_on in (False, True):
+        nats = sum_of_nats(ours, batch)
+        if is_on:
+            balance_of(ours).follow(nats, count)
+        else:
+            balance_of(ours).weight = torch.zeros(())
+        (nats / count).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in trainable(ours).items()})
+        ours.zero_grad()
+    made = theirs(input_ids=batch["input_ids"], output_router_logits=True, use_cache=False)
+    nats = torch.nn.functional.cross_entropy(
+        made.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
+    losses = [load_balancing_loss_func((one,), one.shape[1], 2) for one in made.router_logits]
+    assert len(losses) == 2
+    (nats / count + 3.0 * sum(losses) / 2).backward()
+    assert max(tiny_models.difference(gradients[0][n], p.grad) for n, p in trainable(theirs).items()) > 1e-2
+    for name, parameter in trainable(theirs).items():
+        assert tiny_models.difference(gradients[1][name], parameter.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("family", ["llama", "glm4_moe"])
+def test_load_balancing_loss_of_a_base_that_has_none_is_refused_by_the_driver(family, tmp_path):
+    folder = tiny_models.save(family, tmp_path)
+    with pytest.raises(ConfigError, match="^training.router_aux_loss_coef=0.01: .* have no load-balancing loss"):
+        exact_facts(tiny_models.make_config(folder, training={"router_aux_loss_coef": 0.01}))
+
+
+def test_share_of_the_busiest_expert_is_that_of_the_tokens_it_had_in_training(base_of):
+    model, team = load(base_of("qwen3_moe")), engines.Alone()
+    assert busiest_expert(model, team) == {}
+    for route, layer in zip(("some", "one"), model.model.layers, strict=True):
+        x, index, scores = routed_to([[0, 1], [3, 1], [0, 3], [1, 0]] if route == "some" else [[2, 1], [2, 0]])
+        layer.mlp.experts.train()(x, index, scores)
+        layer.mlp.experts.eval()(x, index, scores)
+    assert busiest_expert(model, team) == {"busiest_expert_share": 1.0}
+    model.model.layers[0].mlp.experts.train()(*routed_to([[0, 1], [3, 1], [0, 3], [1, 0]]))
+    assert busiest_expert(model, team) == {"busiest_expert_share": 0.75}
 
 
 @pytest.mark.bites("model.peft_names.TAKEN_AS_WRITTEN")
@@ -121,8 +199,8 @@ def test_adapter_trained_under_zero3_has_its_logits_in_plain_peft(
     folder = base_of(family)
     config = tiny_models.make_config(folder, deepspeed={"zero_stage": 3}, model={"expert_lora": expert_lora})
     engine = engines.build(config, tmp_path)
-    blocks = [module for module in leaf_modules(engine.module) if "fused" not in module.__dict__]
-    assert len(blocks) == len([module for module in engine.module.modules() if is_packed(module)])
+    parts = [id(part) for leaf in leaf_modules(engine.module) for part in leaf.modules()]
+    assert {parts.count(id(module)) for module in engine.module.modules() if is_packed(module)} == {1}
     losses = engines.train(engine, range(8))
     assert losses[-1] < losses[0] - 0.05
     adapter = open_folder(str(tmp_path / "adapter"))
@@ -239,3 +317,66 @@ def test_experts_that_compute_otherwise_stay_in_16_bits_and_the_plan_says_how_mu
     assert any(
         note.startswith(f"{share:.0%} of the base's weights are experts that stay 16-bit") for note in plan.notes
     )
+
+
+def in_mxfp4(folder: str, target: Path) -> str:
+    """A copy with random stacks in MXFP4, as they are published; and what they stand for put into `folder`."""
+    from safetensors.torch import load_file, save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    shutil.copytree(folder, target)
+    dense = load_file(target / "model.safetensors")
+    weights, generator = dict(dense), torch.Generator().manual_seed(3)
+    for name in [name for name in dense if name.endswith(("gate_up_proj", "down_proj"))]:
+        num_experts, inputs, outputs = weights.pop(name).shape
+        blocks = torch.randint(256, (num_experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(119, 123, blocks.shape[:-1], generator=generator, dtype=torch.uint8)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        dense[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(dense, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (target / "config.json").write_text(json.dumps(config))
+    return str(target)
+
+
+@pytest.mark.bites("model.mxfp4.BLOCKS_AND_SCALES")
+def test_experts_in_mxfp4_become_the_4_bits_of_what_they_stand_for_whole_and_in_shares(tmp_path):
+    folder = tiny_models.save("gpt_oss", tmp_path / "dense")
+    published = in_mxfp4(folder, tmp_path / "mxfp4")
+    config = tiny_models.make_config(published)
+    shares, sources = load_shares(config.model, config.quantization, "float32", CPU, Whole())
+    expected = load(folder)
+    assert not any(isinstance(source.value, torch.Tensor) for source in sources)
+    for base in (load(published), shares):
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(base.get_parameter(name).data.view(-1), parameter.data.view(-1)), name
+        assert torch.equal(tiny_models.logits(base), tiny_models.logits(expected))
+    assert exact_facts(config).num_packed_parameters == count_bytes(expected).four_bit_parameters
+    assert exact_facts(config).num_parameters == count_bytes(expected).parameters
+    with pytest.raises(ConfigError, match="^quantization.type=none: .* is stored in MXFP4"):
+        early._check_base(tiny_models.make_config(published, quantization={"type": "none"}), published)
+
+
+@pytest.mark.timeout(600)
+def test_a_mixture_goes_through_the_doors(base_of, tmp_path, capsys):
+    folder, run = base_of("qwen3_moe"), tmp_path / "run"
+    settings = [
+        "-c", "configs/quickstart.yaml", f"model.base_model={folder}", f"ray.storage_path={tmp_path}",
+        "ray.run_name=run", "ray.num_workers=1", "training.max_steps=3", "training.batch_size=1",
+        "logging.every_steps=1", "evaluation.num_prompts=0", "training.router_aux_loss_coef=0.01",
+    ]  # fmt: skip
+    ended = door.run(*settings)
+    assert ended.returncode == 0, ended.stderr
+    shares = [line["busiest_expert_share"] for line in door.metrics(run) if "loss" in line]
+    assert len(shares) == 3 and all(2 / 4 <= share <= 1 for share in shares)
+    assert plan.main(settings) == 0
+    assert "experts stay" not in capsys.readouterr().out
+    records = tmp_path / "records.jsonl"
+    records.write_text(json.dumps({"instruction": "Say yes.", "input": "", "output": "yes"}) + "\n")
+    assert generate.main(["--adapter", str(run), "--prompt", "Say yes.", "max_new_tokens=4"]) == 0
+    assert evaluate.main(["--adapter", str(run), "--file", str(records), "max_new_tokens=4"]) == 0
+    merged = ["--adapter", str(run), "--to", "merged", "--output", str(tmp_path / "merged"), "--verify"]
+    assert export.main([*merged, "--dtype", "float32"]) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -12,6 +12,7 @@ from qlora_ray.worker import setup
 from tests.integration import engines, tiny_models
 
 EMBEDDED = base_model_path("embedded")
+SHARED = {"ray": {"num_workers": 2}}
 
 
 def packing_into(storage: torch.dtype, monkeypatch) -> None:
@@ -28,13 +29,13 @@ def packing_into(storage: torch.dtype, monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_guard_passes_byte_storage(dtype, tmp_path, monkeypatch, process_group):
     packing_into(torch.uint8, monkeypatch)
-    engines.build(tiny_models.make_config(EMBEDDED, quantization={"compute_dtype": dtype}), tmp_path)
+    engines.build(tiny_models.make_config(EMBEDDED, **SHARED, quantization={"compute_dtype": dtype}), tmp_path)
 
 
 def test_guard_stops_a_run_whose_packed_weights_were_cast(tmp_path, monkeypatch, process_group):
     packing_into(torch.float16, monkeypatch)
     with pytest.raises(GuardError, match="bnb_4bit_quant_storage"):
-        engines.build(tiny_models.make_config(EMBEDDED, quantization={"compute_dtype": "bfloat16"}), tmp_path)
+        engines.build(tiny_models.make_config(EMBEDDED, **SHARED, quantization={"compute_dtype": "bfloat16"}), tmp_path)
 
 
 @pytest.mark.bites("worker.setup.NOISE")

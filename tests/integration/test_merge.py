@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_ray import export
@@ -66,7 +67,7 @@ def test_four_bit_modules_are_those_that_loading_packs(family, tmp_path):
     folder = tiny_models.save(family, tmp_path)
     config = tiny_models.make_config(folder)
     loaded = load_base(config.model, config.quantization, "float32", CPU)
-    packed = {name for name, module in loaded.named_modules() if hasattr(module, "source_cls")}
+    packed = {name for name, module in loaded.named_modules() if isinstance(module, Linear4bit)}
     assert set(four_bit_modules(folder)[0]) == packed
 
 

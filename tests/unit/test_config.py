@@ -164,7 +164,7 @@ def test_missing_file_and_folder_are_refused(tmp_path):
     [
         (["model.trust_remote_code=true"], "model.trust_remote_code"),
         (["model.trust_remote_code=true", "model.revision=main"], "model.trust_remote_code"),
-        (["deepspeed.offload_params=nvme"], "deepspeed.offload_params=nvme"),
+        (["deepspeed.offload_params=disk"], "deepspeed.offload_params=disk"),
         (["model.lora_variant=pissa"], "model.lora_variant=pissa"),
         (["model.lora_variant=loftq", "quantization.type=none"], "model.lora_variant=loftq"),
     ],

@@ -135,12 +135,15 @@ def test_plan_door_answers_without_ray_and_counts_what_training_has(tmp_path):
     assert "2 q_proj, 2 k_proj, 2 v_proj, 2 o_proj, 2 gate_proj, 2 up_proj, 2 down_proj" in ran.stdout
 
 
-def test_dequantized_weights_are_held_where_they_fit_one_worker_has_all_and_nobody_forbids_it(tmp_path):
+def test_dequantized_weights_are_held_where_they_fit_each_worker_has_all_and_nobody_forbids_it(tmp_path):
     base = tiny_models.save("llama", tmp_path)
     asked = {"model": {"base_model": base}}
     held = "hold dequantized weights"
     assert held in table.answer(Config.model_validate(asked), 80, "H100")
-    assert held not in table.answer(Config.model_validate(asked | {"ray": {"num_workers": 2}}), 80, "H100")
+    two = asked | {"ray": {"num_workers": 2}}
+    assert held in table.answer(Config.model_validate(two), 80, "H100")
+    shared = table.answer(Config.model_validate(two | {"deepspeed": {"share_base": "world"}}), 80, "H100")
+    assert held not in shared and "each worker holds its share of the base: deepspeed.share_base=world" in shared
     forbidden = asked | {"training": {"dequantized_weights": "none"}}
     assert held not in table.answer(Config.model_validate(forbidden), 80, "H100")
     assert held not in table.answer(Config.model_validate(asked), 0.001, "H100")

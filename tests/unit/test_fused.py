@@ -200,14 +200,14 @@ def test_weights_held_dequantized_change_no_bit(folders):
 
 
 def test_gradients_pass_from_layer_to_layer_without_a_copy(folders, monkeypatch):
-    plain, is_handed_on = FusedLayer._with_room, []
+    plain, is_handed_on = FusedLayer.with_room, []
 
     def with_room(layer, dy):
         buffer = plain(layer, dy)
         is_handed_on.append(buffer.data_ptr() == dy.data_ptr())
         return buffer
 
-    monkeypatch.setattr(FusedLayer, "_with_room", with_room)
+    monkeypatch.setattr(FusedLayer, "with_room", with_room)
     model = fused_models.build(folders["llama"], torch.bfloat16)
     for _ in range(2):
         fused_models.nats_and_gradients(model, tiny_models.batch())

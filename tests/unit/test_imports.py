@@ -17,6 +17,7 @@ HEAVY = ("torch", "ray", "transformers", "deepspeed", "peft", "bitsandbytes", "d
 MAY_IMPORT = {
     "errors": set(),  # which all others may import
     "libraries": set(),
+    "laps": set(),
     "environment": {"libraries"},
     "console": set(),
     "config": {"environment"},
@@ -27,10 +28,10 @@ MAY_IMPORT = {
     "planning": {"environment", "config", "data", "model"},
     "rundir": {"config", "storage", "data", "model", "planning"},
     "cluster": {"libraries", "environment", "config", "storage", "data", "model", "planning"},
-    "worker": {"libraries", "config", "storage", "data", "model", "planning", "rundir"},
+    "worker": {"libraries", "laps", "config", "storage", "data", "model", "planning", "rundir"},
     "report": {"config", "storage", "door", "rundir"},
-    "driver": {"libraries", "console", "config", "storage", "data", "model", "planning", "rundir", "cluster", "worker",
-               "report"},
+    "driver": {"libraries", "laps", "console", "config", "storage", "data", "model", "planning", "rundir", "cluster",
+               "worker", "report"},
     "inference": {"config", "storage", "data", "model", "cluster", "worker"},
     "sweep": {"libraries", "environment", "console", "config", "storage", "data", "model", "planning", "rundir",
               "cluster", "report"},

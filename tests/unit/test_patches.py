@@ -14,6 +14,7 @@ from benchmarks.patches import collect
 from qlora_ray import libraries
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
+from qlora_ray.storage import open_folder
 from tests.integration import tiny_models
 
 PACKAGE, ROOT = Path(qlora_ray.__file__).parent, Path(__file__).parents[2]
@@ -104,7 +105,7 @@ def test_a_run_shows_the_note(monkeypatch, tmp_path):
     for facts in found.nodes.values():
         facts["versions"].update(found.driver["versions"])
     monkeypatch.setattr(quick, "ask", lambda *_, **__: found)
-    notes, _ = quick.look_quickly(
+    notes, *_ = quick.look_quickly(
         Config(), open_folder(str(tmp_path)), Hardware(2, 0, (), {"CPU": 2}, ({"CPU": 2},)), None
     )
     assert [note for note in notes if "deepspeed 0.20.0 (0.19.8)" in note]
@@ -182,6 +183,28 @@ def test_ray_train_calls_each_hook_of_save_before_resize():
         assert [list(inspect.signature(one).parameters) for one in theirs] == [list(inspect.signature(hook).parameters)]
         assert re.search(rf'"{name}"|callback\.{name}\(', source), name
     assert "num_workers" in controller.ResizeDecision.__dataclass_fields__
+
+
+@pytest.mark.bites("driver.controller.WHOLE_GROUPS")
+def test_elastic_runs_have_as_many_workers_as_make_whole_groups(monkeypatch):
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from qlora_ray.driver.controller import WholeGroups
+    from qlora_ray.driver.fit import Fit
+
+    given = {}
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **what: given.update(what))
+    policy = WholeGroups(ScalingConfig(num_workers=(2, 6), resources_per_worker={"CPU": 1}), 2)
+    for free, expected in ((7, 6), (5, 4), (3, 2), (1, 0)):
+        assert policy._count_possible_workers({"node": {"CPU": free}}) == expected
+    config = Config.model_validate({"ray": {"num_workers": [2, 6]}, "training": {"sequence_parallel": 2}})
+    what = SimpleNamespace(config=config, plan=SimpleNamespace(use_gpu=False, resources_per_worker={"CPU": 1}))
+    what.folder = open_folder("/tmp/none")
+    fit = Fit.__new__(Fit)
+    fit._what, fit._channel, fit._network = what, None, {}
+    fit._make_trainer()._initialize_and_run_controller(scaling_policy=None)
+    assert isinstance(given["scaling_policy"], WholeGroups)
 
 
 @pytest.mark.bites("driver.controller.FRESH_NODES")

@@ -166,7 +166,20 @@ def test_bf16_that_contradicts_is_refused_once_the_hardware_is_known():
     assert plan(GPUS, theirs).deepspeed["bf16"] == {"enabled": True}
 
 
-@pytest.mark.parametrize(("stage", "key"), [(2, "offload_params"), (0, "offload_optimizer")])
+def test_base_is_whole_on_each_gpu_where_it_fits_with_activations_and_shared_where_not():
+    two = {"ray": {"num_workers": 2}}
+    need = sum(plan(GPUS, deepspeed={"share_base": "replicate"}, **two).memory_forecast_gib.values())
+    roomy, tight = (plan(dataclasses.replace(GPUS, gpu_gib=gib), **two) for gib in (2 * need, 0.2 * need))
+    assert not roomy.shares_base and roomy.may_hold_weights
+    assert roomy.why_shared.startswith("it takes ") and tight.why_shared.startswith("all of it would take ")
+    assert tight.shares_base and not tight.may_hold_weights
+    assert tight.memory_forecast_gib["base"] < roomy.memory_forecast_gib["base"]
+    assert plan(**two).shares_base and plan(GPUS, **two).shares_base  # not known: as little as can be
+    assert not plan(GPUS, ray={"num_workers": 1}).shares_base
+    assert plan(dataclasses.replace(GPUS, gpu_gib=80), deepspeed={"share_base": "world"}, **two).shares_base
+
+
+@pytest.mark.parametrize(("stage", "key"), [(2, "offload_params"), (0, "offload_params"), (0, "offload_optimizer")])
 def test_offload_that_its_zero_stage_cannot_do_is_refused(stage, key):
     assert refusal(deepspeed={"zero_stage": stage, key: "cpu"}).startswith(f"deepspeed.{key}=cpu: needs zero_stage")
 

@@ -99,6 +99,23 @@ def test_new_learning_rate_is_told_with_the_one_the_run_had_come_to(run_at):
     assert f"Learning rate from step 11 on: {first:.3g} (the run so far ended at {ended:.3g})" in noted(run, now)
 
 
+def test_another_number_of_workers_a_row_is_told_with_what_it_changes(run_at):
+    run, two = run_at(6, "interrupted"), {"training": {"sequence_parallel": 2}, "ray": {"num_workers": 2}}
+    values = asked().model_dump(mode="json")
+    told = noted(run, make_config({**values, **{name: values[name] | two[name] for name in two}}))
+    assert told.startswith("Changed from step 7 on: training.sequence_parallel 1 -> 2.")
+    assert "from step 7 on the last bits are not those of the number before" in told
+
+
+def test_key_that_the_runs_version_did_not_know_had_its_default(run_at):
+    run = run_at(6, "interrupted")
+    written = yaml.safe_load((run / "config.yaml").read_bytes())
+    del written["training"]["weight_decay"]
+    (run / "config.yaml").write_bytes(yaml.safe_dump(written).encode())
+    assert noted(run, asked()) == ""
+    assert "training.weight_decay 0 -> 0.1" in noted(run, asked(training__weight_decay=0.1))
+
+
 def test_run_that_stopped_early_goes_on_with_more_patience_and_refuses_more_steps(run_at):
     run = run_at(6, "done", without_improvement=2)
     assert "training.early_stopping_patience 2 -> 5" in noted(run, asked(training__early_stopping_patience=5))

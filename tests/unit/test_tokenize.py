@@ -1,7 +1,10 @@
 """What is trained on: masks from the template itself, against transformers' own and against renderings of prefixes."""
 
 import json
+import pickle
 import random
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -326,3 +329,24 @@ def test_tokenizer_that_gives_a_text_back_in_lower_case_is_taken_with_a_note(tmp
     (note,) = [note for note in encoder.notes() if "back as" in note]
     assert "'every quick fox" in note
     assert not [note for note in encoder_of(make_recipe(Config())).notes() if "back as" in note]
+
+
+def test_a_tokenizer_that_another_process_gets_makes_the_same_tokens():
+    own = load_tokenizer(EMBEDDED, None)
+    got = pickle.loads(pickle.dumps(own))
+    texts = [turn["content"] + "<|end|>" for turns in random_conversations(40) for turn in turns]
+    assert [got(text)["input_ids"] for text in texts] == [own(text)["input_ids"] for text in texts]
+    assert (got.chat_template, got.special_tokens_map) == (own.chat_template, own.special_tokens_map)
+    assert str(got.added_tokens_decoder) == str(own.added_tokens_decoder)
+
+
+def test_a_process_that_gets_a_tokenizer_loads_no_torch(tmp_path):
+    (tmp_path / "tokenizer").write_bytes(pickle.dumps(load_tokenizer(EMBEDDED, None)))
+    script = (
+        "import pickle, sys; import qlora_ray.data.spread; from qlora_ray.data.tokenize import Encoder; "
+        "encoder = Encoder(pickle.load(open(sys.argv[1], 'rb')), 512); "
+        "turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]; "
+        "print(len(encoder.encode([turns])), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "tokenizer")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["1", "False"]

@@ -1,0 +1,32 @@
+"""Where the time of a start goes: seconds of this process, by part. Parts in threads of their own overlap."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_seconds: dict[str, float] = {}
+
+
+def begin() -> None:
+    """Forget the parts of a start before."""
+    _seconds.clear()
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """What happens within belongs to this part."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        note(name, time.perf_counter() - began)
+
+
+def note(name: str, seconds: float) -> None:
+    """Add to a part."""
+    _seconds[name] = _seconds.get(name, 0.0) + seconds
+
+
+def taken() -> dict[str, float]:
+    """Seconds by part, in the order in which the parts ended."""
+    return {name: round(seconds, 2) for name, seconds in _seconds.items()}

@@ -1,0 +1,245 @@
+"""Frozen weights of decoder layers that pass through three slots of the device, copied while it computes.
+
+A layer's weights and their scales are one slab, which comes as one. Forward fetches the next layers, backward those
+before; nothing is written back. A layer's slot is always the same, so its parameters are views of it for good, and what
+they show is the layer's when `fetch` says so. The last layers may stay on the device.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from qlora_ray.errors import ConfigError
+from qlora_ray.model.homes import Away, Home, InMemory, scales_of, values_of
+from qlora_ray.model.layer import FusedLayer
+from qlora_ray.model.plain import plain_layers
+
+NUM_SLOTS = 3
+BORDER = 256  # bytes: where each tensor of a slab begins
+SMALLEST = 2**16  # bytes of a weight that is worth a copy at each turn; packed ones always are
+
+
+@dataclass
+class Slab:
+    """What passes of one layer."""
+
+    layer: torch.nn.Module
+    parameters: list[Any]
+    homes: list[tuple[int, Home]] = field(default_factory=list)  # where each begins in the slab
+    places: list[Callable[[torch.Tensor], None]] = field(default_factory=list)  # make a tensor a view of a slab
+    num_bytes: int = 0
+
+    def add(self, values: torch.Tensor, shape: torch.Size, home: Home, put: Callable[[torch.Tensor], None]) -> None:
+        """A tensor more, of the dtype of `values`."""
+        start, stop = self.num_bytes, self.num_bytes + home.num_bytes
+        self.homes.append((start, home))
+        self.places.append(lambda slab, dtype=values.dtype: put(slab[start:stop].view(dtype).view(shape)))
+        self.num_bytes = -(-stop // BORDER) * BORDER
+
+    def show(self, memory: torch.Tensor) -> None:
+        """Make the layer's tensors views of this memory."""
+        for place in self.places:
+            place(memory)
+
+    def read_into(self, out: torch.Tensor) -> None:
+        """Put it together in memory of the host."""
+        for start, home in self.homes:
+            home.read_into(out[start : start + home.num_bytes])
+
+
+def slab_of(layer: torch.nn.Module, away: Away) -> Slab:
+    """What of a layer passes: what is packed, with its scales, and other frozen weights that are large."""
+    found = [p for module in layer.modules() for p in module._parameters.values() if hasattr(p, "home")]
+    slab = Slab(layer, [p for p in found if hasattr(p, "quant_state") or p.home.num_bytes >= SMALLEST])
+    for parameter in slab.parameters:
+        slab.add(parameter, parameter.whole_shape, parameter.home, partial(setattr, parameter, "data"))
+        for one in scales_of(getattr(parameter, "quant_state", None)):
+            slab.add(one.absmax, one.absmax.shape, away.put(one.absmax), partial(setattr, one, "absmax"))
+    return slab
+
+
+class Copies(Protocol):
+    """Brings slabs to the device."""
+
+    def copy(self, slab: Slab, slot: torch.Tensor, passed: Any) -> Any:
+        """Begin to, once the device is past a mark; returns what to wait for."""
+
+    def wait(self, arrival: Any) -> None:
+        """Have the device wait for it before what is launched next."""
+
+
+class Ring:
+    """The slabs of a model's layers, first to last."""
+
+    def __init__(self, slabs: list[Slab], device: torch.device, copies: Copies):
+        self.slabs, self._device, self._copies = slabs, device, copies
+        self.num_resident = 0
+        self._resident: list[torch.Tensor] = []
+        self._slots = [self._memory(max(slab.num_bytes for slab in slabs)) for _ in range(min(NUM_SLOTS, len(slabs)))]
+        self._holds: list[int | None] = [None] * NUM_SLOTS
+        self._arrivals: list[Any] = [None] * NUM_SLOTS
+        self._index = {id(p): index for index, slab in enumerate(slabs) for p in slab.parameters}
+        for index, slab in enumerate(slabs):
+            slab.show(self._slots[index % NUM_SLOTS])
+            self._fetch_where_needed(index, slab.layer)
+
+    @property
+    def num_passing(self) -> int:
+        """Layers that pass through the slots."""
+        return len(self.slabs) - self.num_resident
+
+    def fetch(self, index: int, step: int) -> None:
+        """Have a layer there for what is launched next, and the two after it in a direction, 1 or -1, on their way."""
+        if index >= self.num_passing:
+            return
+        passed = _mark(self._device)
+        for number in (index, index + step, index + 2 * step):
+            slot = number % NUM_SLOTS
+            if 0 <= number < self.num_passing and self._holds[slot] != number:
+                self._holds[slot] = number
+                self._arrivals[slot] = self._copies.copy(self.slabs[number], self._slots[slot], passed)
+        self._copies.wait(self._arrivals[index % NUM_SLOTS])
+
+    def bring(self, parameter: torch.Tensor) -> None:
+        """Have a parameter's values there, if it is of a layer that passes."""
+        index = self._index.get(id(parameter))
+        if index is not None:
+            self.fetch(index, 0)
+
+    def keep_last(self, count: int) -> None:
+        """Keep so many of the last layers on the device from now on."""
+        self.num_resident = count
+        for slab in self.slabs[self.num_passing :]:
+            memory = self._memory(slab.num_bytes)
+            self._copies.wait(self._copies.copy(slab, memory, _mark(self._device)))
+            self._resident.append(memory)
+            slab.show(memory)
+        if not self.num_passing:
+            for arrival in filter(None, self._arrivals):
+                self._copies.wait(arrival)  # else it would arrive in memory that others have by then
+            self._slots = []
+
+    def _memory(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def _fetch_where_needed(self, index: int, layer: torch.nn.Module) -> None:
+        layer.register_forward_pre_hook(lambda *_: self.fetch(index, 1))
+        fused = layer.__dict__.get("fused")
+        if isinstance(fused, FusedLayer):
+            fused.before_backward = partial(self.fetch, index, -1)
+        else:  # backward computes it again: the pass with gradients is that one
+            layer.bring_weights = lambda: self.fetch(index, -1 if torch.is_grad_enabled() else 1)  # type: ignore
+
+
+def _mark(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+class FromMemory:
+    """Slabs in host memory: one mapping that the device copies from; on a CPU the same at once."""
+
+    def __init__(self, slabs: list[Slab], device: torch.device):
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._places: dict[int, torch.Tensor] = {}
+        self._all = torch.empty(sum(slab.num_bytes for slab in slabs), dtype=torch.uint8)
+        start = 0
+        for slab in slabs:
+            place = self._all[start : (start := start + slab.num_bytes)]
+            slab.read_into(place)
+            for at, (offset, home) in enumerate(slab.homes):  # what they held is free from here on
+                slab.homes[at] = offset, InMemory(place[offset : offset + home.num_bytes])
+            for parameter in slab.parameters:
+                parameter.home = None
+            self._places[id(slab)] = place
+        if self._stream:  # torch's own pinned memory comes in powers of two
+            self._pin()
+
+    def copy(self, slab: Slab, slot: torch.Tensor, passed: Any) -> Any:
+        """Launch it on a stream of its own."""
+        return _copy(self._places[id(slab)], slot, self._stream, passed)
+
+    def wait(self, arrival: Any) -> None:
+        """Of the device alone."""
+        _wait(arrival)
+
+    def _pin(self) -> None:
+        code = int(torch.cuda.cudart().cudaHostRegister(self._all.data_ptr(), self._all.numel(), 0))
+        if code:
+            raise ConfigError(
+                f"deepspeed.offload_params=cpu: {self._all.numel() / 2**30:.2f} GiB of host memory cannot be locked "
+                f"for copies to the GPU (CUDA error {code}). Raise the limit of locked memory (ulimit -l), or use nvme."
+            )
+
+
+class FromDisk:
+    """Slabs in a file: a thread reads them into a window of host memory, from where the device copies."""
+
+    def __init__(self, slabs: list[Slab], device: torch.device):
+        largest = max(slab.num_bytes for slab in slabs)
+        is_cuda = device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(device) if is_cuda else None
+        self._window = [torch.empty(largest, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(NUM_SLOTS)]
+        self._left: list[Any] = [None] * NUM_SLOTS  # when the device has copied what was there
+        self._next = 0
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="ring")
+
+    def copy(self, slab: Slab, slot: torch.Tensor, passed: Any) -> "Future[Any]":
+        """Have the thread read it and launch the copy."""
+        return self._reader.submit(self._read, slab, slot, passed)
+
+    def wait(self, arrival: "Future[Any]") -> None:
+        """Of the host for the read, and of the device for the copy. Raises Stop where it could not be read."""
+        _wait(arrival.result())
+
+    def _read(self, slab: Slab, slot: torch.Tensor, passed: Any) -> Any:
+        number, self._next = self._next, (self._next + 1) % NUM_SLOTS
+        if self._left[number] is not None:
+            self._left[number].synchronize()
+        buffer = self._window[number]
+        slab.read_into(buffer)
+        self._left[number] = _copy(buffer[: slab.num_bytes], slot, self._stream, passed)
+        return self._left[number]
+
+
+def _copy(source: torch.Tensor, slot: torch.Tensor, stream: Any, passed: Any) -> Any:
+    if stream is None:
+        slot[: source.numel()].copy_(source)
+        return None
+    stream.wait_event(passed)
+    with torch.cuda.stream(stream):
+        slot[: source.numel()].copy_(source, non_blocking=True)
+        return stream.record_event()
+
+
+def _wait(arrived: Any) -> None:
+    if arrived is not None:
+        torch.cuda.current_stream().wait_event(arrived)
+
+
+def make_ring(model: torch.nn.Module, away: Away, device: torch.device) -> Ring | None:
+    """Have the decoder layers' weights pass through slots, and put all others that lie away on the device.
+
+    None where no layer is known: everything is then on the device.
+    """
+    known = {id(one) for one in [*plain_layers(model), *(layer for layer in model.modules() if _is_fused(layer))]}
+    slabs = [slab_of(layer, away) for layer in model.modules() if id(layer) in known]
+    slabs = [slab for slab in slabs if slab.parameters]
+    passing = {id(parameter) for slab in slabs for parameter in slab.parameters}
+    for parameter in model.parameters():
+        if hasattr(parameter, "home") and id(parameter) not in passing:
+            parameter.data = values_of(parameter).to(device)
+            for one in scales_of(getattr(parameter, "quant_state", None)):
+                one.absmax = one.absmax.to(device)
+            del parameter.home
+    if not slabs:
+        return None
+    copies: Copies = FromDisk(slabs, device) if away.is_on_disk else FromMemory(slabs, device)
+    return Ring(slabs, device, copies)
+
+
+def _is_fused(layer: torch.nn.Module) -> bool:
+    return isinstance(layer.__dict__.get("fused"), FusedLayer)

@@ -1,0 +1,28 @@
+"""However the base lies, whole on each worker or in shares, the adapter has the same bits."""
+
+import pytest
+
+from qlora_ray.config import base_model_path
+from tests.integration import ranks, tiny_models
+from tests.integration.ranks import Job
+
+EMBEDDED = base_model_path("embedded")
+WAYS = ("world", "replicate")
+
+
+def jobs(base: str, **sections) -> list[Job]:
+    return [Job(base, {**sections, "deepspeed": {"share_base": way}}) for way in WAYS]
+
+
+@pytest.mark.bites("worker.deepspeed_patches.OUT_OF_ZERO")
+def test_a_base_in_shares_and_one_whole_on_each_worker_give_one_adapter(tmp_path):
+    mixtral = tiny_models.save("mixtral", tmp_path / "mixtral", num_hidden_layers=1)
+    gpt2 = tiny_models.save("gpt2", tmp_path / "gpt2")
+    left = ranks.run(
+        2, tmp_path / "run", *jobs(EMBEDDED), *jobs(gpt2, quantization={"compute_dtype": "bfloat16"}),
+        *jobs(mixtral), *jobs(EMBEDDED, model={"modules_to_save": ["norm"], "new_tokens": ["<new>"]}),
+    )  # fmt: skip
+    for shared, whole in zip(left[::2], left[1::2], strict=True):
+        assert not any(held.shares for held in whole) and all(held.shares for held in shared)
+        assert len({held.adapter for held in shared + whole}) == 1 and not any(held.error for held in shared + whole)
+        assert [held.losses for held in shared] == [held.losses for held in whole]
