@@ -220,8 +220,8 @@ def share_rows(model: Any, size: int, what_is_fused: str, team: Team) -> None:
         )
     if size > 1 and any(own_dropout(layer.attention) for layer in fused_layers(model)):
         raise ConfigError(
-            f"training.sequence_parallel={size}: the base's config has dropout of attention, which each worker would draw "
-            "for its own heads as if they were all. Set attention_dropout to 0 in its config.json, or use 1."
+            f"training.sequence_parallel={size}: the base's config has dropout of attention, which each worker would "
+            "draw for its own heads as if they were all. Set attention_dropout to 0 in its config.json, or use 1."
         )
     model.row_group = make_row_group(team.rank, team.size, size)
 
