@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.throughput import SHAPES, build_base
 from qlora_ray.config import Config
 from qlora_ray.model.facts import BaseFacts
-from qlora_ray.model.recompute import Choice, Keep, choose
+from qlora_ray.model.recompute import Choice, Keep, Room, choose
 from qlora_ray.planning import memory
 
 LAYERS = 4
@@ -72,14 +72,14 @@ def measure(name: str, rows: int, length: int, rank: int, kept: str, stage: int)
     shape = {**SHAPES[name], "num_hidden_layers": LAYERS}
     config = Config.model_validate({"model": {"lora_r": rank}, "training": {"batch_size": rows}})
     facts = facts_of(shape)
-    known = memory.sizes(config, facts, num_lora_parameters(facts, rank), stage, "bfloat16")
+    known = memory.sizes(config, facts, num_lora_parameters(facts, rank), stage, "bfloat16").of_rows(length)
     if kept == "half":  # recompute: auto, with room for half of what keeping all takes
         leanest = sum(memory.memory_gib(known, rows * length, memory.all_layers(known, Keep.HOST)).values())
         whole = sum(memory.memory_gib(known, rows * length, memory.all_layers(known, Keep.ALL)).values())
         loaded = memory.loading_gib(known)
         budget = (leanest + whole) / 2 - loaded
         room = (budget - sum(memory.resident_gib(known).values())) * 2**30
-        choice = choose(known.layer, LAYERS, rows * length, facts.vocab_size, room, may_hold=True)
+        choice = choose(known.layer, LAYERS, rows * length, facts.vocab_size, Room(room, may_hold_weights=True))
     elif kept == "weights":
         choice = Choice((Keep.ALL,) * LAYERS, LAYERS)
     else:

@@ -61,7 +61,8 @@ def build(arguments, away):
         for parameter_name in ("input_layernorm", "post_attention_layernorm"):
             getattr(layer, parameter_name).to_empty(device=device).weight.data.fill_(1)
     model.model.layers = layers
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=device)
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.requires_grad_(False)
     model.is_loaded_in_4bit, model.config.use_cache = True, False
     return model

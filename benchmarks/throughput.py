@@ -5,7 +5,7 @@
 Each variant runs in a process of its own on the same random weights, data and LoRA start: NF4 with double quantization,
 r=16 on all projections but those of experts, no dropout, AdamW. Mixtures of experts, for example:
 
-    python -m benchmarks.throughput --shapes qwen3-30b-a3b --layers 12 --length 4096 --variants ours:host
+    python -m benchmarks.throughput --shapes qwen3-30b-a3b --length 4096 --variants ours:input ours_experts:input
 
 Unsloth runs where it is installed. Writes JSON and a Markdown table.
 """
@@ -409,12 +409,12 @@ def save_checkpoint(name: str, folder: str, device: str, num_layers: int | None 
 
 
 def save_rows(folder: str, length: int, count: int = 200) -> Path:
-    """Records that each fill `length` tokens and more."""
-    words = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)]
+    """Records that each fill `length` tokens and more, a random word being several: `count`, of long rows fewer."""
+    words, count = [f"{random.Random(n).randrange(36**5):x}" for n in range(500)], min(count, max(8, 2**21 // length))
     path = Path(folder, f"rows_{length}_{count}.jsonl")
     with path.open("w") as file:
         for row in range(count):
-            text = " ".join(random.Random(row).choices(words, k=length))
+            text = " ".join(random.Random(row).choices(words, k=length // 4))
             file.write(json.dumps({"instruction": "Go on.", "input": "", "output": text}) + "\n")
     return path
 

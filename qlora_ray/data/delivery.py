@@ -15,8 +15,8 @@ from qlora_ray.data.rows import open_rows
 from qlora_ray.data.spread import quiet_ray_data
 from qlora_ray.storage import Folder
 
-MICRO_BATCHES_PER_TASK = 64
-MICRO_BATCHES_AT_ONCE = 512
+MICRO_BATCHES_PER_TASK, TOKENS_PER_TASK = 64, 1 << 22  # 12 bytes each
+TASKS_AT_ONCE = 8
 MICRO_BATCHES_AHEAD = 8
 
 
@@ -116,12 +116,19 @@ class _Carried:
 def _stream_of_ray(stream: Stream) -> Iterator[pa.Table]:
     import ray
 
-    size = stream.order.micro_batch_size * open_rows(stream.entry, "train").rows_of_tokens
-    for first in range(MICRO_BATCHES_PER_TASK, stream.num_micro_batches, MICRO_BATCHES_AT_ONCE):
-        count = min(MICRO_BATCHES_AT_ONCE, stream.num_micro_batches - first)
+    rows = open_rows(stream.entry, "train")
+    size, each = stream.order.micro_batch_size * rows.rows_of_tokens, micro_batches_per_task(stream)
+    for first in range(MICRO_BATCHES_PER_TASK, stream.num_micro_batches, TASKS_AT_ONCE * each):
+        count = min(TASKS_AT_ONCE * each, stream.num_micro_batches - first)
         for block in _made_by_ray(stream, first, count):
             table = ray.get(block)
             yield from (table.slice(start, size) for start in range(0, table.num_rows, size))
+
+
+def micro_batches_per_task(stream: Stream) -> int:
+    """How many one task gathers: fewer of long rows, for they lie in memory together."""
+    tokens = stream.order.micro_batch_size * int(open_rows(stream.entry, "train").num_tokens.max())
+    return max(1, min(MICRO_BATCHES_PER_TASK, TOKENS_PER_TASK // tokens))
 
 
 def _made_by_ray(stream: Stream, first: int, count: int) -> list[Any]:
@@ -134,7 +141,7 @@ def _made_by_ray(stream: Stream, first: int, count: int) -> list[Any]:
 
     quiet_ray_data()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    positions = ray.data.range(count, override_num_blocks=-(-count // MICRO_BATCHES_PER_TASK))
+    positions = ray.data.range(count, override_num_blocks=-(-count // micro_batches_per_task(stream)))
     task: Any = _rows_after
     rows = positions.map_batches(
         task, fn_args=(stream, first), batch_size=None, batch_format="numpy", num_cpus=0.5

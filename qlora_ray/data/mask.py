@@ -8,11 +8,14 @@ what then differs is the answer.
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
+
+import numpy as np
 
 from qlora_ray.data.forms import TOOL, TOOL_NAME, Renderer, json_text, split_thought
 from qlora_ray.data.turns import Messages, split_tools
@@ -32,8 +35,11 @@ SAID_BY = {"system": "a system message", "user": "what a user says", "tool": "a 
            "assistant": ANSWER_TEXT}  # fmt: skip
 
 # A stand-in: what it is for (q content, t thought, n name, f a function's name, i an id), the turn, and which call.
-STAND_IN = re.compile(r'Z([qtnfi])(\d{3})(\d{3})Z|\{"Za(\d{3})(\d{3})Z": "Zv\d{6}Z"\}')
-PART_OF_ARGUMENTS = re.compile(r"Z[av]\d{6}Z")
+STAND_IN = re.compile(r'Z([qtnfi])(\w{4})(\w{2})Z|\{"Za(\w{4})(\w{2})Z": "Zv\w{6}Z"\}')
+PART_OF_ARGUMENTS = re.compile(r"Z[av]\w{6}Z")
+# A turn beyond the first is opened and closed as an earlier one with the same pieces and the same turns near it: to
+# render each prefix of a conversation of thousands of turns would take minutes.
+FIRST_TURNS, NEAR = 64, 6
 Leaf = tuple[int, str, int]  # turn, what, call; the what of arguments is a
 Span = tuple[int, int]
 
@@ -112,12 +118,16 @@ class ChatTemplate:
 
     def _find_unused_opening(self) -> str:
         """What the generation prompt ends with and no answer begins with; "" where answers begin as it says."""
-        asked, answer = {"role": "user", "content": "Zq000000Z"}, {"role": "assistant", "content": "Zq001000Z"}
+        asked, answer = (
+            {"role": "user", "content": _stand_in("q", 0)},
+            {"role": "assistant", "content": _stand_in("q", 1)},
+        )
         self.unused_opening = ""
         try:
             prompt = self.renderer.render([asked], for_generation=True)
             texts = [
-                self.renderer.render([asked, {**answer, **more}]) for more in ({}, {"reasoning_content": "Zt001000Z"})
+                self.renderer.render([asked, {**answer, **more}])
+                for more in ({}, {"reasoning_content": _stand_in("t", 1)})
             ]
         except BadRecord:
             return ""
@@ -237,17 +247,21 @@ class ChatTemplate:
         for match in STAND_IN.finditer(text):
             what, turn, call = (match[1], match[2], match[3]) if match[1] else ("a", match[4], match[5])
             pieces.append(text[rest : match.start()])
-            leaves.append((int(turn), what, int(call)))
+            leaves.append((int(turn, 36), what, int(call, 36)))
             rest = match.end()
         pieces.append(text[rest:])
         turns = split_tools(skeleton)[1]
         ends = _ends(turns, leaves)
         at = _starts_of_leaves(pieces, text)
         lead, tail, opens_otherwise = {}, {}, set()
+        seen: dict[tuple, tuple[int, bool, int]] = {}
         for i, (first, last) in ends.items():
             asked = skeleton[: len(skeleton) - len(turns) + i]
-            lead[i], opens_as_prompt = self._lead(asked, text, at[first][0], pieces[first])
-            tail[i] = self._tail(skeleton[: len(asked) + 1], leaves[last], pieces[last + 1])
+            around = kind[1][max(0, i - NEAR) : i + NEAR], pieces[first], pieces[last + 1], leaves[last][1]
+            if i < FIRST_TURNS or around not in seen:
+                opening = self._lead(asked, text, at[first][0], pieces[first])
+                seen[around] = *opening, self._tail(skeleton[: len(asked) + 1], leaves[last], pieces[last + 1])
+            lead[i], opens_as_prompt, tail[i] = seen[around]
             opens_otherwise |= set() if opens_as_prompt else {i}
         if self.renderer.has_generation_tags:
             self._heed_tags(skeleton, {i: (at[a][0], at[b][1]) for i, (a, b) in ends.items()}, lead, tail)
@@ -280,7 +294,7 @@ class ChatTemplate:
         """Characters after a turn's last leaf that close the turn."""
         text = self.renderer.render(upto)
         i, what, call = leaf
-        stand_in = _arguments(i, call) if what == "a" else f"Z{what}{i:03}{call:03}Z"
+        stand_in = _arguments(i, call) if what == "a" else _stand_in(what, i, call)
         return self._num_closing(text.partition(stand_in)[2], piece)
 
     def _num_closing(self, closing: str, piece: str) -> int:
@@ -394,36 +408,46 @@ def _skeleton(kind: tuple) -> Messages:
         role, has_content, thinks, calls, has_name, has_id = (
             of_turn if isinstance(of_turn, tuple) else (of_turn, True, False, (), False, False)
         )
-        turn: dict[str, Any] = {"role": role, "content": f"Zq{i:03}000Z" if has_content else ""}
-        turn |= {"reasoning_content": f"Zt{i:03}000Z"} if thinks else {}
-        turn |= {"name": f"Zn{i:03}000Z"} if has_name else {}
-        turn |= {"tool_call_id": f"Zi{i:03}000Z"} if has_id else {}
+        turn: dict[str, Any] = {"role": role, "content": _stand_in("q", i) if has_content else ""}
+        turn |= {"reasoning_content": _stand_in("t", i)} if thinks else {}
+        turn |= {"name": _stand_in("n", i)} if has_name else {}
+        turn |= {"tool_call_id": _stand_in("i", i)} if has_id else {}
         turn |= {"tool_calls": [_stand_in_call(i, call, known) for call, known in enumerate(calls)]} if calls else {}
         made.append(turn)
     return made
 
 
+def _stand_in(what: str, turn: int, call: int = 0) -> str:
+    """Nine characters, for some templates want ids of calls so."""
+    return f"Z{what}{_digits(turn, 4)}{_digits(call, 2)}Z"
+
+
+def _digits(number: int, count: int) -> str:
+    if number >= 36**count:
+        raise BadRecord("it has too many turns, or calls in one")
+    return np.base_repr(number, 36).lower().zfill(count)
+
+
 def _stand_in_call(i: int, call: int, has_id: bool) -> dict[str, Any]:
-    function = {"name": f"Zf{i:03}{call:03}Z", "arguments": json.loads(_arguments(i, call))}
-    return {**({"id": f"Zi{i:03}{call:03}Z"} if has_id else {}), "type": "function", "function": function}
+    function = {"name": _stand_in("f", i, call), "arguments": json.loads(_arguments(i, call))}
+    return {**({"id": _stand_in("i", i, call)} if has_id else {}), "type": "function", "function": function}
 
 
 def _arguments(i: int, call: int) -> str:
-    return json_text({f"Za{i:03}{call:03}Z": f"Zv{i:03}{call:03}Z"})
+    return json_text({_stand_in("a", i, call): _stand_in("v", i, call)})
 
 
 def _ends(turns: Messages, leaves: list[Leaf]) -> dict[int, tuple[int, int]]:
     """Places of the first and last leaf of each assistant turn; what shows once more later does not count."""
-    first_place: dict[Leaf, int] = {}
-    for place, leaf in enumerate(leaves):
-        first_place.setdefault(leaf, place)
+    places: dict[int, list[int]] = defaultdict(list)  # by turn
+    for leaf, place in {leaf: place for place, leaf in reversed(list(enumerate(leaves)))}.items():
+        places[leaf[0]].append(place)
     ends = {}
     for i, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            own = [place for (of, _, _), place in first_place.items() if of == i]
-            if not own:
+            if not places[i]:
                 raise BadRecord(LEFT_OUT if turn["content"] else "the chat template leaves out tool calls")
-            ends[i] = min(own), max(own)
+            ends[i] = min(places[i]), max(places[i])
     return ends
 
 
@@ -499,15 +523,20 @@ def _stand_in_for(turn: dict[str, Any], i: int) -> dict[str, Any]:
     """A turn with stand-ins for its texts, and else the same: other turns must not look different for it."""
     made, calls = dict(turn), [dict(call["function"]) for call in turn.get("tool_calls", ())]
     if turn["content"]:
-        made["content"] = f"Zq{i:03}000Z"
+        made["content"] = _stand_in("q", i)
     if "reasoning_content" in turn:
-        made["reasoning_content"] = f"Zt{i:03}000Z"
+        made["reasoning_content"] = _stand_in("t", i)
     for j, function in enumerate(calls):
         function["arguments"] = {
-            key: f"Zv{i:03}{j:03}Z" if isinstance(value, str) else value for key, value in function["arguments"].items()
+            key: _stand_in("v", i, j) if isinstance(value, str) else value
+            for key, value in function["arguments"].items()
         }
-    if calls and made == turn and not any(f"Zv{i:03}" in json_text(function["arguments"]) for function in calls):
-        calls[-1]["name"] = f"Zf{i:03}{len(calls) - 1:03}Z"
+    if (
+        calls
+        and made == turn
+        and not any(f"Zv{_digits(i, 4)}" in json_text(function["arguments"]) for function in calls)
+    ):
+        calls[-1]["name"] = _stand_in("f", i, len(calls) - 1)
     if calls:
         made["tool_calls"] = [
             {**call, "function": function} for call, function in zip(turn["tool_calls"], calls, strict=True)
@@ -516,7 +545,7 @@ def _stand_in_for(turn: dict[str, Any], i: int) -> dict[str, Any]:
 
 
 def _stand_ins(text: str, i: int) -> list[re.Match]:
-    return list(re.finditer(rf"Z[qtfv]{i:03}\d{{3}}Z", text))
+    return list(re.finditer(rf"Z[qtfv]{_digits(i, 4)}\w{{2}}Z", text))
 
 
 def _last(matches: list[re.Match]) -> int:
@@ -531,4 +560,9 @@ def _caught(function, *arguments) -> Any:
 
 
 def _num_common(a: str, b: str) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """Characters that both begin with; in halves, for texts are long and Python's loops slow."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

@@ -1,7 +1,6 @@
 """One chunk of a file becomes one part of the cache: the unit of work, on the driver or as a Ray Data task."""
 
 import collections
-import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,9 +20,9 @@ from qlora_ray.storage import Folder
 
 # spans: start, end, start, end, ... in tokens, of what is trained on; never token 0, which nothing predicts.
 PART_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "spans": pa.list_(pa.int32())})
-RECORDS_AT_ONCE = 512
+RECORDS_AT_ONCE, TEXT_AT_ONCE = 512, 1 << 20  # characters; of one record more
 # Of the first chunks' first records the messages are kept, too: held-out questions are taken from them.
-CHUNKS_WITH_MESSAGES, RECORDS_WITH_MESSAGES = 4, 10_000
+CHUNKS_WITH_MESSAGES, RECORDS_WITH_MESSAGES, TEXT_WITH_MESSAGES = 4, 10_000, 64 << 20
 TOKENS_PER_BATCH = 1 << 20
 
 
@@ -88,7 +87,7 @@ class _Tally:
 
     def __init__(self, chunk: Chunk, recipe: Recipe, encoder: Encoder, num_messages_kept: int):
         self._chunk, self._recipe, self._encoder = chunk, recipe, encoder
-        self._num_messages_kept = num_messages_kept
+        self._num_messages_kept, self._text_left = num_messages_kept, TEXT_WITH_MESSAGES
         self._of_samples = array("i")  # num_tokens, num_label_tokens, record; and so on
         self._num_records = self._num_places = self._num_usable = self._num_truncated = 0
         self._formats: collections.Counter[str] = collections.Counter()
@@ -99,8 +98,7 @@ class _Tally:
 
     def samples(self) -> Iterator[Sample]:
         """Every sample of the chunk, in the order of its records. Raises DamagedFile."""
-        records = self._records()
-        while batch := list(itertools.islice(records, RECORDS_AT_ONCE)):
+        for batch in _batches(self._records()):
             encoded = self._encoder.encode([messages for _, messages in batch])
             for (place, messages), made in zip(batch, encoded, strict=True):
                 if isinstance(made, BadRecord):
@@ -110,8 +108,9 @@ class _Tally:
                     self._of_samples.extend((len(sample.ids), sample.num_labels, self._num_usable))
                 self._num_truncated += any(sample.truncated for sample in made)
                 _count(self._missing, {kind for sample in made for kind in sample.missing}, place)
-                if self._num_usable < self._num_messages_kept:
+                if self._num_usable < self._num_messages_kept and self._text_left > 0:
                     self.kept_messages.append(json.dumps(messages))
+                    self._text_left -= len(self.kept_messages[-1])
                 self._num_usable += 1
                 yield from made
 
@@ -154,6 +153,19 @@ class _Tally:
 
     def _reject(self, place: int, reason: BadRecord) -> None:
         self.rejected.append({"place": place, "reason": str(reason), "detail": reason.detail})
+
+
+def _batches(records: Iterator[tuple[int, Messages]]) -> Iterator[list[tuple[int, Messages]]]:
+    """Records that are encoded together: as many as their texts allow."""
+    batch, size = [], 0
+    for record in records:
+        batch.append(record)
+        size += sum(len(str(value)) for turn in record[1] for value in turn.values())
+        if len(batch) == RECORDS_AT_ONCE or size >= TEXT_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _count(counts: dict[str, tuple[int, int]], kinds: Iterable[str], place: int) -> None:

@@ -11,7 +11,7 @@ back to where it stood.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,14 @@ class Drop:
     def scale(self) -> float:
         """Of the values that are kept, so that their mean stays."""
         return 1 / (1 - self.probability)
+
+    def of_rows(self, rows: slice, device: torch.device) -> "Drop":
+        """The same mask for a slice of the rows."""
+        if not self.probability:
+            return self
+        if self.numbers is not None:
+            return replace(self, numbers=self.numbers[rows])
+        return replace(self, numbers=torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device))
 
 
 NOTHING = Drop(0.0)

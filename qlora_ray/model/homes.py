@@ -21,7 +21,9 @@ BLOCK, NUM_READERS = 2**24, 8  # bytes of one read, and reads at a time: a disk 
 class Home(Protocol):
     """The bytes of one tensor."""
 
-    num_bytes: int
+    @property
+    def num_bytes(self) -> int:
+        """How many there are."""
 
     def read_into(self, out: torch.Tensor) -> None:
         """Write them into uint8 values on the CPU."""
@@ -75,7 +77,8 @@ class DiskFile:
 
     def put(self, content: torch.Tensor) -> OnDisk:
         """Append uint8 values."""
-        view, start = memoryview(content.cpu().numpy()), self._end
+        values: Any = content.cpu().numpy()
+        view, start = memoryview(values), self._end
         while view:
             try:
                 written = os.pwrite(self._file.fileno(), view[: 2**30], self._end)
@@ -86,7 +89,8 @@ class DiskFile:
 
     def read_into(self, out: torch.Tensor, start: int) -> None:
         """Fill uint8 values on the CPU from there on. Raises Stop where the disk does not give them."""
-        view = memoryview(out.numpy())
+        values: Any = out.numpy()
+        view = memoryview(values)
         parts = [(view[at : at + BLOCK], start + at) for at in range(0, len(view), BLOCK)]
         list(self._readers.map(lambda part: self._read(*part), parts))
 

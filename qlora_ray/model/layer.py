@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qlora_ray.model import slices
 from qlora_ray.model.attention import Sight, attend
 from qlora_ray.model.dropout import (
     NOTHING,
@@ -25,6 +26,7 @@ from qlora_ray.model.dropout import (
 from qlora_ray.model.families import Family
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.ops_plain import Angles
+from qlora_ray.model.parked import ParkedAttention, input_slot
 from qlora_ray.model.projection import Group, Single, Turn, member, ops_for
 from qlora_ray.model.recompute import Keep
 from qlora_ray.model.row_group import Holders, RowGroup
@@ -39,6 +41,7 @@ class Kept:
     n1: torch.Tensor | None = None  # (M, D + R) what q, k, v read, with its LoRA
     heads: torch.Tensor | None = None  # (M, H of q and k, E) as projected, where a norm follows or DoRA learns
     attention: tuple[torch.Tensor, ...] | None = None  # q, k, v and the output, each (B, H, T, E), with their graph
+    parked: ParkedAttention | None = None  # what attention keeps, where q, k and v are made again
     attended: torch.Tensor | None = None  # (B, H, T, E) the output for the tokens and heads that x has
     values: torch.Tensor | None = None  # (B, H, T, E) v for these, where DoRA learns
     z_o: torch.Tensor | None = None  # (M, R)
@@ -54,6 +57,7 @@ class Kept:
     dropout: float = 0.0  # of attention
     generator: torch.Tensor | None = None  # where it stood before that, for layers whose attention is computed again
     places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
+    slices: tuple[slice, ...] = ()  # that the MLP takes its rows in, where these are many: see model/slices.py
     row_group: RowGroup | None = None  # the workers that hold the rows in parts: `attention` has whole ones
 
     def rows(self, whole: torch.Tensor) -> torch.Tensor:
@@ -84,6 +88,8 @@ class Shared:
 
 class FusedLayer:
     """The arithmetic of one decoder layer. Holds modules, never their weights."""
+
+    takes_slices = True  # of long rows, in its MLP
 
     def __init__(self, layer: torch.nn.Module, family: Family, index: int, shared: Shared):
         attention: Any = getattr(layer, family.attention)
@@ -184,11 +190,18 @@ class FusedLayer:
         if kept.row_group:
             parts = kept.row_group.to_heads(*parts)
         q, k, v = (part.detach().requires_grad_(with_graph) for part in parts)
-        if kept.dropout and not with_graph and self.keep >= Keep.INPUT:
-            kept.generator = generator_state(q.device)
-        again = kept.generator if with_graph else None
-        with torch.set_grad_enabled(with_graph), drawing_from(again, q.device):
-            output = attend(q, k, v, mask, replace(self.sight, dropout=kept.dropout))
+        sight = replace(self.sight, dropout=kept.dropout)
+        if kept.parked is not None:
+            output = kept.parked.come_back(q, k, v)
+        elif with_graph and self.keep == Keep.PARKED:
+            kept.parked = ParkedAttention(self.index, self.stash)
+            output = kept.parked.forward(lambda *read: attend(*read, mask, sight), q, k, v)
+        else:
+            if kept.dropout and not with_graph and self.keep >= Keep.INPUT:
+                kept.generator = generator_state(q.device)
+            again = kept.generator if with_graph else None
+            with torch.set_grad_enabled(with_graph), drawing_from(again, q.device):
+                output = attend(q, k, v, mask, sight)
         kept.attention, kept.attended = (q, k, v, output), output.detach()
         if kept.row_group:
             kept.attended = kept.row_group.to_tokens(kept.attended)
@@ -203,7 +216,7 @@ class FusedLayer:
             yield norm_of(module, self.family), *parts
 
     def residual_part(self, kept: Kept) -> None:
-        """Fill in given1, x1 and n2."""
+        """Fill in given1, x1 and, where the MLP takes all rows at once, n2."""
         added = None
         if kept.x1 is None:
             if kept.given1 is None:
@@ -212,13 +225,22 @@ class FusedLayer:
             added = self._given(0, kept, kept.given1)
             if not self.keeps_given[0]:
                 kept.given1 = None
+        if kept.slices:
+            kept.x1 = kept.x1 if added is None else added.add_(kept.rows(kept.x))
+            return
         if kept.n2 is None:
             kept.n2 = self._read(1, kept.rows(kept.x) if added is not None else kept.x1, added, kept.turns[2])
         if added is not None:
             kept.x1 = added
 
+    def read_mlp(self, kept: Kept) -> torch.Tensor:
+        """What gate and up read, of x1."""
+        return self._read(1, kept.x1, None, kept.turns[2])
+
     def mlp_part(self, kept: Kept, with_graph: bool) -> torch.Tensor:
         """Fill in what the MLP leaves, and given2; return the layer's output (M, D)."""
+        if kept.slices:
+            return slices.mlp_part(self, kept, with_graph)
         kept.given2 = self.mlp_forward(kept, with_graph)
         y = self._given(1, kept, kept.given2)
         if not self.keeps_given[1]:
@@ -227,7 +249,7 @@ class FusedLayer:
 
     def mlp_forward(self, kept: Kept, with_graph: bool) -> torch.Tensor:
         """What the MLP makes of n2, (M, D). Fill in gate_up and z_down."""
-        kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2])
+        kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2], kept.gate_up)
         h = self._hidden(kept)
         kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
         return self.down.forward(h, kept.turns[3])
@@ -256,7 +278,8 @@ class FusedLayer:
         """Compute again what was not kept."""
         self.attention_part(kept, shape, angles, mask, with_graph=True)
         self.residual_part(kept)
-        self.complete_mlp(kept)
+        if not kept.slices:
+            self.complete_mlp(kept)
 
     def complete_mlp(self, kept: Kept) -> None:
         """Compute again what was not kept behind n2."""
@@ -271,11 +294,13 @@ class FusedLayer:
             kept.n1 = kept.n2 = None
         if self.keep >= Keep.ATTENTION:
             kept.gate_up = None
-        if self.keep >= Keep.INPUT:
+        if self.keep >= Keep.PARKED:
             kept.attention = kept.attended = kept.values = kept.heads = None
             kept.x1 = kept.z_o = kept.given1 = kept.given2 = None
-        if self.keep >= Keep.HOST and self.stash is not None:
-            self.stash.put(self.index, kept.x)
+        if kept.parked is not None:
+            kept.parked.let_go()
+        if self.keep in (Keep.PARKED, Keep.HOST) and self.stash is not None:
+            self.stash.put(input_slot(self.index), kept.x)
             kept.x = None
 
     def backward(self, kept: Kept, dy: torch.Tensor, shape: torch.Size, angles, mask) -> tuple[Any, ...]:
@@ -283,7 +308,7 @@ class FusedLayer:
         if self.before_backward:
             self.before_backward()
         if kept.x is None:
-            kept.x = self.stash.take(self.index)
+            kept.x = self.stash.take(input_slot(self.index))
         self.complete(kept, shape, angles, mask)
         ops = ops_for(dy.device)
         width = dy.shape[1]
@@ -302,7 +327,10 @@ class FusedLayer:
         d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         if kept.row_group:
             d_output = kept.row_group.to_heads_alone(d_output)
-        dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
+        if kept.parked is not None:
+            dq, dk, dv = kept.parked.backward(d_output)
+        else:
+            dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
         if kept.row_group:
             dq, dk, dv = kept.row_group.to_tokens_of_all(dq, dk, dv, self.num_heads[1])
         d_qkv = dy.new_empty(shape[0] * shape[1], sum(self.qkv.rows))
@@ -315,7 +343,7 @@ class FusedLayer:
             values = kept.values.transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H of v x E)
             self._learn_from(0, kept, torch.cat((kept.heads.flatten(1), values), 1))
         del q, k, v, output, flat, d_output, dq, dk, dv
-        kept.attention = kept.attended = kept.values = kept.heads = None
+        kept.attention = kept.attended = kept.values = kept.heads = kept.parked = None
         past = kept.all_rows(buffer1[:, :width], shape[0] * shape[1])
         of_qkv, buffer = self._through_group(0, kept, d_qkv, past)
         self.passed.buffer = buffer if self.index else None
@@ -323,18 +351,23 @@ class FusedLayer:
 
     def mlp_backward(self, kept: Kept, dy: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Gradients of the MLP's LoRA matrices, and of x1 with room. dy (M, D)."""
-        width, buffer = dy.shape[1], self.with_room(dy)
+        through = slices.through_mlp if kept.slices else FusedLayer.through_mlp
+        return through(self, kept, self.with_room(dy))
+
+    def through_mlp(self, kept: Kept, buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The same; buffer (M, D + room) holds dy."""
+        width, turn = self.qkv.inputs, kept.turns[3]
         d_given = self.back_to_given(1, kept, kept.given2, buffer)
         self._learn_from(3, kept, kept.given2)
         kept.given2 = None
-        h, dz = self.down_back.input_gradient(d_given, kept.turns[3])  # dh (M, I)
+        h, dz = self.down_back.input_gradient(d_given, turn)  # dh (M, I)
         self._learn_from(2, kept, kept.gate_up)
         d_gate_up = torch.empty_like(kept.gate_up) if self.learns_lengths[2] else kept.gate_up
-        ops_for(dy.device).activate_backward(h, kept.gate_up, self.is_gelu, d_gate_up)  # dh becomes h
-        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, kept.turns[3])
-        kept.turns[3].given = None
-        del h, dz, d_given, buffer
-        of_gate_up, buffer1 = self._through_group(1, kept, d_gate_up, dy)
+        ops_for(h.device).activate_backward(h, kept.gate_up, self.is_gelu, d_gate_up)  # dh becomes h
+        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, turn)
+        turn.given = None
+        del h, dz, d_given
+        of_gate_up, buffer1 = self._through_group(1, kept, d_gate_up, buffer[:, :width])
         return [*of_gate_up, *of_down], buffer1
 
     def _learn_from(self, which: int, kept: Kept, given: torch.Tensor | None) -> None:
@@ -428,6 +461,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fused: FusedLayer, angles: Angles | None, mask, with_graph: bool, *parameters):
         kept = fused.begin(x)
+        if fused.takes_slices:
+            kept.slices = slices.of_rows(len(kept.x if kept.places is None else kept.places), x.shape[1])
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
         y = fused.mlp_part(kept, with_graph)

@@ -60,6 +60,8 @@ class NoProjections:
 class RoutedLayer(FusedLayer):
     """A fused layer around a mixture."""
 
+    takes_slices = False
+
     def take_mlp(self, mlp: Any) -> None:
         """Find the block's parts."""
         experts = experts_of(mlp)

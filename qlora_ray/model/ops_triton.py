@@ -357,7 +357,7 @@ def _back_to(
     source, target, count, size, pairs, c, s, KIND: tl.constexpr, INTERLEAVED: tl.constexpr, PARTIAL: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr, head_stride,
 ):  # fmt: skip
-    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
+    head, pair = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, PAIRS)[None, :]
     there = (head < count) & (pair < pairs)
     column = 2 * pair if INTERLEAVED else pair
     apart = 1 if INTERLEAVED else pairs
@@ -389,7 +389,7 @@ def _rotate_backward(
         dk + b * kb + t * kt, out + count * size, few, size, pairs, c, s, kind, INTERLEAVED, PARTIAL, FEW, PAIRS, SIZE,
         kh,
     )  # fmt: skip
-    head, column = tl.arange(0, FEW)[:, None], tl.arange(0, SIZE)[None, :]
+    head, column = tl.arange(0, FEW)[:, None].to(tl.int64), tl.arange(0, SIZE)[None, :]  # T x E x heads: past 2^31
     there = (head < few) & (column < size)
     values = tl.load(dv + b * vb + t * vt + head * vh + column, mask=there)
     tl.store(out + (count + few + head) * size + column, values, mask=there)

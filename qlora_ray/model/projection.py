@@ -9,6 +9,7 @@ after it, and backward reads what was gathered again.
 
 # M tokens, K inputs, N outputs (of all members), R the members' LoRA ranks together
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import ModuleType
@@ -84,6 +85,10 @@ class Turn:
     gains: list[torch.Tensor | None] = field(default_factory=list)  # of DoRA: each member's (n,), once forward has them
     given: torch.Tensor | None = None  # (M, N) what they gave, where magnitudes need it for their gradient
 
+    def of_rows(self, rows: slice, device: torch.device) -> "Turn":
+        """The same for a slice of the rows."""
+        return replace(self, drop=self.drop.of_rows(rows, device), given=None)
+
 
 def why_not(module: torch.nn.Module) -> str | None:
     """Why a projection cannot take the fused path; None if it can."""
@@ -136,6 +141,16 @@ class Group:
         self.products = [[m] for m in members] if apart else [members]
         self.hold_weights = False  # dequantized ones, between steps: the same values for more memory
         self.held: list[torch.Tensor] = []
+        self._made: list[torch.Tensor] | None = None
+
+    @contextmanager
+    def made_once(self, like: torch.Tensor, turn: Turn) -> Iterator[None]:
+        """Within, the weights of one turn are there whole: dequantized once for all slices of its rows."""
+        self._made = list(self._weights(like, turn))
+        try:
+            yield
+        finally:
+            self._made = None
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Those of each member in turn: the order of `backward`'s gradients."""
@@ -150,9 +165,9 @@ class Group:
         if self.rank:
             _lora_in(buffer[:, : self.inputs], self._a(), turn.drop, buffer[:, self.inputs :])
 
-    def forward(self, buffer: torch.Tensor, turn: Turn) -> torch.Tensor:
-        """(M, N) of a filled buffer."""
-        y, row = buffer.new_empty(buffer.shape[0], sum(self.rows)), 0
+    def forward(self, buffer: torch.Tensor, turn: Turn, y: torch.Tensor | None = None) -> torch.Tensor:
+        """(M, N) of a filled buffer, into `y` if that is given."""
+        y, row = buffer.new_empty(buffer.shape[0], sum(self.rows)) if y is None else y, 0
         for number, weight in enumerate(self._weights(buffer, turn)):
             out, bias = y[:, row : row + len(weight)], self._bias(self.products[number])
             if bias is None:
@@ -194,6 +209,9 @@ class Group:
 
     def _weights(self, like: torch.Tensor, turn: Turn) -> Iterator[torch.Tensor]:
         """[W, s B] of each product: (n, K + R), members one under the other, each member's B in its own columns."""
+        if self._made is not None:
+            yield from self._made
+            return
         column, count = 0, 0
         for number, members in enumerate(self.products):
             is_new = number >= len(self.held)
@@ -238,7 +256,17 @@ class Single:
         self.room = -(-only.rank // 8) * 8  # columns beside dy (M, N); rows stay aligned to 16 bytes
         self.hold_weights = False
         self._held: torch.Tensor | None = None
+        self._made: torch.Tensor | None = None
         self._holder = held_by
+
+    @contextmanager
+    def made_once(self, like: torch.Tensor, turn: Turn) -> Iterator[None]:
+        """As `Group.made_once`."""
+        self._made = self._weight(like, turn)
+        try:
+            yield
+        finally:
+            self._made = None
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What is trained of it: the order of `backward`'s gradients."""
@@ -290,6 +318,8 @@ class Single:
 
     def _weight(self, like: torch.Tensor, turn: Turn) -> torch.Tensor:
         """W, and rows for A below it: (N + R, K)."""
+        if self._made is not None:
+            return self._made
         held = self._held
         if self._holder is not None and self._holder.held:
             held = self._holder.held[0][:, : self.shape[1]]

@@ -1,10 +1,17 @@
 """What a decoder layer keeps between forward and backward, what that costs, and which to choose. No torch."""
 
 # D hidden width, I width of the MLP, Q and K widths of queries and of keys (or values), all in elements
+import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from qlora_ray.model.facts import EXPERT_CHUNK_BYTES
+
+LONG_ROW = 8192  # tokens; the MLP of fused layers takes longer rows by slices
+SLICE_ROWS = 8192  # tokens in a slice: wide enough for fast products
+# What a layer's attention would take again against the way of its output to the host and back. The rate of products is
+# that of an H100's attention, the other that of pinned memory behind PCIe 4: both make parking look worse than it is.
+ATTENTION_FLOPS, HOST_BYTES_PER_SECOND = 5e14, 2e10
 
 
 class Keep(IntEnum):
@@ -13,8 +20,12 @@ class Keep(IntEnum):
     ALL = 0
     PRODUCTS = 1  # not the norms' outputs: two element-wise passes again
     ATTENTION = 2  # not gate and up either: their product again, half of a forward pass
-    INPUT = 3  # the layer's input alone: everything again but a fused layer's last product, which no gradient needs
-    HOST = 4  # that one in host memory
+    PARKED = 3  # the layer's input, attention's output and its sums, in host memory: all but attention again
+    INPUT = 4  # the layer's input alone: everything again but a fused layer's last product, which no gradient needs
+    HOST = 5  # that one in host memory
+
+
+ON_HOST = (Keep.PARKED, Keep.HOST)  # the layer's input lies there
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,24 @@ class LayerShape:
     norms_after: int = 0  # of what attention and MLP give: each keeps what it reads
     is_dora: bool = False  # lengths learn from what projections give, which is kept, or copied in backward
     has_whole_logits: bool = False  # the output layer is not fused with its loss
+    row_tokens: int = 0  # of the longest row: the MLP takes long ones by slices
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether gate and up never lie in memory whole, unless they are kept."""
+        return self.row_tokens > LONG_ROW
+
+    @property
+    def parks(self) -> bool:
+        """Whether attention's output comes back from the host sooner than it is made again."""
+        seconds = 2.0 * self.row_tokens * self.queries / ATTENTION_FLOPS
+        more = self.host_bytes(Keep.PARKED) - self.host_bytes(Keep.HOST)
+        return self.row_tokens > LONG_ROW and seconds > 2 * more / HOST_BYTES_PER_SECOND
+
+    def of_rows(self, num_tokens: int) -> "LayerShape":
+        """The same for rows of so many tokens."""
+        return replace(self, row_tokens=num_tokens)
+
     row_parts: int = 1  # workers that hold each row together
     key_copies: int = 1  # workers among these that get each head of keys
 
@@ -61,8 +90,8 @@ class LayerShape:
     def kept_bytes(self, level: Keep) -> int:
         """Between forward and backward, for each token."""
         of_qkv, of_out, of_gate_up, of_down = (count * self.rank for count in self.adapted)
-        elements = of_down + (self.hidden if level < Keep.HOST else 0)
-        if level < Keep.INPUT:  # q, k, v, the attention's output and its sums, what o_proj's LoRA read, x1
+        elements = of_down + (0 if level in ON_HOST else self.hidden)
+        if level < Keep.PARKED:  # q, k, v, the attention's output and its sums, what o_proj's LoRA read, x1
             elements += 2 * self.queries + 2 * self.keys * self.key_copies + self.queries // 64 + of_out + self.hidden
             elements += self.queries * (self.row_parts > 1)  # the output of all heads, beside that of whole rows
             elements += (self.queries + self.keys) * (self.has_head_norms or self.is_dora)
@@ -70,11 +99,37 @@ class LayerShape:
         if level < Keep.ATTENTION:
             elements += self.gate_and_up
         if level < Keep.PRODUCTS:
-            elements += 2 * self.hidden + of_qkv + of_gate_up
+            elements += self.hidden + of_qkv + (0 if self.is_sliced else self.hidden + of_gate_up)
         return elements * self.element_bytes
+
+    def host_bytes(self, level: Keep) -> int:
+        """Of host memory between forward and backward, for each token."""
+        parked = self.queries + self.queries // 64 if level == Keep.PARKED else 0
+        return (self.hidden + parked) * self.element_bytes if level in ON_HOST else 0
+
+    def again_bytes(self, level: Keep) -> int:
+        """Of what backward makes again of a layer and holds whole, for each token."""
+        if not self.is_sliced:
+            return self.kept_bytes(Keep.ALL) - self.kept_bytes(level)
+        of_qkv = self.adapted[0] * self.rank
+        gate_up = self.gate_and_up if level < Keep.ATTENTION else 0
+        whole = self.kept_bytes(Keep.ATTENTION) + (self.hidden + of_qkv + gate_up) * self.element_bytes
+        return whole - self.kept_bytes(level)
+
+    def _passing_slice_bytes(self, num_tokens: int) -> int:
+        """`passing_bytes` of a sliced layer: of its attention, where x1 is gone by then, or of a slice of its MLP."""
+        expanded = 2 * self.queries if self.keys < self.queries else 0  # keys' and values' gradients, a head each
+        attention = (
+            4 * self.queries + 2 * self.keys * self.key_copies + expanded - self.hidden
+        )  # dq in float32 among them
+        weights = (4 if self.norms_after == 2 or self.is_dora else 3) * self.inner * (self.hidden + 2 * self.rank)
+        of_slice = SLICE_ROWS * (self.inner + self.gate_and_up * (1 + self.is_dora) + 4 * self.hidden) + weights
+        return max(num_tokens * attention, of_slice) * self.element_bytes
 
     def passing_bytes(self, num_tokens: int) -> int:
         """The most that one layer's backward holds beyond what was or is kept: gradients, one dequantized weight."""
+        if self.is_sliced:
+            return self._passing_slice_bytes(num_tokens)
         weight = self.inner * (self.hidden + 2 * self.rank)
         apart = self.gate_and_up * self.is_dora + self.hidden * self.drops
         return (num_tokens * (self.hidden + self.inner + apart) + weight) * self.element_bytes
@@ -83,7 +138,9 @@ class LayerShape:
         """Computed a second time, for each token."""
         weights = 2.0 * self.hidden * self.gate_and_up if level >= Keep.ATTENTION else 0.0
         if level >= Keep.INPUT:
-            weights += 2.0 * self.hidden * (2 * self.queries + 2 * self.keys) + 2.0 * length * self.queries
+            weights += 2.0 * length * self.queries
+        if level >= Keep.PARKED:
+            weights += 2.0 * self.hidden * (2 * self.queries + 2 * self.keys)
             weights += 2.0 * self.hidden * self.inner * (self.norms_after == 2 or self.is_dora)
         return weights
 
@@ -108,6 +165,8 @@ class RoutedShape(LayerShape):
     num_per_token: int = 1
     up: int = 1  # outputs of an expert's first projection
     expert_inner: int = 1  # inputs of its last
+
+    is_sliced = False  # type: ignore[assignment]
 
     @property
     def can_hold_weights(self) -> bool:
@@ -158,6 +217,19 @@ class PlainShape:
     element_bytes: int
     has_whole_logits: bool = True
     dequantized_bytes: int = 0  # of experts' weights at a time
+    parks = False
+
+    def of_rows(self, num_tokens: int) -> "PlainShape":
+        """The same for rows of so many tokens."""
+        return self
+
+    def host_bytes(self, level: Keep) -> int:
+        """Of host memory between forward and backward, for each token."""
+        return self.hidden * self.element_bytes if level == Keep.HOST else 0
+
+    def again_bytes(self, level: Keep) -> int:
+        """Of what backward makes again of a layer, for each token."""
+        return self.kept_bytes(Keep.ALL) - self.kept_bytes(level)
 
     @property
     def steps(self) -> tuple[tuple[Keep, ...], ...]:
@@ -204,8 +276,8 @@ def activation_bytes(shape: LayerShape | PlainShape, choice: Choice, num_tokens:
     kept, worst = 0, 0
     for level in choice.levels:
         kept += num_tokens * shape.kept_bytes(level)
-        again = num_tokens * (shape.kept_bytes(Keep.ALL) - shape.kept_bytes(level))
-        coming = num_tokens * shape.hidden * shape.element_bytes if level == Keep.HOST else 0
+        again = num_tokens * shape.again_bytes(level)
+        coming = num_tokens * shape.hidden * shape.element_bytes if level in ON_HOST else 0
         worst = max(worst, kept + again + coming)
     of_stream = num_tokens * shape.hidden * shape.element_bytes
     logits = num_tokens * vocab_size * (shape.element_bytes + 8)  # and in float32, twice
@@ -216,11 +288,22 @@ def activation_bytes(shape: LayerShape | PlainShape, choice: Choice, num_tokens:
     return held + max(worst + shape.passing_bytes(num_tokens) + of_stream, kept + head)
 
 
-def choose(
-    shape: LayerShape | PlainShape, num_layers: int, num_tokens: int, vocab_size: int, budget_bytes: float,
-    may_hold: bool,
-) -> Choice:  # fmt: skip
-    """The fastest choice whose peak stays within a budget, or the leanest if none does.
+@dataclass(frozen=True)
+class Room:
+    """What activations may take of a worker's GPU and of its host's memory."""
+
+    gpu_bytes: float
+    host_bytes: float = math.inf
+    may_hold_weights: bool = False
+
+
+def host_bytes(shape: LayerShape | PlainShape, choice: Choice, num_tokens: int) -> int:
+    """Host memory that a micro-batch takes between forward and backward."""
+    return num_tokens * sum(shape.host_bytes(level) for level in choice.levels)
+
+
+def choose(shape: LayerShape | PlainShape, num_layers: int, num_tokens: int, vocab_size: int, room: Room) -> Choice:
+    """The fastest choice that has room, or the leanest if none has.
 
     Memory goes first to what saves most time a byte: products and attention, then norms, then dequantized weights,
     which only fused layers hold; to the last layers first, since what they keep is gone when the others' backward
@@ -229,9 +312,14 @@ def choose(
     levels = [Keep.HOST] * num_layers
 
     def fits(num_holding: int = 0) -> bool:
-        return activation_bytes(shape, Choice(tuple(levels), num_holding), num_tokens, vocab_size) <= budget_bytes
+        choice = Choice(tuple(levels), num_holding)
+        has_room = activation_bytes(shape, choice, num_tokens, vocab_size) <= room.gpu_bytes
+        return has_room and host_bytes(shape, choice, num_tokens) <= room.host_bytes
 
-    for candidates in shape.steps:
+    for layer in reversed(range(num_layers)):  # what the host has no room for stays on the GPU
+        if host_bytes(shape, Choice(tuple(levels)), num_tokens) > room.host_bytes:
+            levels[layer] = Keep.INPUT
+    for candidates in ((Keep.PARKED,) if shape.parks else (), *shape.steps):
         for layer in reversed(range(num_layers)):
             before = levels[layer]
             for level in candidates:
@@ -239,7 +327,7 @@ def choose(
                 if fits():
                     break
                 levels[layer] = before
-    holding, may_hold = 0, may_hold and isinstance(shape, LayerShape) and shape.can_hold_weights
+    holding, may_hold = 0, room.may_hold_weights and isinstance(shape, LayerShape) and shape.can_hold_weights
     while may_hold and holding < num_layers and set(levels) == {Keep.ALL} and fits(holding + 1):
         holding += 1
     return Choice(tuple(levels), holding)

@@ -1,5 +1,7 @@
 """Layer inputs parked in pinned host memory between forward and backward, copied while the GPU computes."""
 
+import weakref
+
 import torch
 
 
@@ -12,13 +14,17 @@ class HostStash:
         self._shapes: dict[int, torch.Size] = {}
         self._parked: dict[int, torch.cuda.Event] = {}
         self._coming: dict[int, tuple[torch.Tensor, torch.cuda.Event]] = {}
+        weakref.finalize(self, _unpin_all, self._slots).atexit = False
 
     def put(self, slot: int, x: torch.Tensor) -> None:
         """Copy x (on the GPU) to the host, behind what the current stream has been given so far."""
         assert slot not in self._parked, "a layer's input was parked twice without a backward pass between"
         held = self._slots.get(slot)
         if held is None or held.numel() < x.numel() or held.dtype != x.dtype:
-            held = self._slots[slot] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+            if held is not None:
+                self._stream.synchronize()
+                _unpin(held)
+            held = self._slots[slot] = _pinned(x.numel(), x.dtype)
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
             held[: x.numel()].view(x.shape).copy_(x, non_blocking=True)
@@ -46,3 +52,19 @@ class HostStash:
         with torch.cuda.stream(self._stream):
             x.copy_(held[: x.numel()].view(shape), non_blocking=True)
         self._coming[slot] = x, self._stream.record_event()
+
+
+def _pinned(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Pinned memory of exactly this size: torch's own pool rounds up to a power of two."""
+    held = torch.empty(numel, dtype=dtype)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(held.data_ptr(), held.nbytes, 0))
+    return held
+
+
+def _unpin(held: torch.Tensor) -> None:
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(held.data_ptr()))
+
+
+def _unpin_all(slots: dict[int, torch.Tensor]) -> None:
+    for held in slots.values():
+        _unpin(held)

@@ -2,13 +2,13 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_ray.config import Config
 from qlora_ray.model.facts import EXPERT_CHUNK_BYTES, BaseFacts
 from qlora_ray.model.families import FAMILIES, PLAIN_HEADS
-from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, RoutedShape, activation_bytes
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, RoutedShape, activation_bytes, host_bytes
 
 GIB = 2**30
 SHARE_OF_MEMORY = 0.93  # of a GPU's; the rest is the CUDA context and the allocator's
@@ -45,6 +45,10 @@ class Sizes:
         """Whether each worker reads and packs its share of the base alone."""
         return self.shares_base and not self.begins_whole
 
+    def of_rows(self, num_tokens: int) -> "Sizes":
+        """The same for rows of at most so many tokens."""
+        return replace(self, layer=self.layer.of_rows(num_tokens))
+
 
 def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype: str) -> Sizes:
     """Collect them."""
@@ -57,7 +61,7 @@ def sizes(config: Config, base: BaseFacts, num_trainable: int, stage: int, dtype
         stage == 3 and config.ray.max_workers > 1 and config.deepspeed.share_base != "replicate"
         and config.deepspeed.offload_params == "none",
         config.deepspeed.offload_params,
-    )  # fmt: skip
+    ).of_rows(config.training.max_length // config.training.sequence_parallel)  # fmt: skip
 
 
 def begins_whole(config: Config) -> bool:
@@ -180,6 +184,11 @@ def loading_gib(sizes: Sizes) -> float:
         one = largest * (wide * share + 2 * 4 / 64)  # its share, and float32 scales of all of it
         return resident_gib(sizes)["base"] + one / GIB
     return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB
+
+
+def host_gib(sizes: Sizes, num_tokens: int, choice: Choice) -> float:
+    """GiB of host memory that a worker's layers park in."""
+    return host_bytes(sizes.layer, choice, num_tokens) / GIB
 
 
 def peak_gib(forecast: dict[str, float]) -> float:

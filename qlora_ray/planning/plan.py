@@ -8,7 +8,7 @@ from qlora_ray.config import Config
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, ModelFacts, left_out_of_all_linear
-from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, choose
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, Room, choose
 from qlora_ray.planning import deepspeed, holding, memory, offload
 from qlora_ray.planning.memory import GIB, Sizes
 from qlora_ray.planning.offload import Passing
@@ -112,9 +112,10 @@ def make_plan(
     quantized = base.num_packed_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
     longest = min(config.training.max_length, data.longest_row)
-    num_tokens = config.training.batch_size * data.rows_of_tokens * tokens_of_a_worker(config, longest)
+    of_worker = tokens_of_a_worker(config, longest)
+    num_tokens = config.training.batch_size * data.rows_of_tokens * of_worker
     known, gpu_gib = memory.sizes(config, base, trainable, stage, compute_dtype), hardware.gpu_gib if use_gpu else None
-    known, why_shared = holding.decide(config, known, num_tokens, gpu_gib)
+    known, why_shared = holding.decide(config, known.of_rows(of_worker), num_tokens, gpu_gib)
     refuse_sharing(config, base, known.layer, data.longest_row)
     recompute = _recompute(config, use_gpu, known)
     plan = Plan(
@@ -204,12 +205,13 @@ def packs(config: Config, base: BaseFacts) -> bool:
     return config.training.packing and base.model_type in PACKED_MODEL_TYPES and not _rope_depends_on_rows(config, base)
 
 
-def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, budget_bytes: float) -> Choice:
-    """What the layers keep, given the bytes that activations may take on this worker's GPU."""
+def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, room: Room) -> Choice:
+    """What the layers keep, given what activations may take of this worker's memory."""
     if plan.recompute != "auto":
         return Choice((Keep.ALL if plan.recompute == "none" else Keep.HOST,) * num_layers)
     tokens = plan.tokens_per_micro_batch
-    return choose(plan.layer_shape, num_layers, tokens, vocab_size, budget_bytes, plan.may_hold_weights)
+    room = dataclasses.replace(room, may_hold_weights=plan.may_hold_weights)
+    return choose(plan.layer_shape, num_layers, tokens, vocab_size, room)
 
 
 def may_hold_weights(config: Config, known: Sizes) -> bool:
@@ -246,9 +248,9 @@ def _memory_forecast(
     level = {"none": Keep.ALL, "all": leanest, "auto": leanest}[recompute]
     choice = memory.all_layers(known, level)
     if recompute == "auto" and config.training.memory_budget_gib:
-        room = config.training.memory_budget_gib * GIB - sum(memory.resident_gib(known).values()) * GIB
-        may_hold = may_hold_weights(config, known)
-        choice = choose(known.layer, len(choice.levels), num_tokens, known.base.vocab_size, room, may_hold)
+        left = config.training.memory_budget_gib * GIB - sum(memory.resident_gib(known).values()) * GIB
+        room = Room(left, may_hold_weights=may_hold_weights(config, known))
+        choice = choose(known.layer, len(choice.levels), num_tokens, known.base.vocab_size, room)
     return memory.memory_gib(known, num_tokens, choice)
 
 

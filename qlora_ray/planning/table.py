@@ -1,9 +1,12 @@
 """What fits on N GPUs of M GiB, and how fast: a table, in seconds and without a GPU."""
 
+import math
+
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
+from qlora_ray.model import host
 from qlora_ray.model.facts import ModelFacts
-from qlora_ray.model.recompute import Choice, Keep, choose
+from qlora_ray.model.recompute import LONG_ROW, Choice, Keep, Room, choose
 from qlora_ray.planning import holding, memory, offload
 from qlora_ray.planning.early import as_stored, facts_at_hand
 from qlora_ray.planning.memory import GIB, SHARE_OF_MEMORY
@@ -14,8 +17,15 @@ from qlora_ray.planning.speed import speed_notes
 BATCH_SIZES = (1, 2, 4, 8, 16)
 
 
-def answer(config: Config, gib: float, gpu: str) -> str:
+def host_gib_here() -> float:
+    """What this machine, or its container, has for what layers park."""
+    return host.SHARE * host.available_bytes() / GIB
+
+
+def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> str:
     """The table: rows a forward pass against what is kept, peak GiB of a worker and tokens per second of all.
+
+    `host_gib` is what a worker's layers may park on the host.
 
     Raises ConfigError where the base is neither a local folder nor in the hub's cache.
     """
@@ -45,16 +55,38 @@ def answer(config: Config, gib: float, gpu: str) -> str:
     if passing := offload.passing(known, num_tokens, length, gib, gpu):
         lines.insert(2, f"base on {'disk' if passing.disk_bytes else 'host'}: {passing}")
     for rows in BATCH_SIZES:
-        room = (SHARE_OF_MEMORY * gib - resident) * GIB
-        for choice in _choices(known, rows * each * of_worker, room, may_hold_weights(config, known)):
+        room = Room((SHARE_OF_MEMORY * gib - resident) * GIB, host_gib * GIB, may_hold_weights(config, known))
+        for choice in _choices(known, rows * each * of_worker, room):
             peak = memory.peak_gib(memory.memory_gib(known, rows * each * of_worker, choice))
             speed = memory.tokens_per_second(known, length, choice, gpu)
             shown = f"{workers * speed:,.0f}" if speed else "-"
-            fits = "" if peak <= SHARE_OF_MEMORY * gib else "  does not fit"
-            lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice}{fits}")
+            parked = memory.host_gib(known, rows * each * of_worker, choice)
+            on_host = f" ({parked:.1f} GiB on the host)" if of_worker > LONG_ROW else ""
+            fits = "" if peak <= SHARE_OF_MEMORY * gib and parked <= host_gib else "  does not fit"
+            lines.append(f"{rows:>4}  {peak:>8.2f}  {shown:>9}  {choice}{on_host}{fits}")
+    lines += _longest_rows(known, each, config.training.sequence_parallel, gib, host_gib)
     if not _fits(known, each * of_worker, gib) and (way_out := _what_fits(config, base, gib)):
         lines.append(f"one row fits with {way_out}")
     return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
+
+
+def _longest_rows(known: memory.Sizes, each: int, parts: int, gib: float, host_gib: float) -> list[str]:
+    """Of one row a pass, by where the layers' inputs lie, with the GiB of GPU and host that it takes."""
+    lines = []
+    for level, where in ((Keep.HOST, "on the host"), (Keep.INPUT, "on the GPU")):
+        choice, length, taken = memory.all_layers(known, level), 0, (0.0, 0.0)
+        for step in (2**bit for bit in range(23, 9, -1)):
+            tokens = each * (length + step)
+            of_row = known.of_rows(length + step)
+            peak = memory.peak_gib(memory.memory_gib(of_row, tokens, choice))
+            parked = memory.host_gib(of_row, tokens, choice)
+            if peak <= SHARE_OF_MEMORY * gib and parked <= host_gib:
+                length, taken = length + step, (peak, parked)
+        lines.append(
+            f"longest row with the layers' inputs {where}: {length * parts:,} tokens ({taken[0]:.1f} GiB, and "
+            f"{taken[1]:.1f} of {host_gib:.1f} on the host)"
+        )
+    return lines
 
 
 def _fits(known: memory.Sizes, num_tokens: int, gib: float) -> bool:
@@ -87,7 +119,7 @@ def _facts(config: Config) -> ModelFacts:
     return facts
 
 
-def _choices(known: memory.Sizes, num_tokens: int, room: float, may_hold: bool) -> list[Choice]:
+def _choices(known: memory.Sizes, num_tokens: int, room: Room) -> list[Choice]:
     leanest = memory.all_layers(known, Keep.HOST)
-    auto = choose(known.layer, len(leanest.levels), num_tokens, known.base.vocab_size, room, may_hold)
+    auto = choose(known.layer, len(leanest.levels), num_tokens, known.base.vocab_size, room)
     return [auto] if auto == leanest else [auto, leanest]

@@ -6,7 +6,6 @@ import logging
 import shutil
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -14,6 +13,7 @@ from qlora_ray.errors import ConfigError
 from qlora_ray.model.base import load_base
 from qlora_ray.model.facts import read_facts, stored_quantization
 from qlora_ray.model.homes import Away, DiskFile, network_file_system
+from qlora_ray.model.host import available_bytes
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.load import Cache, Keeper, Source, Whole, files_of, load_shares
 from qlora_ray.model.packed_cache import Cached, Writer, cached
@@ -77,7 +77,7 @@ def _away_of(run: Run, team: Team) -> Away:
     """Where this worker puts the weights that pass. Raises ConfigError where there is no room for them."""
     ds, passing = run.config.deepspeed, run.plan.passing
     assert passing is not None
-    free = psutil.virtual_memory().available
+    free = available_bytes()  # also what other workers of this node have not taken yet
     if passing.host_bytes > free:
         raise ConfigError(
             f"deepspeed.offload_params={ds.offload_params}: a worker keeps {passing.host_bytes / GIB:.2f} GiB in host "

@@ -1,6 +1,8 @@
 """What the decoder layers of this worker keep for backward: measured where they are not fused, chosen to fit."""
 
 import logging
+import math
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +10,11 @@ import torch
 import torch.distributed as dist
 
 from qlora_ray.config import Config
+from qlora_ray.errors import ConfigError
+from qlora_ray.model import host
 from qlora_ray.model.fused import fused_layers, keep
 from qlora_ray.model.plain import keep_plain, measure_whole_bytes, plain_layers
-from qlora_ray.model.recompute import Choice, Keep, activation_bytes
+from qlora_ray.model.recompute import Choice, Keep, Room, activation_bytes, host_bytes
 from qlora_ray.model.ring import Ring
 from qlora_ray.model.stash import HostStash
 from qlora_ray.planning.plan import Plan, choose_recomputation
@@ -47,14 +51,22 @@ def keep_what_fits(
     fused, plain = fused_layers(model), plain_layers(model)
     if not fused and not plain:
         return None
-    budget = _room_for_activations(config, plan, device)
+    budget, on_host = _room_for_activations(config, plan, device), _room_on_host(device)
     # Plain layers' weights come one by one under ZeRO-3, and workers that share rows attend together: all must compute
     # the same layers again.
     if not fused or config.training.sequence_parallel > 1:
-        least = torch.tensor(budget, dtype=torch.float64, device=device)
+        least = torch.tensor([budget, on_host], dtype=torch.float64, device=device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
-        budget = float(least)
-    choice = choose_recomputation(plan, len(fused or plain), model.config.vocab_size, budget)
+        budget, on_host = least.tolist()
+    room = Room(budget, on_host)
+    choice = choose_recomputation(plan, len(fused or plain), model.config.vocab_size, room)
+    parked = host_bytes(plan.layer_shape, choice, plan.tokens_per_micro_batch)
+    if parked > room.host_bytes:
+        raise ConfigError(
+            f"training.max_length={config.training.max_length}: the layers' inputs take {parked / 2**30:.1f} GiB of "
+            f"host memory a worker, and this machine or its container has {room.host_bytes / 2**30:.1f} GiB left for "
+            "them. Give it more, or use training.recompute=auto, fewer rows a pass or shorter ones."
+        )
     stash = HostStash(device) if device.type == "cuda" and plain else None
     if fused:
         keep(model, choice)
@@ -64,13 +76,20 @@ def keep_what_fits(
         # Weights that pass are there when a layer computes again, not when autograd goes back through it.
         levels = tuple(max(level, Keep.INPUT if ring else Keep.ALL) for level in choice.levels)
         keep_plain(plain, levels, stash)
-    logger.info("%s (%.1f GiB for activations)", choice, budget / 2**30)
+    logger.info("%s (%.1f GiB for activations, %.1f GiB on the host)", choice, budget / 2**30, parked / 2**30)
     if ring:
         tokens = plan.tokens_per_micro_batch
         left = budget - activation_bytes(plan.layer_shape, choice, tokens, model.config.vocab_size)
         ring.keep_last(max(0, min(len(ring.slabs), int(left // max(slab.num_bytes for slab in ring.slabs)))))
         logger.info("%d of %d layers pass from %s", ring.num_passing, len(ring.slabs), config.deepspeed.offload_params)
     return choice
+
+
+def _room_on_host(device: torch.device) -> float:
+    """Bytes of host memory for this worker's layers; nothing is parked on a CPU."""
+    if device.type != "cuda":
+        return math.inf
+    return host.SHARE * host.available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _room_for_activations(config: Config, plan: Plan, device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_ray.model import routed
 from qlora_ray.model.adapter import add_adapter, trainable
@@ -32,6 +33,14 @@ def load(folder: str, dtype: str, device: str):
     return load_base(config.model, config.quantization, dtype, torch.device(device))
 
 
+def saved_in_16_bits(family: str, folder) -> str:
+    """Weights that are the same in bfloat16 and float32, so that both are packed to the same bytes."""
+    made = tiny_models.save(family, folder / "made")
+    AutoModelForCausalLM.from_pretrained(made).bfloat16().save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(made).save_pretrained(folder / "base")
+    return str(folder / "base")
+
+
 def outcome(experts, route: list[list[int]], dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """What comes out, and the gradients of what went in."""
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +58,7 @@ def outcome(experts, route: list[list[int]], dtype: torch.dtype, device: str) ->
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_grouped_product_is_the_loop_on_a_cpu(family, chunk_bytes, route, tmp_path, monkeypatch):
     monkeypatch.setattr(routed, "EXPERT_CHUNK_BYTES", chunk_bytes)
-    folder = tiny_models.save(family, tmp_path)
+    folder = saved_in_16_bits(family, tmp_path)
     on_gpu, on_cpu = load(folder, "bfloat16", "cuda"), load(folder, "float32", "cpu")
     experts = [next(m for m in model.modules() if is_packed(m)) for model in (on_gpu, on_cpu)]
     ours = outcome(experts[0], ROUTES[route], torch.bfloat16, "cuda")
@@ -71,9 +80,11 @@ def test_grouped_product_is_taken_and_is_the_loop_within_rounding():
 
 def test_row_steps_of_experts_are_those_of_plain_pytorch():
     generator = torch.Generator().manual_seed(0)
-    rows, scores = torch.randn(300, 1100, generator=generator), torch.rand(100, 3, generator=generator)
+    rows, grad, gate_up = (  # values of bfloat16: else some lie on one side of the clamp there, and on the other here
+        torch.randn(*shape, generator=generator).bfloat16().float() for shape in ((300, 1100), (50, 1100), (50, 2200))
+    )
+    scores = torch.rand(100, 3, generator=generator)
     places = torch.randperm(300, generator=generator).view(100, 3).int()
-    grad, gate_up = torch.randn(50, 1100, generator=generator), torch.randn(50, 2200, generator=generator)
     outcomes = []
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
         out = torch.empty(100, 1100, device=device, dtype=dtype)
@@ -84,7 +95,8 @@ def test_row_steps_of_experts_are_those_of_plain_pytorch():
         dh, up, out = grad.to(device, dtype), gate_up.to(device, dtype), torch.empty_like(dh)
         ops.clamped_glu(up, Clamp(1.702, 1.0), out)
         outcomes.append([*made, out, ops.clamped_glu_backward(dh, up, Clamp(1.702, 1.0)), dh, up])
-    assert all(error(one, other) < TOLERANCE for one, other in zip(*outcomes, strict=True))
+    errors = [error(one, other) for one, other in zip(*outcomes, strict=True)]
+    assert max(errors) < TOLERANCE, errors
 
 
 def test_experts_repeat_their_bits(tmp_path):

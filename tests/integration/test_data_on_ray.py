@@ -96,6 +96,9 @@ def test_rows_that_ray_data_carries_are_those_of_the_order(ray, path, tmp_path, 
     wanted = [rows_at({"id": np.array([i])}, stream) for i in range(stream.num_micro_batches)]
     directly = []
     monkeypatch.setattr(delivery, "rows_at", lambda batch, stream: directly.append(1) or rows_at(batch, stream))
+    most = stream.order.micro_batch_size * int(open_rows(made.entry, "train").num_tokens.max())
+    monkeypatch.setattr(delivery, "TOKENS_PER_TASK", 7 * most)  # as if rows were long
+    assert delivery.micro_batches_per_task(stream) == 7
 
     carried = delivery._Carried(stream)
     for position in range(MICRO_BATCHES_PER_TASK, stream.num_micro_batches):  # wait for Ray Data each time

@@ -35,6 +35,7 @@ def trained(base: str, folder, offload: str = "none", **sections) -> tuple[list[
         ("qwen3", {"quantization": {"compute_dtype": "bfloat16", "double_quant": False}}),
         ("llama", {"model": {"modules_to_save": ["norm"], "new_tokens": ["<new>"]}}),
         ("mixtral", {"training": {"recompute": "all"}}),
+        ("qwen2_moe", {}),
         ("gpt_neox", {"training": {"recompute": "all"}}),
         ("llama", {"quantization": {"type": "none"}, "training": {"recompute": "all"}}),
     ],

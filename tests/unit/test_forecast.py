@@ -13,7 +13,8 @@ from benchmarks.throughput import SHAPES
 from qlora_ray import plan
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, activation_bytes, choose
+from qlora_ray.model import host
+from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, Room, activation_bytes, choose, host_bytes
 from qlora_ray.planning import memory, table
 from tests.integration import tiny_models
 
@@ -23,7 +24,7 @@ BUDGETS_GIB = (0.5, 1, 1.3, 2, 4, 8, 12, 16, 24, 28, 30, 34, 40, 44, 100)
 
 
 def chosen(budget_gib: float, may_hold: bool = True) -> Choice:
-    return choose(LLAMA_8B, LAYERS, TOKENS, VOCABULARY, budget_gib * 2**30, may_hold)
+    return choose(LLAMA_8B, LAYERS, TOKENS, VOCABULARY, Room(budget_gib * 2**30, may_hold_weights=may_hold))
 
 
 def peak_gib(choice: Choice) -> float:
@@ -59,7 +60,7 @@ def test_forecast_of_a_whole_model_is_what_an_h200_measured():
     """Llama-3.1-8B shape, 4 x 2048, r=16, ZeRO stage 3: all kept, and with dequantized weights."""
     facts = facts_of(SHAPES["llama-8b"])
     known = memory.sizes(Config(), facts, num_lora_parameters(facts, 16), 3, "bfloat16")
-    assert known.layer == LLAMA_8B
+    assert known.layer.of_rows(0) == LLAMA_8B
     sentence = r"32 layers .* measured ([\d.]+) \(all kept, stage 3\); .* and ([\d.]+) with dequantized weights"
     found = re.search(sentence, Path("benchmarks/README.md").read_text())
     assert found is not None
@@ -107,7 +108,7 @@ def test_layers_that_are_not_fused_use_their_budget_and_stay_within(budget_gib):
     def peak(levels: tuple[Keep, ...]) -> float:
         return activation_bytes(GPT2_MEDIUM, Choice(levels), TOKENS, 50257) / 2**30
 
-    levels = choose(GPT2_MEDIUM, 24, TOKENS, 50257, budget_gib * 2**30, may_hold=True).levels
+    levels = choose(GPT2_MEDIUM, 24, TOKENS, 50257, Room(budget_gib * 2**30)).levels
     assert set(levels) <= {Keep.ALL, Keep.INPUT, Keep.HOST}
     if budget_gib < peak((Keep.HOST,) * 24):
         assert levels == (Keep.HOST,) * 24
@@ -116,7 +117,7 @@ def test_layers_that_are_not_fused_use_their_budget_and_stay_within(budget_gib):
         first = next((i for i, level in reversed([*enumerate(levels)]) if level > Keep.ALL), None)
         if first is not None:  # the last one that keeps less than all: it would not fit
             assert peak((*levels[:first], Keep.ALL, *levels[first + 1 :])) > budget_gib
-    more = choose(GPT2_MEDIUM, 24, TOKENS, 50257, (budget_gib + 1) * 2**30, may_hold=True).levels
+    more = choose(GPT2_MEDIUM, 24, TOKENS, 50257, Room((budget_gib + 1) * 2**30)).levels
     assert more.count(Keep.ALL) >= levels.count(Keep.ALL)
 
 
@@ -179,3 +180,54 @@ def test_a_row_of_pairs_is_planned_as_two_rows_of_tokens(tmp_path):
     assert "rows of 2 x 64 tokens" in texts[0] and "rows of 128 tokens" in texts[1]
     peaks = [re.findall(r"(?m)^ *\d+ +(\d+\.\d\d) ", text) for text in texts]
     assert peaks[0] == peaks[1]
+
+
+def of_rows(length: int, gpu_gib: float, host_gib: float) -> Choice:
+    return choose(LLAMA_8B.of_rows(length), LAYERS, length, VOCABULARY, Room(gpu_gib * 2**30, host_gib * 2**30))
+
+
+def test_attention_of_long_rows_is_parked_where_the_host_has_room():
+    assert of_rows(131072, 18, 1000).levels[:30] == (Keep.PARKED,) * 30  # the last keep more: their bytes are free
+    assert {Keep.PARKED, Keep.HOST} <= set(of_rows(131072, 18, 40).levels)
+    assert Keep.HOST in of_rows(131072, 16.5, 32).levels
+    assert Keep.PARKED not in of_rows(8192, 5, 1000).levels  # to compute it again is faster
+
+
+def test_what_the_host_has_no_room_for_stays_on_the_gpu():
+    levels = of_rows(131072, 40, 16).levels
+    on_host = sum(level in (Keep.PARKED, Keep.HOST) for level in levels)
+    assert 12 <= on_host <= 16  # of a GiB each
+    assert all(level in (Keep.PARKED, Keep.HOST) for level in levels[:on_host])  # the last ones stay: gone first
+
+
+def test_a_row_of_262144_tokens_fits_an_80_gib_gpu_with_its_inputs_on_the_host():
+    choice, length = Choice((Keep.HOST,) * LAYERS), 262144
+    assert activation_bytes(LLAMA_8B.of_rows(length), choice, length, VOCABULARY) < 60 * 2**30
+    assert host_bytes(LLAMA_8B, choice, length) == 64 * 2**30
+
+
+def test_free_host_memory_is_what_the_smallest_limit_leaves(tmp_path):
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert host.available_bytes(tmp_path) == 8000 * 1024
+    write("proc/self/cgroup", "0::/box/run\n")
+    write("sys/fs/cgroup/box/memory.max", "5000000")
+    write("sys/fs/cgroup/box/memory.current", "3000000")
+    write("sys/fs/cgroup/box/memory.stat", "anon 7\ninactive_file 500000\n")
+    write("sys/fs/cgroup/box/run/memory.max", "max\n")
+    write("sys/fs/cgroup/box/run/memory.current", "1")
+    assert host.available_bytes(tmp_path) == 2500000
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000")
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "400")
+    assert host.available_bytes(tmp_path) == 600
+
+
+def test_plan_tells_the_longest_row_and_the_host_memory_that_it_takes(tmp_path):
+    config = Config.model_validate({"model": {"base_model": tiny_models.save("llama", tmp_path)}})
+    told = table.answer(config, 1, "H100", 0.001)
+    found = re.findall(r"inputs on the (\w+): ([\d,]+) tokens", told)
+    lengths = {where: int(length.replace(",", "")) for where, length in found}
+    assert set(lengths) == {"host", "GPU"} and 0 < lengths["host"] < lengths["GPU"]  # the host has next to nothing

@@ -10,6 +10,7 @@ import pytest
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data import read as read_module
 from qlora_ray.data import samples as samples_module
+from qlora_ray.data import work
 from qlora_ray.data.check import check_records
 from qlora_ray.data.examples import read_examples
 from qlora_ray.data.prepare import _rows_fingerprint, prepare
@@ -112,6 +113,23 @@ def test_chunks_do_not_change_the_samples(write, prepared, monkeypatch):
     cut = prepared(path)
     assert len(cut.train[0].parts) > 5 and len(whole.train[0].parts) == 1
     assert rows_of(cut) == rows_of(whole) and cut.stats.num_tokens == whole.stats.num_tokens
+
+
+def test_texts_that_are_held_at_once_are_few_where_they_are_long(write, prepared, monkeypatch):
+    together, encode = [], Encoder.encode
+
+    def spy(encoder, conversations):
+        together.append(sum(len(turn["content"]) for turns in conversations for turn in turns))
+        return encode(encoder, conversations)
+
+    monkeypatch.setattr(work, "TEXT_AT_ONCE", 5000)
+    monkeypatch.setattr(work, "TEXT_WITH_MESSAGES", 5000)
+    monkeypatch.setattr(Encoder, "encode", spy)
+    file = write([{"instruction": f"Say {i}.", "output": "word " * 400} for i in range(30)], "long.jsonl")
+    made = prepared(file, training={"max_length": 4096})
+    assert made.stats.num_rows == 30
+    assert len(together) > 5 and max(together) < 5000 + 2100
+    assert 0 < len(list(made.train[0].messages())) < 5
 
 
 def test_rejected_records_are_kept_with_file_line_and_reason(write, prepared, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_ray.config import Config, base_model_path
+from qlora_ray.data import mask
 from qlora_ray.data.prepare import make_recipe
 from qlora_ray.data.template import CHATML_TEMPLATE, PLAIN_TEMPLATE, find_template
 from qlora_ray.data.tokenize import IGNORE_INDEX, Encoder, load_tokenizer, prompt_ids
@@ -236,6 +237,26 @@ def test_truncation_never_leaves_a_sample_without_a_label():
         assert (sample.input_ids, sample.labels) == (whole.input_ids[:max_length], whole.labels[:max_length])
         assert sample.truncated == (max_length < len(whole.input_ids))
     assert 0 < refused < len(whole.input_ids)
+
+
+def test_answers_of_a_conversation_of_thousands_of_turns_are_trained_on():
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(1100) for role in ("user", "assistant")]
+    tokenizer = tokenizer_with(CHATML_TEMPLATE)
+    said = trained_text(tokenizer, encode(tokenizer, turns, max_length=200_000))
+    assert [text.partition("<")[0] for text in said] == [f"assistant {n}" for n in range(1100)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_far_turns_are_marked_as_if_each_prefix_had_been_rendered(name, monkeypatch):
+    pick = random.Random(1)
+    turns = [{"role": "system", "content": "Be brief."}]
+    for n in range(90):
+        thought = f"<think>\nso {n}\n</think>\n\n" if pick.random() < 0.3 else ""
+        turns += [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": f"{thought}told {n}"}]
+    made = encode(tokenizer_with(TEMPLATES[name]), turns, max_length=200_000)
+    monkeypatch.setattr(mask, "FIRST_TURNS", len(turns))
+    assert made == encode(tokenizer_with(TEMPLATES[name]), turns, max_length=200_000)
+    assert len(made.spans) == 90
 
 
 def test_first_token_is_never_trained_on_since_nothing_predicts_it():

@@ -1,0 +1,88 @@
+"""The MLP of a fused layer by slices of rows: of long rows gate, up and their gradients never lie in memory whole.
+
+Whether and where rows are cut depends on their number alone, so a row gets the same bits whatever is kept for backward,
+on any number of workers. LoRA gradients are added slice after slice, in float32: their last bits are not those of one
+product over all rows.
+"""
+
+# M tokens, S of them in a slice, D hidden width, I width of the MLP
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from qlora_ray.model.recompute import LONG_ROW, SLICE_ROWS, Keep
+
+if TYPE_CHECKING:
+    from qlora_ray.model.layer import FusedLayer, Kept
+
+
+def of_rows(count: int, length: int) -> tuple[slice, ...]:
+    """Slices of so many rows, of samples in rows of `length` tokens; none where all are taken at once."""
+    if length <= LONG_ROW or count <= SLICE_ROWS:
+        return ()
+    return tuple(slice(start, min(start + SLICE_ROWS, count)) for start in range(0, count, SLICE_ROWS))
+
+
+def mlp_part(layer: "FusedLayer", kept: "Kept", with_graph: bool) -> torch.Tensor:
+    """`FusedLayer.mlp_part` by slices: the layer's output (M, D). Fills in what is kept of them."""
+    like = kept.x1
+    assert like is not None
+    count, y = len(like), torch.empty_like(like)
+    if with_graph and layer.keep < Keep.ATTENTION:
+        kept.gate_up = like.new_empty(count, sum(layer.gate_up.rows))
+    if with_graph and layer.down.rank:
+        kept.z_down = like.new_empty(count, layer.down.rank)
+    if with_graph and layer.keep < Keep.PARKED and layer.keeps_given[1]:
+        kept.given2 = like.new_empty(count, layer.down.rows[0])
+    with _weights_made_once(layer, kept, layer.down):
+        for rows in kept.slices:
+            part = _part(kept, rows)
+            part.n2 = layer.read_mlp(part)
+            z_down, given2, part.given2 = part.z_down, part.given2, None
+            y[rows] = layer.mlp_part(part, with_graph)
+            for whole, made in ((z_down, part.z_down), (given2, part.given2)):
+                if whole is not None and made is not None:
+                    whole.copy_(made)
+    return y
+
+
+def through_mlp(layer: "FusedLayer", kept: "Kept", buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """`FusedLayer.through_mlp` by slices; the gradient of x1 takes the place of dy where it has as much room."""
+    width, room = layer.qkv.inputs, int(layer.out.room)
+    has_room = buffer.shape[1] == width + room
+    made = buffer if has_room else buffer.new_empty(len(buffer), width + room)
+    sums: list[torch.Tensor] = []
+    again = [layer.down] if layer.keeps_given[1] and kept.given2 is None else []
+    with _weights_made_once(layer, kept, layer.down_back, *again):
+        for rows in kept.slices:
+            part = _part(kept, rows)
+            part.n2 = layer.read_mlp(part)
+            layer.complete_mlp(part)
+            gradients, dx1 = layer.through_mlp(part, buffer[rows])
+            made[rows, :width] = dx1[:, :width]
+            if not sums:
+                sums = [gradient.float() for gradient in gradients]
+                continue
+            for total, gradient in zip(sums, gradients, strict=True):
+                total += gradient
+    return [total.to(buffer.dtype) for total in sums], made
+
+
+def _part(kept: "Kept", rows: slice) -> Kept:
+    """What is kept of some rows."""
+    names = ("x1", "gate_up", "z_down", "given2")
+    cut = {name: None if (whole := getattr(kept, name)) is None else whole[rows] for name in names}
+    return replace(kept, x=None, n2=None, places=None, slices=(), **cut,
+                   turns=tuple(turn.of_rows(rows, kept.x1.device) for turn in kept.turns),
+                   drops=tuple(drop.of_rows(rows, kept.x1.device) for drop in kept.drops))  # fmt: skip
+
+
+@contextmanager
+def _weights_made_once(layer: "FusedLayer", kept: "Kept", *of_down) -> Iterator[None]:
+    with ExitStack() as stack:
+        for group in (layer.gate_up, *of_down):
+            stack.enter_context(group.made_once(kept.x1, kept.turns[2 if group is layer.gate_up else 3]))
+        yield
