@@ -71,7 +71,7 @@ def through_mlp(layer: "FusedLayer", kept: "Kept", buffer: torch.Tensor) -> tupl
     return [total.to(buffer.dtype) for total in sums], made
 
 
-def _part(kept: "Kept", rows: slice) -> Kept:
+def _part(kept: "Kept", rows: slice) -> "Kept":
     """What is kept of some rows."""
     names = ("x1", "gate_up", "z_down", "given2")
     cut = {name: None if (whole := getattr(kept, name)) is None else whole[rows] for name in names}
