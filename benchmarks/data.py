@@ -147,6 +147,7 @@ def ours(folder: Path, records: int, tools: bool = False) -> dict:
     from qlora_ray.config import Config
     from qlora_ray.data.prepare import prepare
     from qlora_ray.data.spread import run_on_cores
+    from qlora_ray.data.stats import Layout
     from qlora_ray.storage import open_folder
 
     config = Config.model_validate(
@@ -160,7 +161,7 @@ def ours(folder: Path, records: int, tools: bool = False) -> dict:
         }
     )
 
-    made = prepare(config, open_folder(str(folder / "storage")), packing=True, runner=lambda: run_on_cores)
+    made = prepare(config, open_folder(str(folder / "storage")), how=Layout(packing=True), runner=lambda: run_on_cores)
     (folder / "entry.json").write_text(json.dumps(made.entry.name))
     return {"tokens": made.stats.num_tokens, "rows": made.stats.num_rows,
             "packing_efficiency": round(made.stats.packing_efficiency, 4)}  # fmt: skip

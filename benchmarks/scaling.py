@@ -47,7 +47,7 @@ def main() -> None:
             f"ray.storage_path={Path(arguments.folder) / 'runs'}", f"ray.run_name=scaling_{count}_{time.time_ns()}",
         ]  # fmt: skip
         measured = train([*settings, *arguments.overrides], arguments.steps)
-        made = {"workers": count, "shape": arguments.shape, **vars(arguments), **measured}
+        made = {**vars(arguments), "workers": count, **measured}
         results.append(made)
         rate = made["tokens_per_second"]
         against = rate / (results[0]["tokens_per_second"] / results[0]["workers"])

@@ -131,25 +131,27 @@ class QuantizationConfig(Section):
 # What each objective reads of training's settings of objectives; the others must be left as they are.
 OBJECTIVES = {
     "sft": ("router_aux_loss_coef",),
-    "dpo": ("beta", "label_smoothing", "rpo_alpha", "reference"),
-    "ipo": ("beta", "rpo_alpha", "reference"),
-    "orpo": ("beta",),
-    "simpo": ("beta", "label_smoothing", "simpo_gamma", "rpo_alpha"),
-    "cpo": ("beta", "label_smoothing", "cpo_alpha"),
+    "dpo": ("beta", "label_smoothing", "rpo_alpha", "reference", "share_prompts"),
+    "ipo": ("beta", "rpo_alpha", "reference", "share_prompts"),
+    "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
+    "orpo": ("beta", "share_prompts"),
+    "simpo": ("beta", "label_smoothing", "simpo_gamma", "rpo_alpha", "share_prompts"),
+    "cpo": ("beta", "label_smoothing", "cpo_alpha", "share_prompts"),
 }
 # Figures of a validation of pairs that can decide between adapters: more is better.
 OF_PAIRS = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_rewards/chosen", "eval_logps/chosen")
 OF_OBJECTIVES = (
-    "beta", "label_smoothing", "simpo_gamma", "rpo_alpha", "cpo_alpha", "reference", "router_aux_loss_coef",
+    "beta", "label_smoothing", "simpo_gamma", "rpo_alpha", "cpo_alpha", "desirable_weight", "undesirable_weight",
+    "reference", "share_prompts", "router_aux_loss_coef",
 )  # fmt: skip
 
 
 class TrainingConfig(Section):
     """Steps, objective, optimizer, rows, and what is kept in memory."""
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "cpo"] = "sft"
-    """sft: answers are learnt. Others: of the two answers of a pair, chosen and rejected, one is preferred. See
-    docs/preferences.md."""
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "cpo"] = "sft"
+    """sft: answers are learnt. kto: each answer is labelled as desirable or not. Others: of the two answers of a pair,
+    chosen and rejected, one is preferred. See docs/preferences.md."""
     beta: float = Field(0.1, gt=0)
     """Strength of a preference (TRL `beta`); of orpo the weight of its odds ratio. simpo wants 2 to 10."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
@@ -160,9 +162,16 @@ class TrainingConfig(Section):
     """Weight of the chosen answer's own loss, nats a token, beside dpo, ipo or simpo."""
     cpo_alpha: float = Field(1.0, ge=0)
     """The same of cpo."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """Weight of the desirable answers' losses in kto (TRL `desirable_weight`): raise it where they are fewer."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """The same of the undesirable ones."""
     reference: Literal["auto", "base", "start"] = "auto"
-    """Whose log-probabilities dpo and ipo measure from: the base's, or of the adapter in model.start_from. auto: start
-    where there is one."""
+    """Whose log-probabilities dpo, ipo and kto measure from: the base's, or of the adapter in model.start_from. auto:
+    start where there is one."""
+    share_prompts: bool = True
+    """Both answers of a pair lie in one row behind one copy of their prompt, where the base's attention can do that
+    (the plan tells where not): the same losses with fewer tokens."""
     num_epochs: float = Field(3, gt=0)
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
@@ -221,9 +230,14 @@ class TrainingConfig(Section):
     """A step whose gradient is not finite is skipped on all workers; after so many in a row the run ends."""
 
     @property
-    def pairs(self) -> bool:
-        """Whether records are pairs of answers, chosen and rejected."""
+    def prefers(self) -> bool:
+        """Whether answers are preferred to others, and not just learnt."""
         return self.objective != "sft"
+
+    @property
+    def records(self) -> Literal["answers", "pairs", "labels"]:
+        """What records hold: answers to learn, pairs of a chosen and a rejected one, or answers with a label."""
+        return {"sft": "answers", "kto": "labels"}.get(self.objective, "pairs")  # type: ignore[return-value]
 
     @property
     def has_reference(self) -> bool:
@@ -240,7 +254,7 @@ class TrainingConfig(Section):
                     f"training.{name}={value}: training.objective={self.objective} does not use it ({users}). "
                     "Leave it out."
                 )
-        if self.metric_for_best_model in OF_PAIRS and not self.pairs:
+        if self.metric_for_best_model in OF_PAIRS and not self.prefers:
             raise ValueError(
                 f"training.metric_for_best_model={self.metric_for_best_model}: training.objective={self.objective} has "
                 "no pairs. Use eval_loss."
@@ -600,7 +614,12 @@ class Config(Section):
                 f"sweep.metric={self.sweep.metric}: each trial keeps its best adapter by "
                 f"training.metric_for_best_model={decides}. Set both to the same."
             )
-        if not training.pairs:
+        if training.objective == "kto" and decides == "eval_rewards/accuracies":  # nor can sweep.metric be
+            raise ValueError(
+                f"training.metric_for_best_model={decides}: training.objective=kto compares no two answers of "
+                "one prompt. Use eval_rewards/margins."
+            )
+        if not training.prefers:
             return self
         which = f"training.objective={training.objective} compares the answers of pairs"
         if self.sweep and self.sweep.metric == "eval_perplexity":
@@ -626,7 +645,7 @@ class Config(Section):
                 f"{key}: {size} workers share each row, and ray.num_workers={_range(ends)} is not a multiple of it. "
                 f"Use ray.num_workers={_range(fits)}."
             )
-        if training.pairs:
+        if training.prefers:
             raise ValueError(
                 f"{key}: training.objective={training.objective} compares whole answers, of which each worker would "
                 "have a part. Use 1."

@@ -1,4 +1,4 @@
-"""python -m qlora_ray.evaluate: how good is it? Loss, perplexity, exact match, F1 and lm-eval, base against adapter."""
+"""python -m qlora_ray.evaluate: how good is it? Loss, pairs, exact match, F1 and lm-eval, base against adapter."""
 
 import argparse
 import importlib.util
@@ -72,8 +72,11 @@ def _show(results: dict[str, Any]) -> None:
 
     table = Table("metric", "base", "with the adapter")
     for name, value in results["base"].items():
-        shown = "{:.1%}" if name in ("exact_match", "token_f1") else "{:.4f}"
+        shown = "{:.1%}" if name in ("exact_match", "token_f1", "pairs_right") else "{:.4f}"
         table.add_row(name, *(shown.format(which) for which in (value, results["with_adapter"][name])))
+    if rewards := results.get("rewards"):
+        table.add_row("rewards/accuracies", "", f"{rewards['accuracies']:.1%}")
+        table.add_row("rewards/margins (without beta)", "", f"{rewards['margins']:.4f}")
     for task, metrics in results.get("tasks", {}).items():
         for name, values in metrics.items():
             table.add_row(f"{task} {name}", f"{values['base']:.4f}", f"{values['with_adapter']:.4f}")

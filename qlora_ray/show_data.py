@@ -44,7 +44,7 @@ def _look(config: Config, num_rows: int, debug: bool) -> dict[str, Any]:
     from qlora_ray.data.work import encoder_of
     from qlora_ray.model.facts import read_facts
     from qlora_ray.planning.early import check_files, local_base
-    from qlora_ray.planning.plan import packs
+    from qlora_ray.planning.plan import layout
 
     check_files(config)
     folder = storage.open_folder(config.ray.storage_path)
@@ -58,7 +58,7 @@ def _look(config: Config, num_rows: int, debug: bool) -> dict[str, Any]:
         connect.start_ray(config, debug)
         return run_on_ray
 
-    made = prepare(config, folder, packs(config, read_facts(local_base(config))), runner, _tell)
+    made = prepare(config, folder, layout(config, read_facts(local_base(config))), runner, _tell)
     rows = show_rows(made, encoder_of(make_recipe(config)).tokenizer, num_rows) if num_rows else []
     return {**describe(made), "rows": rows}
 
@@ -173,9 +173,10 @@ def _show_pairs(pairs: list[dict[str, Any]]) -> None:
 def _lines(data: dict[str, Any]) -> dict[str, str]:
     rejected = "; ".join(f"{count:,} {reason}" for reason, count in data["rejected"].items()) or "none"
     rows = f"{data['num_rows']:,} of {data['max_length']:,} tokens"
-    what = "pair" if data["pairs"] else "sample"
-    per_row = data["num_samples"] / data["num_rows"]
-    held = f"{per_row / 2:.1f} pairs each, in two rows of tokens" if data["pairs"] else f"{per_row:.1f} samples each"
+    what = "pair" if data["pairs"] and not data["labelled"] else "sample"
+    per_row = data["num_samples"] / data["num_rows"] / (2 if what == "pair" else 1)
+    how = ", behind shared prompts" if data["shares_prompts"] else ", in two rows of tokens" if data["pairs"] else ""
+    held = f"{per_row:.1f} {what}s each{how}"
     packed = f"{rows}, {data['packing_efficiency']:.1%} full, {held}"
     return {
         "records": f"{data['num_records']:,} read, {data['num_rejected']:,} rejected, {data['num_truncated']:,} cut "

@@ -15,9 +15,12 @@ from qlora_ray.storage import Folder, open_folder
 
 
 def make_entry(
-    folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: bool = False
+    folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: str = ""
 ) -> Folder:
-    """An entry whose train and validation splits have these rows of sample numbers, in parts of three samples."""
+    """An entry whose train and validation splits have these rows of sample numbers, in parts of three samples.
+
+    `pairs`: apart or shared, as rows of pairs hold their prompts.
+    """
     cache = open_folder(str(folder))
     parts = []
     for number, first in enumerate(range(0, len(samples), 3)):
@@ -32,13 +35,16 @@ def make_entry(
     numbers = np.arange(len(samples))
     tokens = np.array([len(sample.input_ids) for sample in samples])
     labels = np.array([sample.num_labels for sample in samples])
+    shared, desirable = (np.array([getattr(one, name) for one in samples]) for name in ("num_shared", "is_desirable"))
     offsets = np.cumsum([0, *map(len, rows)])
     for split in ("train", "validation"):
-        index = Index(tokens, labels, numbers, numbers)
-        of_rows = write_rows(cache / "rows", split, offsets, np.concatenate(rows), index)
+        index = Index(tokens, labels, shared, desirable, numbers, numbers)
+        held = np.concatenate(rows)
+        lengths = tokens[held] - shared[held] * (pairs == "shared")
+        of_rows = write_rows(cache / "rows", split, (offsets, held), index, lengths)
     stats = DataStats(
         "rows", len(samples), 0, 0, len(rows), len(rows), int(of_rows.sum()), int(labels.sum()), int(of_rows.max()),
-        packed=packed, pairs=pairs,
+        packed=packed, pairs=bool(pairs), shares_prompts=pairs == "shared",
     )  # fmt: skip
     write_stats(cache / "rows", stats, {"train": ["samples"], "validation": ["samples"]}, None)
     return cache / "rows"
@@ -56,7 +62,5 @@ def make_random_entry(folder: Path, rows: list[list[int]], packed: bool = True) 
     return make_entry(folder, samples, numbers, packed)
 
 
-def make_rows(
-    folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: bool = False
-) -> Rows:
+def make_rows(folder: Path, samples: list[Sample], rows: list[list[int]], packed: bool = True, pairs: str = "") -> Rows:
     return Rows(make_entry(folder, samples, rows, packed, pairs), "train")

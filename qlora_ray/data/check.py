@@ -36,7 +36,7 @@ def check_records(config: Config) -> None:
         for source in find_sources(config, key, download=False):
             is_small = source.num_bytes <= INLINE_BYTES
             rejected = Rejected()
-            found = messages_of(source, config.data.format, config.training.pairs)
+            found = messages_of(source, config.data.format, config.training.records)
             records = itertools.islice(found, None if is_small else PEEKED_RECORDS)
             for where, made in records:
                 rejected.count(where, made)
@@ -44,14 +44,14 @@ def check_records(config: Config) -> None:
             refuse_too_many(source, rejected.num_records, rejected.by_reason, limit)
 
 
-def messages_of(source: Source, format: str, pairs: bool = False) -> Iterator[tuple[str, Messages | BadRecord]]:
+def messages_of(source: Source, format: str, records: str = "answers") -> Iterator[tuple[str, Messages | BadRecord]]:
     """(place, messages or why there are none) of each record of a source. Raises ConfigError for a damaged file."""
     for file in source.files:
         unit, of_file = place_unit(file), f" of {file.name}" if len(source.files) > 1 else ""
         try:
             for place, record in itertools.chain.from_iterable(map(read, cut(file))):
                 if record is not BLANK:
-                    yield f"{unit} {place}{of_file}", _messages(record, format, pairs)
+                    yield f"{unit} {place}{of_file}", _messages(record, format, records)
         except DamagedFile as error:
             raise source.damaged(file, str(error)) from error
 
@@ -99,10 +99,10 @@ def refuse_missing(source: Source, num_records: int, missing: dict[str, tuple[in
             )
 
 
-def _messages(record: object, format: str, pairs: bool) -> Messages | BadRecord:
+def _messages(record: object, format: str, records: str) -> Messages | BadRecord:
     if isinstance(record, BadRecord):
         return record
     try:
-        return convert(record, format, pairs)[0]
+        return convert(record, format, records)[0]
     except BadRecord as reason:
         return reason

@@ -16,6 +16,8 @@ class Index:
 
     num_tokens: np.ndarray  # (S,)
     num_label_tokens: np.ndarray
+    num_shared: np.ndarray  # first tokens of a rejected sample that may be read in the chosen one before it
+    is_desirable: np.ndarray  # whether a sample's answer is, where records are labelled
     record: np.ndarray  # usable record that the sample is of, numbered through the sources
     records_before: np.ndarray  # (sources + 1,)
 
@@ -27,6 +29,8 @@ class Index:
         return cls(
             np.concatenate([one["num_tokens"] for one in each]),
             np.concatenate([one["num_label_tokens"] for one in each]),
+            np.concatenate([one["num_shared"] for one in each]),
+            np.concatenate([one["is_desirable"] for one in each]),
             np.concatenate([one["record"] + first for one, first in zip(each, before[:-1], strict=True)]),
             before,
         )

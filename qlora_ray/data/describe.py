@@ -53,10 +53,11 @@ def show_rows(made: Prepared, tokenizer, count: int) -> list[dict[str, Any]]:
     Of rows of pairs: each pair's prompt, and the pieces of its two answers, which say what differs.
     """
     rows = Rows(made.entry, "train")
-    table = rows.gather(np.arange(min(count, len(rows)))).to_pylist()
+    if rows.labelled:
+        return [_show_labelled(rows, row, tokenizer) for row in range(min(count, len(rows)))]
     if rows.pairs:
-        return [_show_pairs(*both, tokenizer) for both in zip(table[::2], table[1::2], strict=True)]
-    shown = []
+        return [_show_pairs(rows, row, tokenizer) for row in range(min(count, len(rows)))]
+    table, shown = rows.gather(np.arange(min(count, len(rows)))).to_pylist(), []
     for row in table:
         ids = np.array(row["input_ids"])
         trained = np.array(row["labels"]) != IGNORE_INDEX
@@ -71,26 +72,32 @@ def show_rows(made: Prepared, tokenizer, count: int) -> list[dict[str, Any]]:
     return shown
 
 
-def _show_pairs(chosen: dict[str, list[int]], rejected: dict[str, list[int]], tokenizer) -> dict[str, Any]:
-    """Both rows of tokens of a row of pairs."""
-    both = (chosen, rejected)
-    pairs = [
-        {"prompt": tokenizer.decode(ids[:start]), **_show_answers(ids[start:], other_ids[other_start:], tokenizer)}
-        for (ids, start), (other_ids, other_start) in zip(*map(_samples_of, both), strict=True)
-    ]
-    return {
-        "num_tokens": sum(len(row["input_ids"]) for row in both),
-        "num_label_tokens": sum(label != IGNORE_INDEX for row in both for label in row["labels"]),
-        "pairs": pairs,
-    }
+def _show_pairs(rows: Rows, row: int, tokenizer) -> dict[str, Any]:
+    """The pairs of a row."""
+    chosen, rejected = (half.to_pylist() for half in rows.halves(np.array([row])))
+    pairs = []
+    for one, other in zip(chosen, rejected, strict=True):
+        (ids, start), (other_ids, other_start) = map(_with_start, (one, other))
+        answers = _show_answers(ids[start:], other_ids[other_start:], tokenizer)
+        pairs.append({"prompt": tokenizer.decode(ids[:start]), **answers})
+    counts = {name: int(getattr(rows, name)[row]) for name in ("num_tokens", "num_label_tokens")}
+    return {**counts, "pairs": pairs}
 
 
-def _samples_of(row: dict[str, list[int]]) -> list[tuple[list[int], int]]:
-    """(token ids, where the answer begins) of each sample of a row of tokens."""
-    ids = row["input_ids"]
-    starts = [i for i, position in enumerate(row.get("position_ids") or range(len(ids))) if position == 0]
-    trained = np.array(row["labels"]) != IGNORE_INDEX
-    return [(ids[a:b], int(trained[a:b].argmax())) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+def _show_labelled(rows: Rows, row: int, tokenizer) -> dict[str, Any]:
+    """The labelled answers of a row: prompts and answers in pieces, each of one sample."""
+    pieces = []
+    for number, sample in enumerate(rows.halves(np.array([row]))[0].to_pylist(), start=1):
+        ids, start = _with_start(sample)
+        for trained, part in ((False, ids[:start]), (True, ids[start:])):
+            pieces.append({"sample": number, "trained": trained, "text": tokenizer.decode(part)})
+    counts = {name: int(getattr(rows, name)[row]) for name in ("num_tokens", "num_label_tokens")}
+    return {**counts, "pieces": pieces}
+
+
+def _with_start(sample: dict[str, list[int]]) -> tuple[list[int], int]:
+    """Token ids of a sample, and where its answer begins."""
+    return sample["input_ids"], next(i for i, label in enumerate(sample["labels"]) if label != IGNORE_INDEX)
 
 
 def _show_answers(chosen: list[int], rejected: list[int], tokenizer) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Preference records: two conversations with a common beginning, the one that is preferred and the other.
 
 They travel as one: the preferred conversation, and after it a turn {role: rejected, turns: [...]} with all of the
-other. Only what follows their common beginning is trained on: assistant turns before it have weight 0.
+other. Only what follows their common beginning is trained on: assistant turns before it have weight 0. A labelled
+record is one conversation, and after it a turn {role: label, is_desirable: ...}.
 """
 
 from typing import Any
@@ -13,21 +14,55 @@ from qlora_ray.errors import BadRecord
 # Names that people give to the two answers, and what else a preference record may hold beside its format's own fields.
 HALVES = {"chosen": ("chosen", "chosen_response"), "rejected": ("rejected", "rejected_response")}
 READ_BY_ALL = {name for known in HALVES.values() for name in known} | {"prompt", "question", "system"}
+LABELS = ("label", "kto_tag")  # TRL's name, and LLaMA-Factory's
+READ_OF_LABELLED = {*LABELS, "completion", "prompt", "question", "system"}
 FORMATS_OF_PAIRS = ("alpaca", "messages", "sharegpt", "prompt_completion")
 
 
-def convert(record: Any, format: str, pairs: bool) -> tuple[Messages, str]:
-    """The messages of a record, of both its conversations where pairs are trained on, and its format.
+def convert(record: Any, format: str, records: str) -> tuple[Messages, str]:
+    """The messages of a record and its format; `records` is answers, pairs or labels (config.TrainingConfig.records).
 
     Raises BadRecord.
     """
-    return to_pair(record, format) if pairs else formats.convert(record, format)
+    read = {"answers": formats.convert, "pairs": to_pair, "labels": to_labelled}
+    return read[records](record, format)
 
 
-def unused_fields(record: dict[str, Any], name: str, pairs: bool) -> list[str]:
+def unused_fields(record: dict[str, Any], name: str, records: str) -> list[str]:
     """Fields of a record that look like content and that nobody reads."""
-    left = {key: value for key, value in record.items() if key not in READ_BY_ALL} if pairs else record
-    return formats.unused_fields(left, name)
+    read = {"answers": set(), "pairs": READ_BY_ALL, "labels": READ_OF_LABELLED}[records]
+    return formats.unused_fields({key: value for key, value in record.items() if key not in read}, name)
+
+
+def to_labelled(record: Any, format: str) -> tuple[Messages, str]:
+    """The conversation of a labelled record, trained on in its last answer, and its format. Raises BadRecord."""
+    if not isinstance(record, dict):
+        raise BadRecord("the record is not a JSON object")
+    if format not in (*FORMATS_OF_PAIRS, "auto"):
+        record = formats.call(record, format)
+        if not isinstance(record, dict):
+            raise BadRecord(f"{format} does not return a mapping with a label")
+    label = next((record[name] for name in LABELS if name in record), None)
+    if not isinstance(label, bool | int) or label not in (0, 1):
+        why = "is neither true nor false" if label is not None else "is not there"
+        raise BadRecord(f"`label` {why}: training.objective=kto asks for answers that are desirable or not")
+    answer = record.get("completion")
+    if answer is None:
+        messages, name = formats.convert({key: value for key, value in record.items() if key not in LABELS}, "auto")
+    elif not isinstance(answer, str | list) or not (answer.strip() if isinstance(answer, str) else answer):
+        raise BadRecord("`completion` is empty")
+    else:
+        messages, name = _conversation(record, answer)
+    if format in FORMATS_OF_PAIRS and format != name:
+        raise BadRecord(f"has the shape of {name}, not of data.format={format}")
+    last = max((i for i, turn in enumerate(messages) if turn["role"] in ("user", "prompt")), default=-1)
+    turn = {"role": "label", "content": "", "is_desirable": bool(label)}
+    return [*_masked(messages, last + 1), turn], name if format in (*FORMATS_OF_PAIRS, "auto") else format
+
+
+def label_of(messages: Messages) -> bool | None:
+    """Whether the answer of a record is desirable; None where it has no label."""
+    return messages[-1]["is_desirable"] if messages[-1]["role"] == "label" else None
 
 
 def to_pair(record: Any, format: str) -> tuple[Messages, str]:
@@ -47,6 +82,8 @@ def to_pair(record: Any, format: str) -> tuple[Messages, str]:
 
 def halves(messages: Messages) -> list[Messages]:
     """The conversations of a record: of a pair both, the preferred one first."""
+    if messages[-1]["role"] == "label":
+        return [messages[:-1]]
     if messages[-1]["role"] != "rejected":
         return [messages]
     return [messages[:-1], messages[-1]["turns"]]

@@ -152,7 +152,7 @@ class Quality:
         try:
             if isinstance(record, BadRecord):
                 raise record
-            yield place, convert(record, self._config.data.format, self._config.training.pairs)[0]
+            yield place, convert(record, self._config.data.format, self._config.training.records)[0]
         except BadRecord as reason:
             self._reject(place, reason, "" if isinstance(record, BadRecord) else str(record))
 

@@ -2,7 +2,7 @@
 
 cache/samples-<fingerprint>/
     part_000000.arrow    a chunk's samples: input_ids, spans (see work.py)
-    index.arrow          of each sample: num_tokens, num_label_tokens, record (usable record number, from 0)
+    index.arrow          of each sample: num_tokens, num_label_tokens, num_shared, is_desirable, record (number, from 0)
     messages_000000.jsonl    of the first chunks: the messages of each record that its samples are of, in order
     rejected.jsonl       a line per rejected record: file, line or record, reason, detail; absent where there is none
     token_counts.npy     how often each token comes, where that was asked for (see vocabulary.py)
@@ -37,7 +37,7 @@ from qlora_ray.data.work import (
 )
 from qlora_ray.storage import Folder
 
-LAYOUT = 4  # raise when the tokens or the files change, so that old caches are not read
+LAYOUT = 5  # raise when the tokens or the files change, so that old caches are not read
 INLINE_BYTES = 8 << 20  # less than this is tokenized in seconds: sooner done than handed to Ray
 MANIFEST = "manifest.json"
 
@@ -79,7 +79,7 @@ class Samples:
         return (self.entry / "rejected.jsonl").read_bytes() if self.rejected else b""
 
     def index(self) -> dict[str, np.ndarray]:
-        """num_tokens, num_label_tokens and record of each sample, (N,) each."""
+        """num_tokens, num_label_tokens, num_shared, is_desirable and record of each sample, (N,) each."""
         with pa.ipc.open_file(pa.BufferReader((self.entry / "index.arrow").read_bytes())) as file:
             table = file.read_all()
         return {name: table[name].to_numpy() for name in table.column_names}
@@ -99,7 +99,7 @@ def recipe_hash(recipe: Recipe) -> bytes:
     files: list[bytes | str] = [path.read_bytes() for path in tokenizer_files(recipe.base, recipe.revision)]
     files = files or [recipe.base, str(recipe.revision)]
     settings = [recipe.format, recipe.train_on, str(recipe.max_length), recipe.chat_template or "",
-                recipe.keep_thoughts, recipe.date or "", *recipe.new_tokens, *(["pairs"] * recipe.pairs)]  # fmt: skip
+                recipe.keep_thoughts, recipe.date or "", *recipe.new_tokens, recipe.records]  # fmt: skip
     if recipe.format not in FORMATS and recipe.format != "auto":
         source = load_function(recipe.format)[1].__file__
         if source:
@@ -187,6 +187,8 @@ def _write_index(entry: Folder, results: list[Done]) -> None:
         {
             "num_tokens": np.concatenate([none, *(result.num_tokens for result in results)]),
             "num_label_tokens": np.concatenate([none, *(result.num_label_tokens for result in results)]),
+            "num_shared": np.concatenate([none, *(result.num_shared for result in results)]),
+            "is_desirable": np.concatenate([none.astype(bool), *(result.is_desirable for result in results)]),
             "record": np.concatenate(
                 [
                     none.astype(np.int64),

@@ -4,6 +4,14 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What a row holds."""
+
+    packing: bool  # as many samples, or pairs, as it has room for; else one
+    shares_prompts: bool = False  # of pairs both answers, behind one copy of what both begin with
+
+
+@dataclass(frozen=True)
 class DataStats:
     """Counts of an epoch of training rows: the driver's copy, and part of the cache."""
 
@@ -25,17 +33,29 @@ class DataStats:
     unused: dict[str, int] = field(default_factory=dict)  # training records, by field that no format reads
     template_notes: tuple[str, ...] = ()
     date: str | None = None  # that the chat template prints
-    pairs: bool = False  # a row is two of tokens: one with chosen answers, one with as many rejected ones
+    pairs: bool = False  # of answers, chosen and rejected
+    labelled: bool = False  # rows as of pairs: each answer, and its prompt with another answer, which KTO measures from
+    shares_prompts: bool = False  # a row has both answers of its pairs; else it is two of tokens, one with each
 
     @property
     def rows_of_tokens(self) -> int:
         """Rows of tokens that each row is read as."""
-        return 2 if self.pairs else 1
+        return 2 if self.pairs and not self.shares_prompts else 1
+
+    @property
+    def samples_of_record(self) -> int:
+        """Conversations that each record holds."""
+        return 2 if self.pairs and not self.labelled else 1
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens that a sample, with its prompt, has at most."""
+        return min(self.longest_row, self.max_length) if self.shares_prompts else self.longest_row
 
     @property
     def packing_efficiency(self) -> float:
         """Share of the rows' room that tokens fill."""
-        return self.num_tokens / room if (room := self.num_rows * self.rows_of_tokens * self.max_length) else 0.0
+        return self.num_tokens / room if (room := self.num_rows * self.samples_of_record * self.max_length) else 0.0
 
     @property
     def notes(self) -> tuple[str, ...]:

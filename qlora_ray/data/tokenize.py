@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from qlora_ray.data.borders import Borders, Tokens
 from qlora_ray.data.formats import RAW_ROLES
 from qlora_ray.data.mask import ChatTemplate, Rendered
-from qlora_ray.data.pairs import halves
+from qlora_ray.data.pairs import halves, label_of
 from qlora_ray.data.template import fit_template
 from qlora_ray.data.turns import Messages
 from qlora_ray.data.words import words_of
@@ -28,6 +28,8 @@ class Sample:
     spans: list[tuple[int, int]]  # [start, end) in tokens, of what is trained on; never token 0, which nothing predicts
     truncated: bool
     missing: tuple[str, ...] = ()  # kinds of what the record has and the text has not (see mask.py)
+    num_shared: int = 0  # first tokens of a rejected answer's sample that may be read in the chosen one's
+    is_desirable: bool = True
 
     @property
     def input_ids(self) -> list[int]:
@@ -216,7 +218,8 @@ class Encoder:
         """
         of_each = [halves(conversation) for conversation in conversations]
         made = iter(self._encode([half for both in of_each for half in both]))
-        return [_pair(next(made), next(made)) if len(both) == 2 else next(made) for both in of_each]
+        joined = [_pair(next(made), next(made)) if len(both) == 2 else next(made) for both in of_each]
+        return [_labelled(one, label_of(whole)) for one, whole in zip(joined, conversations, strict=True)]
 
     def _encode(self, conversations: Sequence[Messages]) -> list[list[Sample] | BadRecord]:
         is_raw = [conversation[0]["role"] in RAW_ROLES for conversation in conversations]
@@ -277,7 +280,21 @@ def _pair(chosen: list[Sample] | BadRecord, rejected: list[Sample] | BadRecord) 
     assert len(chosen) == len(rejected) == 1, "a half of a pair has several samples"
     if chosen[0].ids == rejected[0].ids:
         return BadRecord("chosen and rejected are the same within training.max_length tokens")
-    return [*chosen, *rejected]
+    return [*chosen, replace(rejected[0], num_shared=_num_shared(chosen[0], rejected[0]))]
+
+
+def _labelled(made: list[Sample] | BadRecord, is_desirable: bool | None) -> list[Sample] | BadRecord:
+    """A labelled answer's sample, which knows where the answer begins."""
+    if is_desirable is None or isinstance(made, BadRecord):
+        return made
+    return [replace(one, num_shared=one.spans[0][0], is_desirable=is_desirable) for one in made]
+
+
+def _num_shared(chosen: Sample, rejected: Sample) -> int:
+    """First tokens that both have and that are not trained on, but the last: each answer has its own to begin after."""
+    most = min(chosen.spans[0][0], rejected.spans[0][0]) - 1
+    pairs = zip(chosen.input_ids[:most], rejected.input_ids[:most], strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), most)
 
 
 def first_ids(tokenizer) -> list[int]:

@@ -40,7 +40,9 @@ class Recipe:
     keep_thoughts: str = "template"
     date: str | None = None  # that a template which prints the day prints
     new_tokens: tuple[str, ...] = ()
-    pairs: bool = False  # each record is two conversations, chosen and rejected, and makes two samples
+    records: str = (
+        "answers"  # pairs: two conversations, chosen and rejected, which make two samples; labels: see pairs.py
+    )
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Done:
 
     num_tokens: np.ndarray  # of each sample, int32
     num_label_tokens: np.ndarray
+    num_shared: np.ndarray
+    is_desirable: np.ndarray
     record: np.ndarray  # usable record of the chunk that the sample is of, from 0
     num_records: int  # usable or not
     num_places: int  # lines or records that the chunk holds: what places in later chunks are shifted by
@@ -88,7 +92,7 @@ class _Tally:
     def __init__(self, chunk: Chunk, recipe: Recipe, encoder: Encoder, num_messages_kept: int):
         self._chunk, self._recipe, self._encoder = chunk, recipe, encoder
         self._num_messages_kept, self._text_left = num_messages_kept, TEXT_WITH_MESSAGES
-        self._of_samples = array("i")  # num_tokens, num_label_tokens, record; and so on
+        self._of_samples = array("i")  # num_tokens, num_label_tokens, num_shared, is_desirable, record; and so on
         self._num_records = self._num_places = self._num_usable = self._num_truncated = 0
         self._formats: collections.Counter[str] = collections.Counter()
         self._missing: dict[str, tuple[int, int]] = {}
@@ -105,7 +109,8 @@ class _Tally:
                     self._reject(place, made)
                     continue
                 for sample in made:
-                    self._of_samples.extend((len(sample.ids), sample.num_labels, self._num_usable))
+                    counts = (len(sample.ids), sample.num_labels, sample.num_shared, sample.is_desirable)
+                    self._of_samples.extend((*counts, self._num_usable))
                 self._num_truncated += any(sample.truncated for sample in made)
                 _count(self._missing, {kind for sample in made for kind in sample.missing}, place)
                 if self._num_usable < self._num_messages_kept and self._text_left > 0:
@@ -115,7 +120,7 @@ class _Tally:
                 yield from made
 
     def done(self, damage: str | None) -> Done:
-        columns = np.array(self._of_samples, np.int32).reshape(-1, 3)
+        columns = np.array(self._of_samples, np.int32).reshape(-1, 5)
         reasons: dict[str, tuple[int, int]] = {}
         for line in self.rejected:
             count, first = reasons.get(line["reason"], (0, line["place"]))
@@ -123,7 +128,9 @@ class _Tally:
         return Done(
             num_tokens=columns[:, 0].copy(),
             num_label_tokens=columns[:, 1].copy(),
-            record=columns[:, 2].copy(),
+            num_shared=columns[:, 2].copy(),
+            is_desirable=columns[:, 3].astype(bool),
+            record=columns[:, 4].copy(),
             num_records=self._num_records,
             num_places=self._num_places,
             num_truncated=self._num_truncated,
@@ -143,12 +150,12 @@ class _Tally:
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                messages, name = convert(record, self._recipe.format, self._recipe.pairs)
+                messages, name = convert(record, self._recipe.format, self._recipe.records)
             except BadRecord as reason:
                 self._reject(place, reason)
                 continue
             self._formats[name] += 1
-            _count(self._unused, unused_fields(record, name, self._recipe.pairs), place)
+            _count(self._unused, unused_fields(record, name, self._recipe.records), place)
             yield place, messages
 
     def _reject(self, place: int, reason: BadRecord) -> None:

@@ -22,7 +22,7 @@ DECIDES_NO_STEP = (
     "model.base_model", "model.revision", "model.trust_remote_code", "model.factory",
     "model.start_from", "model.cache_quantized",
     "training.batch_size", "training.gradient_accumulation_steps", "training.global_batch_size",
-    "training.max_length", "training.packing",
+    "training.max_length", "training.packing", "training.share_prompts",
     "training.recompute", "training.memory_budget_gib", "training.dequantized_weights",
 )  # fmt: skip
 AT_THE_END = ("evaluation.num_prompts", "evaluation.max_new_tokens")  # done again, by a run with no step left too

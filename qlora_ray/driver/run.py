@@ -103,6 +103,8 @@ class Driver:
             samples = json.dumps(self._done.answers["samples"], ensure_ascii=False)
             (self._folder / names.SAMPLES).write_bytes(samples.encode())
             self._finish_cards()
+        if self._done and self._done.pairs:
+            (self._folder / names.PAIRS).write_bytes(json.dumps(self._done.pairs, ensure_ascii=False).encode())
         (self._folder / names.SUMMARY).write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
         if self._folder.is_local and (self._folder / names.METRICS).exists():
             report.write_report(Path(self._folder.path))

@@ -32,7 +32,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
         f"{plan.four_bit_share:.0%} in {config.quantization.type})",
         "adapter": f"{config.model.lora_variant}, r={config.model.lora_r}, alpha={config.model.lora_alpha:g}, "
         f"{plan.num_trainable_parameters / 1e6:,.2f} M parameters in {shown_layers(plan)}",
-        **({"objective": _show_objective(config)} if config.training.pairs else {}),
+        **({"objective": _show_objective(config)} if config.training.prefers else {}),
         "data": _show_data(data),
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
         **({"base on each": sharing} if (sharing := shown(plan.shares_base, plan.why_shared)) else {}),
@@ -65,10 +65,10 @@ def _show_objective(config: Config) -> str:
 
 
 def _show_data(data: DataStats) -> str:
-    formats, each = " + ".join(data.formats), data.rows_of_tokens
+    formats, each = " + ".join(data.formats), data.samples_of_record
     in_rows = f" packed into {data.num_rows:,} rows ({data.packing_efficiency:.0%} full)" if data.packed else ""
     return (
-        f"{data.num_samples // each:,} {'pairs' if data.pairs else 'samples'} ({formats}){in_rows}, "
+        f"{data.num_samples // each:,} {'pairs' if data.samples_of_record == 2 else 'samples'} ({formats}){in_rows}, "
         f"{data.num_tokens:,} tokens ({data.num_label_tokens / data.num_tokens:.0%} trained on), "
         f"{data.num_validation_samples // each:,} held out"
     )
@@ -100,7 +100,9 @@ class Progress:
         """Show one logged step."""
         loss = f"loss {entry['loss']:.4f}" if "loss" in entry else "no finite loss"
         if "rewards/margins" in entry:
-            loss += f"  margin {entry['rewards/margins']:.3f}  right {entry['rewards/accuracies']:.0%}"
+            loss += f"  margin {entry['rewards/margins']:.3f}"
+        if "rewards/accuracies" in entry:
+            loss += f"  right {entry['rewards/accuracies']:.0%}"
         now = (
             f"{loss}  lr {entry['learning_rate']:.1e}  {entry['tokens_per_second']:,.0f} tokens/s  "
             f"{entry['peak_memory_gib']:.1f} GiB"

@@ -19,7 +19,7 @@ from qlora_ray.model.start import copy_weights, open_start
 from qlora_ray.model.start import notes as start_notes
 from qlora_ray.planning import offload
 from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
-from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
+from qlora_ray.planning.plan import Hardware, Plan, layout, make_plan, storage_bytes
 from qlora_ray.planning.tokens import check_vocabulary
 from qlora_ray.rundir import directory, names
 from qlora_ray.storage import Folder
@@ -101,7 +101,7 @@ class Start:
         def prepare_data() -> tuple[Prepared, list[str]]:
             facts = measured.result()
             with laps.part("data"):
-                prepared = prepare(config, folder, packs(config, facts), runner, console.out)
+                prepared = prepare(config, folder, layout(config, facts), runner, console.out)
                 return prepared, check_vocabulary(config, prepared, facts)
 
         with ThreadPoolExecutor(1) as thread:

@@ -21,7 +21,7 @@ from qlora_ray.model.answer import PROMPTS_PER_BATCH, answer_texts, exact_match,
 from qlora_ray.model.record import Adapter
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.batches import slices, to_tensors
-from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+from qlora_ray.worker.loss import log_probabilities, num_label_tokens, sum_of_nats
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Examples:
 
     rows: pa.Table  # input_ids, labels and, where the run packed its rows, position_ids
     prompts: list[dict[str, Any]]  # prompt, expected, input_ids
+    rejected: pa.Table | None = None  # where rows hold the chosen samples of pairs: the other ones, in the same order
 
 
 def read_examples(adapter: Adapter, tokenizer: Any, file: str | None) -> Examples:
@@ -53,10 +54,14 @@ def judge(
     """Figures of the base and of the base with its adapter, and the answers of both."""
     prompts = examples.prompts[:num_prompts]
     results: dict[str, Any] = {}
-    answers = {}
+    answers, of_pairs = {}, {}
     for who in ("base", "with_adapter"):
         with nullcontext() if who == "with_adapter" else loaded.model.disable_adapter():
             results[who], tokens = loss_of(loaded, examples.rows, batch_size)
+            if examples.rejected is not None:
+                both = (examples.rows, examples.rejected)
+                of_pairs[who] = [log_probabilities_of(loaded, rows, batch_size) for rows in both]
+                results[who]["pairs_right"] = float((of_pairs[who][0] > of_pairs[who][1]).mean())
             if prompts:
                 answers[who] = _answers(loaded, prompts, options)
                 expected = [prompt["expected"] for prompt in prompts]
@@ -65,6 +70,7 @@ def judge(
                 }  # fmt: skip
     return {
         **results,
+        **({"rewards": _rewards(of_pairs)} if of_pairs else {}),
         "num_rows": examples.rows.num_rows,
         "num_label_tokens": tokens,
         "num_prompts": len(prompts),
@@ -73,6 +79,26 @@ def judge(
             for i, p in enumerate(prompts)
         ],
     }
+
+
+def log_probabilities_of(loaded: Loaded, rows: pa.Table, batch_size: int) -> np.ndarray:
+    """Log-probability of each row's answer, a sum over its tokens, (N,)."""
+    found: list[float] = []
+    with torch.no_grad():
+        for some in slices(rows, batch_size):
+            for name, value in (("places", 0), ("is_rejected", False), ("is_desirable", True)):
+                some = some.append_column(name, pa.array([[value]] * some.num_rows))
+            batch = to_tensors(some, loaded.tokenizer.pad_token_id, loaded.device)
+            found += log_probabilities(loaded.model, batch)[0].tolist()
+    return np.array(found)
+
+
+def _rewards(of_pairs: dict[str, list[np.ndarray]]) -> dict[str, float]:
+    """Of the adapter against its base, without beta: the mean margin of log-ratios, and how often it is above 0."""
+    chosen, rejected = (
+        after - before for before, after in zip(of_pairs["base"], of_pairs["with_adapter"], strict=True)
+    )
+    return {"accuracies": float((chosen > rejected).mean()), "margins": float((chosen - rejected).mean())}
 
 
 def loss_of(loaded: Loaded, rows: pa.Table, batch_size: int) -> tuple[dict[str, float], int]:
@@ -132,19 +158,23 @@ def _held_out(adapter: Adapter) -> Examples:
     rows = open_rows(entry, "validation")
     if not len(rows):
         raise ConfigError(f"--adapter {adapter.folder}: its run held nothing out. Name a file of records with --file.")
-    every = rows.gather(np.arange(len(rows)))
-    # Of pairs the chosen answers: each row is two, chosen and rejected.
-    if rows.pairs:
-        every = every.take(np.arange(0, every.num_rows, 2)).drop_columns(["places"])
-    return Examples(every, json.loads((entry / "prompts.json").read_bytes()))
+    numbers = np.arange(len(rows))
+    prompts = json.loads((entry / "prompts.json").read_bytes())
+    if not rows.pairs:
+        return Examples(rows.gather(numbers), prompts)
+    chosen, rejected = rows.halves(numbers)
+    return Examples(chosen, prompts, None if rows.labelled else rejected)
 
 
 def _from_file(adapter: Adapter, tokenizer: Any, file: str) -> Examples:
     config = _run_config(adapter)
     encoder = Encoder(tokenizer, config.training.max_length, config.data.train_on, config.data.keep_thoughts)
-    return Examples(
-        *examples_of_file.read_examples(file, "--file", encoder, config.data.format, config.data.max_bad_fraction)
-    )
+    asked = (file, "--file", encoder, config.data.format, config.data.max_bad_fraction)
+    pairs = examples_of_file.read_pairs(*asked)
+    if pairs:
+        chosen, rejected, prompts = pairs
+        return Examples(chosen, prompts, rejected)
+    return Examples(*examples_of_file.read_examples(*asked))
 
 
 def _run_config(adapter: Adapter) -> Config:

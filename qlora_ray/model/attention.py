@@ -1,9 +1,13 @@
 """Causal attention for training, over rows of one sample or of several that must not see each other.
 
+A sample may go on from the first tokens of the one before it in the row (the answers of a pair, behind one prompt): it
+sees those and itself. Its queries are its own; keys and values are laid out anew, sample by sample, with those of its
+beginning copied before them. No kernel needs a mask for that, since causal attention ends where the keys do.
+
 Stands on two internals, of torch and of transformers: FLASH and OWN_MASK.
 """
 
-# B rows, T tokens per row, M = B x T, H heads of E values, S samples
+# B rows, T tokens per row, M = B x T, H heads of E values, S samples, K keys as they are laid out
 import logging
 from dataclasses import dataclass
 from functools import cache
@@ -30,13 +34,75 @@ OWN_MASK = Patch(
 )  # fmt: skip
 
 
-def mask_of_borders(borders: torch.Tensor, device: torch.device) -> torch.Tensor:
+def mask_of_borders(
+    borders: torch.Tensor, device: torch.device, num_shared: torch.Tensor | None = None
+) -> torch.Tensor:
     """Borders of the samples (S + 1,), in tokens through all rows, as `attend` takes them in the place of a mask.
 
-    (1, 1, L, S + 1) int32 with L the longest sample.
+    (1, 1, L, S + 1) int32 with L the longest sample. With num_shared (S,), how many first tokens of the sample before
+    it each goes on from: (S, L, longest of the keys, 2 (S + 1) + K + 2 M), which `_Runs` reads.
     """
     longest = int(borders.diff().max())
-    return borders.to(device, torch.int32, non_blocking=True).expand(1, 1, longest, -1)
+    if num_shared is None:
+        return borders.to(device, torch.int32, non_blocking=True).expand(1, 1, longest, -1)
+    lengths = borders.diff() + num_shared
+    known = torch.cat(_places(borders.long(), num_shared.long())).to(device, torch.int32, non_blocking=True)
+    return known.expand(len(lengths), longest, int(lengths.max()), -1)
+
+
+class _Runs:
+    """Where samples lie among queries and among keys, and where keys and values come from."""
+
+    def __init__(self, mask: torch.Tensor, num_tokens: int):
+        self.longest = self.longest_keys = mask.shape[2]
+        row = mask[0, 0, 0]
+        self.is_shared = mask.shape[1] > 1
+        if not self.is_shared:
+            self.borders = self.key_borders = row
+            return
+        borders = mask.shape[0] + 1
+        self.longest, self.longest_keys = mask.shape[1:3]
+        sizes = [borders, borders, len(row) - 2 * borders - 2 * num_tokens, num_tokens, num_tokens]
+        self.borders, self.key_borders, self.tokens, self.own, self.again = row.split(sizes)
+
+    def keys_of(self, part: torch.Tensor) -> torch.Tensor:
+        """Keys or values as they are laid out: (M, H, E) -> (K, H, E)."""
+        return _LaidOut.apply(part, self) if self.is_shared else part
+
+
+def _places(borders: torch.Tensor, num_shared: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `_Runs` reads: borders among queries and among keys, both (S + 1,).
+
+    Then the token of each key (K,), each token's key in its own sample (M,), and that in the next one (M,), -1 where
+    that does not go on from it.
+    """
+    lengths = borders.diff()
+    key_borders = F.pad((lengths + num_shared).cumsum(0), (1, 0))
+    sample = torch.repeat_interleave(lengths + num_shared)  # of each key
+    place = torch.arange(len(sample)) - key_borders[sample]  # in it
+    behind = place - num_shared[sample]
+    tokens = torch.where(behind < 0, borders[sample - 1] + place, borders[sample] + behind)
+    sample = torch.repeat_interleave(lengths)  # of each token
+    place = torch.arange(len(sample)) - borders[sample]
+    own = key_borders[sample] + num_shared[sample] + place
+    of_next = F.pad(num_shared[1:], (0, 1))
+    again = torch.where(place < of_next[sample], key_borders[sample + 1] + place, -1)
+    return borders, key_borders, tokens, own, again
+
+
+class _LaidOut(torch.autograd.Function):
+    """A gather whose gradient is one, too: no two values are added in an order that may change."""
+
+    @staticmethod
+    def forward(ctx, part, runs: _Runs):
+        ctx.runs = runs
+        return part.index_select(0, runs.tokens)
+
+    @staticmethod
+    def backward(ctx, grad):
+        own, again = ctx.runs.own, ctx.runs.again
+        copied = grad.index_select(0, again.clamp(min=0)).where((again >= 0)[:, None, None], 0)
+        return copied.add_(grad.index_select(0, own)), None
 
 
 def no_mask(device: torch.device) -> torch.Tensor:
@@ -61,23 +127,49 @@ class Sight:
 def dense_mask(mask: torch.Tensor, num_rows: int, length: int, sight: Sight) -> torch.Tensor | None:
     """What transformers makes of packed rows, from `mask_of_borders`: (B, 1, T, T), whether a query sees a key."""
     if not mask.numel():
-        return None if sight.is_whole(length) else _band(length, sight, mask.device)[None, None]
-    place = torch.arange(num_rows * length, device=mask.device)
-    sample = torch.searchsorted(mask[0, 0, 0], place, right=True, out_int32=True).view(num_rows, 1, length)
-    is_same = sample[:, :, :, None] == sample[:, :, None, :]
-    return is_same & _band(length, sight, mask.device)
+        return None if sight.is_whole(length) else _band(length, length, sight, mask.device)[None, None]
+    runs = _Runs(mask, num_rows * length)
+    token = torch.arange(num_rows * length, dtype=torch.int32, device=mask.device)
+    sample = torch.searchsorted(runs.borders, token, right=True, out_int32=True).view(num_rows, 1, length)
+    query, key = sample[:, :, :, None], sample[:, :, None, :]
+    if not runs.is_shared:
+        return (query == key) & _band(length, length, sight, mask.device)
+    num_shared = F.pad(runs.key_borders.diff() - runs.borders.diff(), (1, 0))  # by sample, which are counted from 1
+    position = (token - runs.borders[sample.flatten() - 1]).view_as(sample) + num_shared[sample]
+    behind = position[:, :, :, None] - position[:, :, None, :]  # of the query, in its sample and its beginning
+    begins = (query == key + 1) & (position[:, :, None, :] < num_shared[query])
+    return ((query == key) | begins) & (behind >= 0) & (behind < (sight.window or 2 * length))
 
 
 def added_mask(mask: torch.Tensor | None, like: torch.Tensor, sight: Sight) -> torch.Tensor:
     """`dense_mask` for attention that is written out, which adds one to its scores; it reads `like` (B, T, D)."""
-    seen = _band(like.shape[1], sight, like.device)[None, None] if mask is None else mask
+    seen = _band(like.shape[1], like.shape[1], sight, like.device)[None, None] if mask is None else mask
     return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, torch.finfo(like.dtype).min)
 
 
-def _band(length: int, sight: Sight, device: torch.device) -> torch.Tensor:
-    """Whether a query sees a key of its own sample: (T, T)."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return seen if sight.is_whole(length) else seen.triu(1 - (sight.window or 0))
+def masks_of_model(config: Any, mask: torch.Tensor, size: torch.Size) -> torch.Tensor | dict[str, torch.Tensor]:
+    """`dense_mask` for rows (B, T) as a model of transformers takes it: of each kind of layer, where there are several.
+
+    Its eager attention adds what its other kinds ask.
+    """
+
+    def seen(window: int | None) -> torch.Tensor:
+        is_seen = dense_mask(mask, size[0], size[1], Sight(1.0, window))
+        assert is_seen is not None
+        if config._attn_implementation != "eager":
+            return is_seen
+        return torch.where(is_seen, 0.0, torch.finfo(config.dtype or torch.float32).min)
+
+    window = getattr(config, "sliding_window", None)
+    kinds = {"full_attention": None, "sliding_attention": window}
+    named = sorted(set(getattr(config, "layer_types", None) or ()))
+    return {kind: seen(kinds[kind]) for kind in named} if named else seen(window)
+
+
+def _band(queries: int, keys: int, sight: Sight, device: torch.device) -> torch.Tensor:
+    """Whether a query sees a key of its own sample, whose last tokens the queries are: (queries, keys)."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return seen if sight.is_whole(keys) else seen.triu(keys - queries + 1 - (sight.window or 0))
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sight: Sight) -> torch.Tensor:
@@ -116,19 +208,18 @@ def _borders_of_rows(rows: int, length: int, device: torch.device) -> torch.Tens
 
 def _attend_flash(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
     """All samples in one kernel: q (M, H, E), k and v (M, fewer, E) -> (M, H, E)."""
+    runs = _Runs(mask, len(q))
+    k, v = runs.keys_of(k), runs.keys_of(v)
     if sight.sinks is not None:
-        output: torch.Tensor = _FlashWithSinks.apply(q, k, v, mask, sight)
+        output: torch.Tensor = _FlashWithSinks.apply(q, k, v, runs, sight)
         return output
-    dropout = sight.dropout
-    return torch.ops.aten._flash_attention_forward(q, k, v, *_borders(mask), dropout, True, False, **_weighing(sight))[
-        0
-    ]
+    more = (sight.dropout, True, False)
+    return torch.ops.aten._flash_attention_forward(q, k, v, *_borders(runs), *more, **_weighing(sight))[0]
 
 
-def _borders(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+def _borders(runs: _Runs) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """Of queries and of keys, and the longest sample of both."""
-    borders, longest = mask[0, 0, 0], mask.shape[2]
-    return borders, borders, longest, longest
+    return runs.borders, runs.key_borders, runs.longest, runs.longest_keys
 
 
 def _weighing(sight: Sight) -> dict[str, Any]:
@@ -144,46 +235,50 @@ class _FlashWithSinks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
+    def forward(ctx, q, k, v, runs: _Runs, sight: Sight) -> torch.Tensor:
         output, sums, *rest = torch.ops.aten._flash_attention_forward(
-            q, k, v, *_borders(mask), 0.0, True, False, **_weighing(sight)
+            q, k, v, *_borders(runs), 0.0, True, False, **_weighing(sight)
         )  # sums: (H, M), logarithms
         assert sight.sinks is not None
         with_sinks = torch.logaddexp(sums, sight.sinks.to(sums.dtype)[:, None])
         output = (output * (sums - with_sinks).exp().T[..., None]).to(output.dtype)
         ctx.save_for_backward(q, k, v, output, with_sinks, *rest[:2])
-        ctx.mask, ctx.sight = mask, sight
+        ctx.runs, ctx.sight = runs, sight
         return output
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         *kept, state, unused = ctx.saved_tensors
         gradients = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), *kept, *_borders(ctx.mask), 0.0, True, state, unused, **_weighing(ctx.sight)
+            grad.contiguous(), *kept, *_borders(ctx.runs), 0.0, True, state, unused, **_weighing(ctx.sight)
         )
         return *gradients, None, None
 
 
 def _attend_with_a_sink(q, k, v, mask: torch.Tensor | None, sight: Sight) -> torch.Tensor:
     """The same by one key more, of zeros, whose score is the sink."""
-    length, groups = q.shape[2], q.shape[1] // k.shape[1]
-    seen = _band(length, Sight(sight.scale), q.device) if mask is None else mask
+    length, keys, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    seen = _band(length, keys, Sight(sight.scale), q.device) if mask is None else mask
     seen = seen if seen.dtype == torch.bool else seen == 0  # of attention that is written out, which adds its mask
     assert sight.sinks is not None
     shape = (*seen.shape[:-3], len(sight.sinks), length)
     scores = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
     sinks = sight.sinks.to(q.dtype)[:, None, None]
-    scores = torch.cat([scores.expand(*shape, length), sinks.expand(*shape, 1)], -1)
+    scores = torch.cat([scores.expand(*shape, keys), sinks.expand(*shape, 1)], -1)
     k, v = (F.pad(part.repeat_interleave(groups, 1), (0, 0, 0, 1)) for part in (k, v))
     return F.scaled_dot_product_attention(q, k, v, scores, scale=sight.scale)
 
 
 def _attend_one_by_one(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
-    borders = mask[0, 0, 0].tolist()
+    runs = _Runs(mask, len(q))
+    sizes, key_sizes = (borders.diff().tolist() for borders in (runs.borders, runs.key_borders))
+    parts = (q.split(sizes), runs.keys_of(k).split(key_sizes), runs.keys_of(v).split(key_sizes))
     outputs = []
-    for start, end in zip(borders, borders[1:], strict=False):
-        one_q, one_k, one_v = (part[start:end].transpose(0, 1)[None] for part in (q, k, v))  # (1, H, length, E)
-        band = None if sight.is_whole(end - start) else _band(end - start, sight, q.device)
+    for of_sample in zip(*parts, strict=True):
+        one_q, one_k, one_v = (part.transpose(0, 1)[None] for part in of_sample)  # (1, H, length, E)
+        queries, keys = one_q.shape[2], one_k.shape[2]
+        is_causal = queries == keys and sight.is_whole(keys)
+        band = None if is_causal else _band(queries, keys, sight, q.device)
         outputs.append(_as_rows(_attend_dense(one_q, one_k, one_v, band, sight)))
     return torch.cat(outputs)
 

@@ -57,7 +57,8 @@ class LayerShape:
         """Whether attention's output comes back from the host sooner than it is made again."""
         seconds = 2.0 * self.row_tokens * self.queries / ATTENTION_FLOPS
         more = self.host_bytes(Keep.PARKED) - self.host_bytes(Keep.HOST)
-        return self.row_tokens > LONG_ROW and seconds > 2 * more / HOST_BYTES_PER_SECOND
+        is_long = self.row_tokens > LONG_ROW and self.row_parts == 1  # parts of rows: nobody has tried it there
+        return is_long and seconds > 2 * more / HOST_BYTES_PER_SECOND
 
     def of_rows(self, num_tokens: int) -> "LayerShape":
         """The same for rows of so many tokens."""
@@ -71,6 +72,8 @@ class LayerShape:
         """What a worker sends for each of its tokens, forward, backward and forward again: model/row_group.py."""
         elements = 3 * 2 * (self.queries + self.keys * self.key_copies)  # q, k and v one way, as much as q the other
         return elements * self.element_bytes * (1 - 1 / self.row_parts)
+
+    has_shared_prompts: bool = False  # keys and values of a prompt are copied for the second answer, and kept
 
     @property
     def steps(self) -> tuple[tuple[Keep, ...], ...]:
@@ -96,6 +99,7 @@ class LayerShape:
             elements += self.queries * (self.row_parts > 1)  # the output of all heads, beside that of whole rows
             elements += (self.queries + self.keys) * (self.has_head_norms or self.is_dora)
             elements += self.hidden * (2 if self.is_dora else self.norms_after)
+            elements += 4 * self.keys * self.has_shared_prompts  # at most: all but the answers comes twice
         if level < Keep.ATTENTION:
             elements += self.gate_and_up
         if level < Keep.PRODUCTS:
@@ -143,6 +147,10 @@ class LayerShape:
             weights += 2.0 * self.hidden * (2 * self.queries + 2 * self.keys)
             weights += 2.0 * self.hidden * self.inner * (self.norms_after == 2 or self.is_dora)
         return weights
+
+    def sharing_prompts(self) -> "LayerShape":
+        """The same where rows hold pairs that share their prompts."""
+        return replace(self, has_shared_prompts=True)
 
     @property
     def can_hold_weights(self) -> bool:
@@ -250,6 +258,10 @@ class PlainShape:
     def repeated_flops(self, level: Keep, length: int) -> float:
         """Computed a second time, for each token."""
         return 2.0 * self.num_weights + 2.0 * length * self.hidden if level >= Keep.INPUT else 0.0
+
+    def sharing_prompts(self) -> "PlainShape":
+        """The same where rows hold pairs that share their prompts: attention has a mask, and copies nothing."""
+        return self
 
     def measured(self, whole_bytes: int) -> "PlainShape":
         """The same with what a worker has measured."""

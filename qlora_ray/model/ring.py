@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,6 @@ import torch
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.homes import Away, Home, InMemory, scales_of, values_of
 from qlora_ray.model.layer import FusedLayer
-from qlora_ray.model.mixture import RoutedLayer
 from qlora_ray.model.plain import plain_layers
 
 NUM_SLOTS = 3
@@ -60,12 +58,8 @@ class Slab:
 
 def slab_of(layer: torch.nn.Module, away: Away) -> Slab:
     """What of a layer passes: what is packed, with its scales, and other frozen weights that are large."""
-    fused = layer.__dict__.get("fused")
-    # What a mixture's routers compute with waits for backward in autograd's graph.
-    stay = {id(p) for p in fused.block.parameters()} if isinstance(fused, RoutedLayer) else set()
-    found = [p for module in layer.modules() for p in module._parameters.values() if hasattr(p, "home")]
-    passing = [hasattr(p, "quant_state") or (p.home.num_bytes >= SMALLEST and id(p) not in stay) for p in found]
-    slab = Slab(layer, list(compress(found, passing)))
+    found = [p for module in layer.modules() for p in module.parameters(recurse=False) if hasattr(p, "home")]
+    slab = Slab(layer, [p for p in found if hasattr(p, "quant_state") or p.home.num_bytes >= SMALLEST])
     for parameter in slab.parameters:
         slab.add(parameter, parameter.whole_shape, parameter.home, partial(setattr, parameter, "data"))
         for one in scales_of(getattr(parameter, "quant_state", None)):

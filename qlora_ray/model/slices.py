@@ -9,14 +9,14 @@ product over all rows.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 
 from qlora_ray.model.recompute import LONG_ROW, SLICE_ROWS, Keep
 
-if TYPE_CHECKING:
-    from qlora_ray.model.layer import FusedLayer, Kept
+FusedLayer: TypeAlias = Any  # of layer.py, which calls this
+Kept: TypeAlias = Any
 
 
 def of_rows(count: int, length: int) -> tuple[slice, ...]:
@@ -26,11 +26,10 @@ def of_rows(count: int, length: int) -> tuple[slice, ...]:
     return tuple(slice(start, min(start + SLICE_ROWS, count)) for start in range(0, count, SLICE_ROWS))
 
 
-def mlp_part(layer: "FusedLayer", kept: "Kept", with_graph: bool) -> torch.Tensor:
+def mlp_part(layer: FusedLayer, kept: Kept, with_graph: bool) -> torch.Tensor:
     """`FusedLayer.mlp_part` by slices: the layer's output (M, D). Fills in what is kept of them."""
-    like = kept.x1
-    assert like is not None
-    count, y = len(like), torch.empty_like(like)
+    like, count = kept.x1, len(kept.x1)
+    y = torch.empty_like(like)
     if with_graph and layer.keep < Keep.ATTENTION:
         kept.gate_up = like.new_empty(count, sum(layer.gate_up.rows))
     if with_graph and layer.down.rank:
@@ -44,14 +43,14 @@ def mlp_part(layer: "FusedLayer", kept: "Kept", with_graph: bool) -> torch.Tenso
             z_down, given2, part.given2 = part.z_down, part.given2, None
             y[rows] = layer.mlp_part(part, with_graph)
             for whole, made in ((z_down, part.z_down), (given2, part.given2)):
-                if whole is not None and made is not None:
+                if whole is not None:
                     whole.copy_(made)
     return y
 
 
-def through_mlp(layer: "FusedLayer", kept: "Kept", buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+def through_mlp(layer: FusedLayer, kept: Kept, buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """`FusedLayer.through_mlp` by slices; the gradient of x1 takes the place of dy where it has as much room."""
-    width, room = layer.qkv.inputs, int(layer.out.room)
+    width, room = layer.qkv.inputs, layer.out.room
     has_room = buffer.shape[1] == width + room
     made = buffer if has_room else buffer.new_empty(len(buffer), width + room)
     sums: list[torch.Tensor] = []
@@ -71,7 +70,7 @@ def through_mlp(layer: "FusedLayer", kept: "Kept", buffer: torch.Tensor) -> tupl
     return [total.to(buffer.dtype) for total in sums], made
 
 
-def _part(kept: "Kept", rows: slice) -> "Kept":
+def _part(kept: Kept, rows: slice) -> Kept:
     """What is kept of some rows."""
     names = ("x1", "gate_up", "z_down", "given2")
     cut: dict[str, Any] = {name: None if (whole := getattr(kept, name)) is None else whole[rows] for name in names}
@@ -81,7 +80,7 @@ def _part(kept: "Kept", rows: slice) -> "Kept":
 
 
 @contextmanager
-def _weights_made_once(layer: "FusedLayer", kept: "Kept", *of_down) -> Iterator[None]:
+def _weights_made_once(layer: FusedLayer, kept: Kept, *of_down) -> Iterator[None]:
     with ExitStack() as stack:
         for group in (layer.gate_up, *of_down):
             stack.enter_context(group.made_once(kept.x1, kept.turns[2 if group is layer.gate_up else 3]))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_ray.config import Config
-from qlora_ray.data.stats import DataStats
+from qlora_ray.data.stats import DataStats, Layout
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import BaseFacts, ModelFacts, left_out_of_all_linear
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, Room, choose
@@ -69,15 +69,10 @@ class Plan:
     may_hold_weights: bool  # whether these may keep dequantized weights between steps
     memory_forecast_gib: dict[str, float]  # per worker
     deepspeed: dict[str, Any]
+    longest_sample: int  # in tokens
     shares_base: bool = False  # over the workers; else each holds all of it
     why_shared: str = ""  # or not
     passing: Passing | None = None  # the layers' weights, where they are offloaded
-    rows_of_tokens: int = 1  # that each row is read as: 2 where rows hold pairs
-
-    @property
-    def tokens_per_row(self) -> int:
-        """At most, padding included, of one row of tokens."""
-        return self.tokens_per_micro_batch // (self.micro_batch_size * self.rows_of_tokens)
 
     @property
     def global_batch_size(self) -> int:
@@ -111,10 +106,12 @@ def make_plan(
     trainable = base.num_trainable_parameters
     quantized = base.num_packed_parameters if config.quantization.type != "none" else 0
     has_validation = data.num_validation_rows > 0
-    longest = min(config.training.max_length, data.longest_row)
+    longest = min(config.training.max_length * (2 if data.shares_prompts else 1), data.longest_row)
     of_worker = tokens_of_a_worker(config, longest)
     num_tokens = config.training.batch_size * data.rows_of_tokens * of_worker
     known, gpu_gib = memory.sizes(config, base, trainable, stage, compute_dtype), hardware.gpu_gib if use_gpu else None
+    if data.shares_prompts:
+        known = dataclasses.replace(known, layer=known.layer.sharing_prompts())
     known, why_shared = holding.decide(config, known.of_rows(of_worker), num_tokens, gpu_gib)
     refuse_sharing(config, base, known.layer, data.longest_row)
     recompute = _recompute(config, use_gpu, known)
@@ -145,10 +142,10 @@ def make_plan(
         may_hold_weights=may_hold_weights(config, known),
         memory_forecast_gib=_memory_forecast(config, known, num_tokens, recompute, use_gpu),
         deepspeed=deepspeed.defaults(config, stage, accumulation, compute_dtype, trainable),
+        longest_sample=min(config.training.max_length, data.longest_sample),
         shares_base=known.shares_base,
         why_shared=why_shared,
         passing=offload.passing(known, num_tokens, config.training.max_length, gpu_gib, _gpu_of(hardware)),
-        rows_of_tokens=data.rows_of_tokens,
     )
     if not deepspeed_json:
         return plan
@@ -175,18 +172,19 @@ def _refuse_positions(config: Config, base: BaseFacts, data: DataStats) -> None:
     Raises ConfigError.
     """
     training, limit = config.training, base.rope_limit
-    width = -(-data.longest_row // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+    width = -(-data.longest_sample // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
     if base.num_positions and width > base.num_positions:
+        one = "sample" if data.shares_prompts else "row"
         fits = base.num_positions // PAD_TO_MULTIPLE_OF * PAD_TO_MULTIPLE_OF
         raise ConfigError(
-            f"training.max_length={training.max_length}: the longest row has {data.longest_row:,} tokens, and the base "
-            f"has learned {base.num_positions:,} positions. Use training.max_length={fits}."
+            f"training.max_length={training.max_length}: the longest {one} has {data.longest_sample:,} tokens, and the "
+            f"base has learned {base.num_positions:,} positions. Use training.max_length={fits}."
         )
-    if limit is None or data.longest_row <= limit.num_tokens:
+    if limit is None or data.longest_sample <= limit.num_tokens:
         return
     why = (
-        f"rows of up to {data.longest_row:,} tokens, and the base's RoPE ({limit.kind}) changes with the longest row "
-        f"beyond {limit.num_tokens:,}"
+        f"rows of up to {data.longest_sample:,} tokens, and the base's RoPE ({limit.kind}) changes with the longest "
+        f"row beyond {limit.num_tokens:,}"
     )
     if limit.kind == "dynamic":
         raise ConfigError(
@@ -200,9 +198,15 @@ def _refuse_positions(config: Config, base: BaseFacts, data: DataStats) -> None:
         )
 
 
-def packs(config: Config, base: BaseFacts) -> bool:
-    """Whether rows hold several samples: where asked for, and the base's attention can keep them apart."""
-    return config.training.packing and base.model_type in PACKED_MODEL_TYPES and not _rope_depends_on_rows(config, base)
+def layout(config: Config, base: BaseFacts) -> Layout:
+    """What a row holds: several samples, and both answers of a pair, where asked for and attention keeps them apart."""
+    training = config.training
+    can = _keeps_apart(config, base)
+    return Layout(training.packing and can, training.records == "pairs" and training.share_prompts and can)
+
+
+def _keeps_apart(config: Config, base: BaseFacts) -> bool:
+    return base.model_type in PACKED_MODEL_TYPES and not _rope_depends_on_rows(config, base)
 
 
 def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, room: Room) -> Choice:
@@ -392,9 +396,16 @@ def _notes(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: in
             f"Rows hold one sample each: beyond {base.rope_limit.num_tokens:,} tokens the base's RoPE "
             f"({base.rope_limit.kind}) depends on what else a row holds."
         )
-    elif config.training.packing and not packs(config, base):
+    elif config.training.packing and not _keeps_apart(config, base):
         notes.append(
             f"Rows are padded, not packed: that {base.model_type} models keep the samples of a row apart is not shown."
+        )
+    is_asked = config.training.records == "pairs" and config.training.share_prompts
+    if is_asked and not _keeps_apart(config, base):
+        notes.append(
+            "Each answer of a pair is read with a prompt of its own: the two cannot share a row, as is said above."
+            if config.training.packing
+            else f"Each answer of a pair is read with a prompt of its own: {base.model_type} models cannot share it."
         )
     left_out = left_out_of_all_linear(base.model_type)
     if left_out and config.model.target_modules == "all-linear":

@@ -16,7 +16,7 @@ from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts
 from qlora_ray.planning.memory import SHARE_OF_MEMORY, peak_gib
-from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs
+from qlora_ray.planning.plan import Hardware, Plan, layout, make_plan
 from qlora_ray.planning.table import BATCH_SIZES
 
 TOKENS_PER_PASS = {True: 8192, False: 1024}  # on a GPU or not; more is no faster
@@ -68,7 +68,7 @@ class Suggestion:
 def suggest(asked: dict[str, dict[str, Any]], base: ModelFacts, lengths: Lengths, machine: Machine) -> Suggestion:
     """The fastest settings that fit, around what is asked for. Raises ConfigError where none do."""
     least = None
-    for length in _row_lengths(lengths, base, packs(make_config(asked), base)):
+    for length in _row_lengths(lengths, base, layout(make_config(asked), base).packing):
         for batch_size, recompute in _batches(length, machine):
             values = _values(asked, base, lengths, machine, (length, batch_size, recompute))
             config = make_config(values)
@@ -115,7 +115,7 @@ def _values(
 ) -> dict[str, dict[str, Any]]:
     length, most_rows, recompute = rows
     held = _validation_split(lengths.num_records)
-    num_rows = _num_rows(lengths, length, packs(make_config(asked), base)) * (1 - held)
+    num_rows = _num_rows(lengths, length, layout(make_config(asked), base).packing) * (1 - held)
     per_step = _power_of_two(min(ROWS_PER_STEP, num_rows / STEPS_PER_EPOCH))
     batch_size = max(1, min(most_rows, per_step // machine.num_workers))
     accumulation = max(1, per_step // (batch_size * machine.num_workers))
@@ -177,7 +177,7 @@ def _num_rows(lengths: Lengths, length: int, packed: bool) -> float:
 
 def _stats(config: Config, base: ModelFacts, lengths: Lengths) -> DataStats:
     """What the rows will be, as far as the samples tell."""
-    length, packed = config.training.max_length, packs(config, base)
+    length, packed = config.training.max_length, layout(config, base).packing
     train = 1 - config.data.validation_split
     num_rows = _num_rows(lengths, length, packed)
     num_samples = round(train * lengths.num_records)

@@ -32,7 +32,7 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     base, config = _facts(config), as_stored(config)
     length, workers = config.training.max_length, config.ray.max_workers
     of_worker, is_shared = tokens_of_a_worker(config, length), config.training.sequence_parallel > 1
-    each = 2 if config.training.pairs else 1  # rows of tokens
+    each = 2 if config.training.prefers else 1  # rows of tokens
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     num_tokens = config.training.batch_size * each * of_worker
     known, why_shared = holding.decide(config, known, num_tokens, gib)
@@ -97,7 +97,7 @@ def _fits(known: memory.Sizes, num_tokens: int, gib: float) -> bool:
 
 def _what_fits(config: Config, base: ModelFacts, gib: float) -> str | None:
     """The first setting, cheapest first, with which one row fits; None where none does."""
-    each = 2 if config.training.pairs else 1
+    each = 2 if config.training.prefers else 1
     for told in ({"share_base": "world"}, {"offload_params": "cpu", "share_base": "auto"}):
         asked = config.deepspeed.model_copy(update={"zero_stage": 3, **told})
         other = config.model_copy(update={"deepspeed": asked})

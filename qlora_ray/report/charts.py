@@ -27,6 +27,7 @@ class Curve(NamedTuple):
 CURVES = [
     Curve("rewards/margins", "Reward of chosen over rejected", "", ".3f", True),
     Curve("rewards/accuracies", "Share of pairs whose chosen answer has the higher reward", ".0%", ".1%", True),
+    Curve("kl", "Distance from the reference, nats an answer", "", ".3f", True),
     Curve("learning_rate", "Learning rate", "~e", ".3e", False),
     Curve("grad_norm", "Gradient norm", "", ".3f", True),
     Curve("peak_memory_gib", "Peak memory, GiB", "", ".2f", False),

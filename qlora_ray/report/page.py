@@ -126,15 +126,17 @@ def key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     known |= {name: value for name, value in run.summary.items() if value is not None}
     best, eval_loss = known.get("best_eval_loss", min(logged["eval_loss"], default=None)), known.get("eval_loss")
     has_pairs = any("rewards/margins" in row for row in run.metrics)
-    unit = "mean over pairs" if has_pairs else "nats per token"
+    unit = "mean over pairs or answers" if has_pairs else "nats per token"
     perplexity = None if eval_loss is None or has_pairs else math.exp(min(eval_loss, 700.0))  # exp(710) overflows
-    accuracies = series(run.metrics, "eval_rewards/accuracies")[1]
+    accuracies, margins = (series(run.metrics, f"eval_rewards/{name}")[1] for name in ("accuracies", "margins"))
     median = {name: statistics.median(values) for name, values in logged.items() if values}
     failures = known.get("failures")
     return [
         ("Loss", change(known.get("first_loss"), known.get("last_loss"), ".3f"), unit),
         ("Validation loss", show(eval_loss, ".3f"), "" if best is None else f"best {best:.3f}"),
-        ("Pairs judged right", show(accuracies[-1] if accuracies else None, ".0%"), "validation")
+        ("Pairs judged right", show(accuracies[-1], ".0%"), "validation")
+        if accuracies
+        else ("Margin of rewards", show(margins[-1] if margins else None, ".3f"), "validation")
         if has_pairs
         else ("Perplexity", show(perplexity, ",.2f"), "validation"),
         (

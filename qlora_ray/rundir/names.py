@@ -7,6 +7,7 @@ METRICS = "metrics.jsonl"  # a line per logged step, validation or checkpoint
 SUMMARY = "summary.json"  # how it ended
 REPORT = "report.html"
 SAMPLES = "samples.json"  # answers to held-out prompts at the end
+PAIRS = "pairs.json"  # held-out pairs before and after training
 SAMPLES_BY_STEP = "samples_by_step.jsonl"  # and at each validation
 REJECTED = "rejected.jsonl"  # records that were left out, and why
 CHECKPOINTS = "checkpoints"

@@ -26,6 +26,7 @@ class RunRecord:
     samples: list[dict] = field(default_factory=list)
     samples_by_step: list[dict] = field(default_factory=list)
     manifest: dict = field(default_factory=dict)
+    pairs: list[dict] = field(default_factory=list)
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -41,6 +42,7 @@ def read_run(run_dir: Path) -> RunRecord:
         samples=read_json(run / names.SAMPLES, missing=[]),
         samples_by_step=read_lines(run, names.SAMPLES_BY_STEP),
         manifest=read_json(run / names.MANIFEST),
+        pairs=read_json(run / names.PAIRS, missing=[]),
     )
 
 

@@ -20,7 +20,7 @@ from qlora_ray.data.prepare import prepare
 from qlora_ray.data.spread import run_on_cores, run_on_ray
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
-from qlora_ray.planning.plan import Hardware, Plan, make_plan, packs, storage_bytes
+from qlora_ray.planning.plan import Hardware, Plan, layout, make_plan, storage_bytes
 from qlora_ray.rundir import directory, names
 from qlora_ray.sweep import board, capacity, exploit, page, results, screen, space
 from qlora_ray.sweep.ledger import FILE, Ledger
@@ -94,7 +94,7 @@ def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware, inlin
         if base not in bases:
             bases[base] = exact_facts(one)
         one, facts = as_stored(one), bases[base]
-        packing = packs(one, facts)
+        how = layout(one, facts)
         key = repr(
             (
                 one.data,
@@ -103,11 +103,11 @@ def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware, inlin
                 one.model.new_tokens,
                 one.training.seed,
                 one.training.max_length,
-                packing,
+                how,
             )
         )
         if key not in prepared:
-            prepared[key] = prepare(one, folder, packing, runner, console.out)
+            prepared[key] = prepare(one, folder, how, runner, console.out)
         plans.append(make_plan(one, prepared[key].stats, facts, hardware, read_deepspeed_json(one)))
     return plans
 

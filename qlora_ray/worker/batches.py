@@ -20,14 +20,16 @@ def to_tensors(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """The model's inputs and the labels of a micro-batch, padded on the right: each (B, T) int64, where not said else.
 
-    input_ids and labels; label_places, the places whose next token is trained on, counted through all rows, (L,) int64;
-    for packed rows position_ids, which start at 0 with each sample and with the padding: without
-    a mask, transformers keeps attention within each such run (transformers/masking_utils.py,
-    find_packed_sequence_indices). Also sample_borders: where these runs begin, counted through all rows, and the end,
-    (S + 1,) int32 on the CPU. For others, and where each packed row holds one sample, attention_mask. Of P pairs also
-    places of the chosen and then of the rejected answers' samples, (2 P,); label_counts, how many of the label_places
-    each answer has, as they come in the rows, (2 P,), and answer_order, where the answers of `places` are among these.
-    Where workers share rows, what `_part` leaves of it to this one.
+    input_ids and labels; label_places, the places whose next token is trained on, counted through all rows, (L,) int64.
+    For packed rows position_ids, which start at 0 with each sample and with the padding: without a mask, transformers
+    keeps attention within each such run (transformers/masking_utils.py, find_packed_sequence_indices). Also
+    sample_borders: where these runs begin, counted through all rows, and the end, (S + 1,) int32 on the CPU. A run that
+    begins at another position goes on from as many first tokens of the run before: num_shared, (S,) int32 on the CPU,
+    if there are such. For others, and where each packed row holds one sample, attention_mask. Of P pairs also places of
+    the chosen and then of the rejected answers' samples, (2 P,); label_counts, how many of the label_places each answer
+    has, as they come in the rows, (2 P,); answer_order, where the answers of `places` are among these; and
+    is_desirable, (2 P,) bool. Where workers share rows, what `_part` leaves of it to this
+    one.
     """
     offsets = rows["input_ids"].combine_chunks().offsets.to_numpy()
     lengths = np.diff(offsets)
@@ -47,24 +49,29 @@ def to_tensors(
         batch["attention_mask"] = is_token.astype(np.int64)
     for name in rows.column_names:
         if name in batch:
-            values = rows[name].combine_chunks()
-            batch[name][is_token] = values.values.to_numpy()[values.offsets[0].as_py() : values.offsets[-1].as_py()]
+            batch[name][is_token] = _flat(rows[name])
     predicts = np.zeros(is_token.shape, bool)
     predicts[:, :-1] = batch["labels"][:, 1:] != IGNORE_INDEX
     batch["label_places"] = np.flatnonzero(predicts)
     if "places" in rows.column_names:
-        starts_sample = np.zeros(is_token.shape, bool)
-        starts_sample[:, 0] = True
-        if is_packed:
-            starts_sample |= is_token & (batch["position_ids"] == 0)
+        starts_sample = _starts(batch["position_ids"]) & is_token if is_packed else np.eye(1, width, dtype=bool)
+        starts_sample = np.broadcast_to(starts_sample, is_token.shape)
         batch |= _answers(rows, (np.cumsum(starts_sample) - 1)[batch["label_places"]])
-    borders = np.append(np.flatnonzero(batch["position_ids"] == 0), is_token.size) if is_packed else None
+    borders = np.flatnonzero(_starts(batch["position_ids"])) if is_packed else None
+    positions = batch["position_ids"].flat[borders] if is_packed else None
     if seat.num_parts > 1:
         batch = _part(batch, seat, whole_width)
     tensors = {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
     if borders is not None:
-        tensors["sample_borders"] = torch.from_numpy(borders.astype(np.int32))
+        tensors["sample_borders"] = torch.from_numpy(np.append(borders, is_token.size).astype(np.int32))
+        if positions is not None and positions.any():
+            tensors["num_shared"] = torch.from_numpy(positions.astype(np.int32))
     return tensors
+
+
+def _starts(positions: np.ndarray) -> np.ndarray:
+    """Whether a run of positions begins at a token: (B, T)."""
+    return np.diff(positions, axis=1, prepend=-2) != 1
 
 
 def _part(batch: dict[str, np.ndarray], seat: Seat, whole_width: int) -> dict[str, np.ndarray]:
@@ -97,20 +104,29 @@ def _part(batch: dict[str, np.ndarray], seat: Seat, whole_width: int) -> dict[st
 
 def _answers(rows: pa.Table, sample_of_label: np.ndarray) -> dict[str, np.ndarray]:
     """places, label_counts and answer_order of `to_tensors`; samples are counted through all rows."""
-    column = rows["places"].combine_chunks()
-    places = column.values.to_numpy()[column.offsets[0].as_py() : column.offsets[-1].as_py()]
-    row = np.repeat(np.arange(rows.num_rows), np.diff(column.offsets.to_numpy()))
+    places, is_rejected = (_flat(rows[name]) for name in ("places", "is_rejected"))
     is_answer = places != NO_ROW
     counts = np.bincount(sample_of_label, minlength=len(places))[is_answer]
-    side = row[is_answer] % 2
-    order = np.concatenate([np.flatnonzero(side == 0), np.flatnonzero(side == 1)])
-    return {"places": places[is_answer][order], "label_counts": counts, "answer_order": order}
+    order = np.argsort(is_rejected[is_answer], kind="stable")
+    is_desirable = _flat(rows["is_desirable"])[is_answer][order]
+    places = places[is_answer][order]
+    return {"places": places, "label_counts": counts, "answer_order": order, "is_desirable": is_desirable}
 
 
 def _has_several_samples(rows: pa.Table) -> bool:
-    positions = rows["position_ids"].combine_chunks()
-    values = positions.values.to_numpy()[positions.offsets[0].as_py() : positions.offsets[-1].as_py()]
-    return int((values == 0).sum()) > rows.num_rows
+    return int((np.diff(_flat(rows["position_ids"]), prepend=-2) != 1).sum()) > rows.num_rows
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    """The values of a column of lists, one row after the other."""
+    lists = column.combine_chunks()
+    values = lists.values.to_numpy(zero_copy_only=False)
+    return values[lists.offsets[0].as_py() : lists.offsets[-1].as_py()]
+
+
+def apart(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Rows of tokens of pairs or labelled answers, which come by two: the first and the second ones."""
+    return table.take(np.arange(0, table.num_rows, 2)), table.take(np.arange(1, table.num_rows, 2))
 
 
 def slices(table: pa.Table, size: int) -> Iterator[pa.Table]:

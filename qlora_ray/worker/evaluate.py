@@ -3,15 +3,18 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from qlora_ray.data.rows import open_rows
+from qlora_ray.data.rows import Rows, open_rows
 from qlora_ray.model.answer import PROMPTS_PER_BATCH, answer_texts, exact_match
-from qlora_ray.worker.batches import to_tensors
-from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+from qlora_ray.worker.batches import apart, to_tensors
+from qlora_ray.worker.loss import log_probabilities, num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Warned
 from qlora_ray.worker.metrics import means
 from qlora_ray.worker.rounds import rounds
@@ -25,15 +28,19 @@ def validation_loss(worker: Worker) -> dict[str, float]:
     """
     engine, team, seat, preference = worker.engine, worker.team, worker.seat, worker.preferences.get("validation")
     held_out = open_rows(worker.run.rows, "validation")
+    if preference and held_out.labelled:
+        preference = replace(preference, kl=preference.measured_kl(engine, team, _mismatched(worker, held_out)))
     mine: list[list[float]] = []
     number = 0.0
     engine.train(False)
     with torch.no_grad():
         for rows, counts in rounds(held_out, worker.run.config.training.batch_size, seat):
+            rows = apart(rows)[0] if held_out.labelled else rows
             batch = to_tensors(rows, worker.tokenizer.pad_token_id, worker.device, seat)
             if preference:
                 loss, figures = preference.sums(engine.module, batch)
-                of_batch, size = [float(loss), *figures.tolist()], len(batch["places"]) // 2
+                size = len(batch["places"]) // (1 if held_out.labelled else 2)
+                of_batch = [float(loss), *figures.tolist()]
             else:
                 of_batch, size = [float(sum_of_nats(engine.module, batch))], int(num_label_tokens(batch))
             if counts:
@@ -42,9 +49,16 @@ def validation_loss(worker: Worker) -> dict[str, float]:
     engine.train()
     (number,) = team.sum(number)
     # fsum rounds once, at the end: a sum does not depend on which worker had which batch.
-    made = means([sums for of_worker in team.gather(mine) for sums in of_worker], int(number))
+    parts = [sums for of_worker in team.gather(mine) for sums in of_worker]
+    made = means(parts, int(number), held_out.labelled)
     found = {f"eval_{name}": value for name, value in made.items()}
     return found if preference else {**found, "eval_perplexity": math.exp(min(found["eval_loss"], 700.0))}
+
+
+def _mismatched(worker: Worker, held_out: Rows) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+    """Batches of held-out prompts with other answers, and whether each counts."""
+    for rows, counts in rounds(held_out, worker.run.config.training.batch_size, worker.seat):
+        yield to_tensors(apart(rows)[1], worker.tokenizer.pad_token_id, worker.device), counts
 
 
 def compare_answers(worker: Worker) -> dict[str, Any]:
@@ -65,6 +79,42 @@ def compare_answers(worker: Worker) -> dict[str, Any]:
     expected = [prompt["expected"] for prompt in prompts]
     right = {f"exact_match_{who}": exact_match(texts, expected) for who, texts in answers.items()}
     return {**right, "samples": samples}
+
+
+def compare_pairs(worker: Worker) -> list[dict[str, Any]]:
+    """A few held-out pairs, and how many nats likelier the chosen answer is than the other: to the base, and now.
+
+    Every worker must call this; each computes the same.
+    """
+    held_out, config = open_rows(worker.run.rows, "validation"), worker.run.config
+    if not held_out.pairs or held_out.labelled or not len(held_out):
+        return []
+    rows = np.arange(min(len(held_out), config.training.batch_size))
+    batch = to_tensors(held_out.gather(rows), worker.tokenizer.pad_token_id, worker.device)
+    halves = [half.to_pylist() for half in held_out.halves(rows)]
+    margins, model = [], worker.engine.module
+    worker.engine.train(False)
+    for adapter in (model.disable_adapter(), nullcontext()):
+        with torch.no_grad(), adapter:
+            chosen, rejected = log_probabilities(model, batch)[0].chunk(2)
+        margins.append((chosen - rejected).tolist())
+    worker.engine.train()
+    made = [
+        {**_texts(worker.tokenizer, chosen, rejected), "base": base, "adapter": now}
+        for chosen, rejected, base, now in zip(*halves, *margins, strict=True)
+    ]
+    return made[: config.evaluation.num_samples]
+
+
+def _texts(tokenizer: Any, chosen: dict[str, list[int]], rejected: dict[str, list[int]]) -> dict[str, str]:
+    """Prompt, chosen and rejected answer of a pair, as they are read."""
+    starts = [next(i for i, label in enumerate(half["labels"]) if label >= 0) for half in (chosen, rejected)]
+    parts = {
+        "prompt": chosen["input_ids"][: starts[0]],
+        "chosen": chosen["input_ids"][starts[0] :],
+        "rejected": rejected["input_ids"][starts[1] :],
+    }
+    return {name: tokenizer.decode(ids, skip_special_tokens=True) for name, ids in parts.items()}
 
 
 def sample_answers(worker: Worker) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Done, Evaluated, Fatal, Holding, Ready, Refused, Run, Warned
 from qlora_ray.worker.metrics import Meter, RowCounts
 from qlora_ray.worker.micro_batches import MicroBatch, MicroBatches
+from qlora_ray.worker.preference import Preference
 from qlora_ray.worker.routing import busiest_expert
 from qlora_ray.worker.saver import Saver
 from qlora_ray.worker.seat import seat_of
@@ -61,7 +62,7 @@ def run_worker(run: Run, channel: Any) -> None:
 def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
     with watchdog.phase("load"):
         worker, state, micro_batches = _load(run, team)
-    if run.config.training.pairs:
+    if run.config.training.prefers:
         worker = replace(worker, preferences=reference.preferences(worker, watchdog, state.step))
         worker.meter.skip_time("reference", state.step)
     plan, patience, meter = run.plan, run.config.training.early_stopping_patience, worker.meter
@@ -70,7 +71,7 @@ def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
         with watchdog.phase("step", deadline):
             learning_rate = learning_rate_at(state.step, plan, run.config)
             sums, is_finite = optimizer_step(
-                worker.engine, micro_batches.of_step(state.step, worker.preferences.get("train")),
+                worker.engine, _of_step(worker, micro_batches, state.step),
                 meter.counts.summands(state.step), learning_rate, meter.stopwatch,
             )  # fmt: skip
             state = replace(state, step=state.step + 1)
@@ -103,8 +104,9 @@ def _train(run: Run, team: Team, watchdog: Watchdog) -> None:
         worker.saver.save_last(_adapter_writer(worker, names.ADAPTER, worker.reached(state)))
     with watchdog.phase("evaluate"):
         answers = {} if stopping else evaluate.compare_answers(worker)
+        pairs = [] if stopping else evaluate.compare_pairs(worker)
     early = state.step < plan.num_steps and state.is_patience_over(patience)
-    team.tell(Done("interrupted" if stopping else "done", worker.reached(state), answers, early))
+    team.tell(Done("interrupted" if stopping else "done", worker.reached(state), answers, early, pairs))
     team.wait_until_told()
 
 
@@ -130,6 +132,18 @@ def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
     engine.time_gathers(meter.stopwatch)
     team.tell(Ready(state.step, laps.taken(), resumed.broken if resumed else []))
     return Worker(run, team, engine, tokenizer, device, meter, Saver(run, team)), state, micro_batches
+
+
+def _of_step(worker: Worker, micro_batches: MicroBatches, step: int) -> Iterable[MicroBatch]:
+    """The micro-batches of a step, each with what is asked of it."""
+    preference = worker.preferences.get("train")
+    if preference is None or worker.run.config.training.records != "labels":
+        return micro_batches.of_step(step, preference)
+
+    def measure(mismatched) -> Preference:
+        return replace(preference, kl=preference.measured_kl(worker.engine, worker.team, mismatched))
+
+    return micro_batches.of_labelled_step(step, measure)
 
 
 def optimizer_step(

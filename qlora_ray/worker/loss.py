@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_ray.data.tokenize import IGNORE_INDEX
-from qlora_ray.model.attention import mask_of_borders, no_mask
+from qlora_ray.model.attention import mask_of_borders, masks_of_model, no_mask
 from qlora_ray.model.head import expecting, returns_nats
 
 
@@ -58,11 +58,15 @@ def targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _forward(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
     """Logits (B, T, V) and False; or, of a head with the loss in it, nats and True: (B T,), or of label_places (L,)."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     module, borders, ids = getattr(model, "module", model), batch.get("sample_borders"), batch["input_ids"]
     takes_borders, numbers = getattr(module, "takes_borders", False), batch.get("place_numbers")
     if borders is not None and takes_borders:
-        inputs["attention_mask"] = mask_of_borders(borders, ids.device)
+        inputs["attention_mask"] = mask_of_borders(borders, ids.device, batch.get("num_shared"))
+    elif "num_shared" in batch:
+        assert borders is not None
+        mask = mask_of_borders(borders, ids.device, batch["num_shared"])
+        inputs["attention_mask"] = masks_of_model(module.config.get_text_config(), mask, ids.shape)
     elif ("position_ids" not in batch or numbers is not None) and takes_borders:
         inputs["attention_mask"] = no_mask(ids.device)
     head, labels = module.get_output_embeddings(), targets(batch)

@@ -117,6 +117,7 @@ class Done:
     state: dict[str, Any]  # worker/state.py
     answers: dict[str, Any]  # worker/evaluate.py, compare_answers
     early: bool  # stopped by training.early_stopping_patience
+    pairs: list[dict[str, Any]]  # the same, compare_pairs
 
 
 Message = (

@@ -13,7 +13,7 @@ from qlora_ray.data.rows import open_rows, sample_digest
 from qlora_ray.rundir.metrics import MetricsFile
 from qlora_ray.storage import Folder
 from qlora_ray.worker.messages import Logged
-from qlora_ray.worker.objectives import FIGURES
+from qlora_ray.worker.objectives import FIGURES, figures_of_labelled
 from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.team import Team
 
@@ -28,6 +28,11 @@ class RowCounts:
         self._labels = np.append(self._rows.num_label_tokens, 0)
         self._samples = np.append(self._rows.num_samples, 0)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether rows hold labelled answers, each with another behind its prompt."""
+        return self._rows.labelled
+
     def tokens(self, step: int) -> int:
         """Tokens that optimizer step `step` (from 0) reads, padding not counted."""
         return int(self._tokens[self._order.rows_of_step(step)].sum())
@@ -37,7 +42,7 @@ class RowCounts:
         return int(self._labels[self._order.rows_of_step(step)].sum())
 
     def pairs(self, step: int) -> int:
-        """Pairs of answers of optimizer step `step` (from 0)."""
+        """Pairs of answers, or labelled ones with another each, of optimizer step `step` (from 0)."""
         return self.samples(step) // 2
 
     def summands(self, step: int) -> int:
@@ -153,13 +158,16 @@ class Meter:
             if all(math.isfinite(part[0]) for part in parts)
         ]
         number = sum(self.counts.summands(step) for step, _ in finite)
-        return means([part for _, parts in finite for part in parts], number) if number else {}
+        parts = [part for _, parts in finite for part in parts]
+        return means(parts, number, self.counts.labelled) if number else {}
 
 
-def means(parts: list[list[float]], number: int) -> dict[str, float]:
-    """The loss, and of pairs FIGURES, of the sums of some micro-batches over as many tokens or pairs."""
-    columns = zip(*parts, strict=True)
-    return {name: math.fsum(column) / number for name, column in zip(("loss", *FIGURES), columns, strict=False)}
+def means(parts: list[list[float]], number: int, labelled: bool = False) -> dict[str, float]:
+    """The loss, and figures of preferences, of the sums of some micro-batches over as many tokens, pairs or answers."""
+    loss, *figures = (math.fsum(column) for column in zip(*parts, strict=True))
+    if labelled:
+        return {"loss": loss / number, **figures_of_labelled(figures, number)}
+    return {"loss": loss / number, **{name: sum / number for name, sum in zip(FIGURES, figures, strict=False)}}
 
 
 def peak_memory_gib(device: torch.device) -> float:

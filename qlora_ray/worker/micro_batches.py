@@ -1,6 +1,6 @@
 """The micro-batches of one worker, step by step, each fetched while the model still loads or computes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -8,11 +8,12 @@ import pyarrow as pa
 import torch
 
 from qlora_ray.data.delivery import Stream, deliver
-from qlora_ray.worker.batches import to_tensors
+from qlora_ray.worker.batches import apart, to_tensors
 from qlora_ray.worker.preference import Preference
 from qlora_ray.worker.seat import Seat
 
 DATA_TIMEOUT_SECONDS = 600
+Measure = Callable[[Iterable[tuple[dict[str, torch.Tensor], bool]]], Preference]  # of batches that count or do not
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class MicroBatch:
     tensors: dict[str, torch.Tensor]  # of worker/batches.py
     num_present: int  # workers, from rank 0 on, whose gradient counts in this round
     counts: bool  # whether this worker's does
-    preference: Preference | None = None  # what is asked of its pairs, where it holds pairs
+    preference: Preference | None = None  # what is asked of its pairs or labelled answers, where it holds such
 
 
 class Tables:
@@ -53,16 +54,37 @@ class MicroBatches:
 
     def of_step(self, step: int, preference: Preference | None = None) -> Iterator[MicroBatch]:
         """One round of the workers after the other; dropout and noise are seeded before each."""
-        seat = self._seat
-        for first in range(0, self._num_of_step, seat.num_groups):
-            groups_present = min(seat.num_groups, self._num_of_step - first)
-            counts = seat.group < groups_present
-            if counts:
+        for number, rows, num_present in self._tables_of(step):
+            yield self._micro_batch(step, number, rows, (num_present, preference))
+
+    def of_labelled_step(self, step: int, measure: Measure) -> Iterator[MicroBatch]:
+        """The same of labelled answers: what is asked of them takes all the step's mismatched ones to be measured."""
+        tables = [(number, *apart(rows), num_present) for number, rows, num_present in self._tables_of(step)]
+        mismatched = (
+            (to_tensors(others, self._pad_token_id, self._device), self._seat.group < num_present)
+            for _, _, others, num_present in tables
+        )
+        preference = measure(mismatched)
+        for number, answers, _, num_present in tables:
+            yield self._micro_batch(step, number, answers, (num_present, preference))
+
+    def _tables_of(self, step: int) -> Iterator[tuple[int, pa.Table, int]]:
+        """(micro-batch number, rows, groups of workers present) of each round of a step."""
+        for first in range(0, self._num_of_step, self._seat.num_groups):
+            num_present = min(self._seat.num_groups, self._num_of_step - first)
+            if self._seat.group < num_present:
                 number, rows = self._tables.next(step)
-                tensors = to_tensors(rows, self._pad_token_id, self._device, seat)
             # Else the last one again, which then does not count: ZeRO-3's forward is a collective.
-            seed_everything(self._seed, step, number)
-            yield MicroBatch(tensors, groups_present * seat.num_parts, counts, preference)
+            yield number, rows, num_present
+
+    def _micro_batch(
+        self, step: int, number: int, rows: pa.Table, how: tuple[int, Preference | None]
+    ) -> MicroBatch:  # fmt: skip
+        num_present, preference = how
+        tensors = to_tensors(rows, self._pad_token_id, self._device, self._seat)
+        seed_everything(self._seed, step, number)
+        counts = self._seat.group < num_present
+        return MicroBatch(tensors, num_present * self._seat.num_parts, counts, preference)
 
 
 def seed_everything(seed: int, step: int, micro_batch: int) -> None:

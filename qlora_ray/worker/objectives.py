@@ -1,4 +1,4 @@
-"""What preference objectives make of log-probabilities: a loss and two rewards for each pair. Pure functions.
+"""What preference objectives make of log-probabilities: a loss and rewards, of each pair or answer. Pure functions.
 
 Settings, figures and values are those of TRL (1.16), but for the term of the chosen answer's own loss: here nats a
 token pair by pair, so that the mean over pairs does not depend on batches, where TRL divides by the tokens of a batch;
@@ -110,6 +110,53 @@ def cpo(pairs: Pairs, training: TrainingConfig) -> Judged:
     chosen, rejected = training.beta * pairs.chosen, training.beta * pairs.rejected
     losses = _smoothed(chosen - rejected, training.label_smoothing)
     return Judged(losses + training.cpo_alpha * -pairs.mean_chosen, chosen, rejected)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Log-probabilities of P labelled answers, each a sum over the answer's tokens, float32 (P,)."""
+
+    answers: torch.Tensor
+    num_tokens: torch.Tensor
+    reference: torch.Tensor
+    is_desirable: torch.Tensor  # (P,) bool
+    kl: float  # how far the model is from the reference: estimated on as many mismatched answers, not below 0
+
+
+def kto(labelled: Labelled, training: TrainingConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kahneman-Tversky Optimization (arXiv:2402.01306, eq. 7 and 8). Returns losses and rewards, (P,) each.
+
+    desirable_weight x (1 - sigmoid(beta x (log-ratio - kl))) of a desirable answer, undesirable_weight x (1 -
+    sigmoid(beta x (kl - log-ratio))) of another; kl is a constant: no gradient goes through it.
+    """
+    ratios = labelled.answers - labelled.reference
+    sign = torch.where(labelled.is_desirable, 1.0, -1.0)
+    weight = torch.where(labelled.is_desirable, training.desirable_weight, training.undesirable_weight)
+    losses = weight * (1 - torch.sigmoid(training.beta * sign * (ratios - labelled.kl)))
+    return losses, training.beta * ratios.detach()
+
+
+def sums_of_labelled(labelled: Labelled, training: TrainingConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss summed over the answers, a scalar to differentiate; and the sums that `figures_of_labelled` reads."""
+    losses, rewards = kto(labelled, training)
+    log_probs = labelled.answers.detach()
+    nats = -log_probs / labelled.num_tokens
+    yes, no = labelled.is_desirable.float(), (~labelled.is_desirable).float()
+    every = (yes, no, yes * rewards, no * rewards, yes * log_probs, no * log_probs, yes * nats)
+    figures = [each.sum() for each in every]
+    return losses.sum(), torch.stack([*figures, torch.full_like(figures[0], labelled.kl * len(losses))])
+
+
+def figures_of_labelled(sums: list[float], number: int) -> dict[str, float]:
+    """Means over desirable and over undesirable answers of what `sums_of_labelled` has summed over `number` answers."""
+    yes, no, *of_each, kl = sums
+    names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "nll_loss")
+    made = {
+        name: value / count for name, value, count in zip(names, of_each, (yes, no, yes, no, yes), strict=True) if count
+    }
+    if yes and no:
+        made["rewards/margins"] = made["rewards/chosen"] - made["rewards/rejected"]
+    return {**made, "kl": kl / number}
 
 
 OBJECTIVES: dict[str, Callable[[Pairs, TrainingConfig], Judged]] = {

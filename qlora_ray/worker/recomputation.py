@@ -35,7 +35,7 @@ def prepare(model: Any, plan: Plan, device: torch.device) -> Plan:
         logger.info("recompute=%s: every layer computes again, the model does not mark its layers", plan.recompute)
     if plan.recompute == "all" or fused or not plain:
         return plan
-    row = torch.arange(plan.tokens_per_row, device=device) % model.config.vocab_size
+    row = torch.arange(plan.longest_sample, device=device) % model.config.vocab_size
     measured = measure_whole_bytes(model, row[None], patches.gathered)
     logger.info("a layer keeps %d bytes a token, the plan said %d", measured, plan.layer_shape.kept_bytes(Keep.ALL))
     return replace(plan, layer_shape=plan.layer_shape.measured(measured))

@@ -313,14 +313,16 @@ def test_dropout_of_the_base_itself_is_drawn_again_as_it_was(tmp_path, family, o
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("heads, few, window", [(8, 2, None), (6, 6, None), (8, 2, 100)])
+@pytest.mark.parametrize("num_shared", [None, [0, 20, 0, 0, 0, 150]])
 def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(
-    dtype, heads, few, window, has_sinks, caplog
+    dtype, heads, few, window, num_shared, has_sinks, caplog
 ):
     from qlora_ray.model import attention
 
     attention._say_once.cache_clear()
     borders = torch.tensor([0, 37, 300, 301, 512, 700, 1024], dtype=torch.int32)
-    mask = attention.mask_of_borders(borders, torch.device("cuda"))
+    shared = None if num_shared is None else torch.tensor(num_shared)
+    mask = attention.mask_of_borders(borders, torch.device("cuda"), shared)
     parts = [random(2, 512, count, 64, dtype=dtype).transpose(1, 2).requires_grad_() for count in (heads, few, few)]
     grad = random(2, 512, heads, 64, dtype=dtype).transpose(1, 2)
     sight = attention.Sight(0.125, window, random(heads, dtype=torch.float32) if has_sinks else None)

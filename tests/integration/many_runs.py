@@ -10,7 +10,7 @@ from qlora_ray.config import make_config
 from qlora_ray.data.prepare import prepare
 from qlora_ray.door import shut_ray_down
 from qlora_ray.planning.early import exact_facts
-from qlora_ray.planning.plan import Hardware, make_plan, packs
+from qlora_ray.planning.plan import Hardware, layout, make_plan
 from qlora_ray.rundir import directory
 from qlora_ray.worker import train_worker
 from qlora_ray.worker.messages import Run
@@ -20,7 +20,7 @@ def made(values: dict[str, Any]) -> Run:
     """The run of a config, ready for its workers."""
     config = make_config(values)
     folder, facts = storage.open_folder(config.ray.storage_path), exact_facts(config)
-    data = prepare(config, folder, packs(config, facts))
+    data = prepare(config, folder, layout(config, facts))
     plan = make_plan(config, data.stats, facts, Hardware(num_cpus=2, num_gpus=0), None)
     run = folder / str(config.ray.run_name)
     ground = directory.Ground(directory.run_identity(config, data.stats, facts, plan), {"versions": {}}, {})

@@ -17,6 +17,7 @@ from qlora_ray.data.read import cut
 from qlora_ray.data.rows import Rows, open_rows
 from qlora_ray.data.sources import find_sources
 from qlora_ray.data.spread import run_on_cores, run_on_ray
+from qlora_ray.data.stats import Layout
 from qlora_ray.errors import ProcessDied
 from qlora_ray.storage import open_folder
 
@@ -47,7 +48,7 @@ def path(tmp_path_factory):
 def test_tokenizing_at_once_gives_the_rows_of_one_process(spread, ray, path, tmp_path, monkeypatch):
     monkeypatch.setattr(read_module, "CHUNK_BYTES", 4096)
     config = Config.model_validate({"data": {"train_file": path}, "training": {"max_length": 64}})
-    here = prepare.prepare(config, open_folder(str(tmp_path / "here")), packing=True)
+    here = prepare.prepare(config, open_folder(str(tmp_path / "here")), how=Layout(packing=True))
     monkeypatch.setattr(prepare, "INLINE_BYTES", 0)
     asked = []
 
@@ -55,14 +56,14 @@ def test_tokenizing_at_once_gives_the_rows_of_one_process(spread, ray, path, tmp
         asked.append(True)
         return spread
 
-    there = prepare.prepare(config, open_folder(str(tmp_path / "there")), packing=True, runner=runner)
+    there = prepare.prepare(config, open_folder(str(tmp_path / "there")), how=Layout(packing=True), runner=runner)
     assert asked == [True] and len(there.train[0].parts) > 3
     assert there.stats == here.stats and there.train[0].rejected_lines() == here.train[0].rejected_lines()
     for split in ("train", "validation"):
         one, other = Rows(here.entry, split), Rows(there.entry, split)
         assert one.gather(np.arange(len(one))).equals(other.gather(np.arange(len(other))))
     assert (there.entry / "prompts.json").read_bytes() == (here.entry / "prompts.json").read_bytes()
-    again = prepare.prepare(config, open_folder(str(tmp_path / "there")), packing=True, runner=runner)
+    again = prepare.prepare(config, open_folder(str(tmp_path / "there")), how=Layout(packing=True), runner=runner)
     assert asked == [True] and again == there
 
 
@@ -90,7 +91,7 @@ def test_full_disk_is_told_as_such_by_the_process_that_met_it(path, tmp_path):
 
 def test_rows_that_ray_data_carries_are_those_of_the_order(ray, path, tmp_path, monkeypatch):
     config = Config.model_validate({"data": {"train_file": path, "validation_split": 0}})
-    made = prepare.prepare(config, open_folder(str(tmp_path)), packing=False)
+    made = prepare.prepare(config, open_folder(str(tmp_path)), how=Layout(packing=False))
     order = Order(made.stats.num_rows, seed=3, micro_batch_size=2, micro_batches_per_step=2)
     stream = Stream(made.entry, order, 1, 2, first_step=5, last_step=5 + 4 * MICRO_BATCHES_PER_TASK)
     wanted = [rows_at({"id": np.array([i])}, stream) for i in range(stream.num_micro_batches)]

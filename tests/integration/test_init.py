@@ -10,7 +10,7 @@ from qlora_ray import init, plan
 from qlora_ray.config import load_config
 from qlora_ray.data.prepare import prepare
 from qlora_ray.planning.early import exact_facts, refuse_before_ray
-from qlora_ray.planning.plan import Hardware, make_plan, packs
+from qlora_ray.planning.plan import Hardware, layout, make_plan
 from qlora_ray.storage import open_folder
 from tests.integration import door, tiny_models
 
@@ -68,7 +68,7 @@ def test_file_is_read_and_planned_as_it_says(written, family, shape, tmp_path):
     refuse_before_ray(config)
     assert plan.main(["-c", str(path)]) == 0
     facts = exact_facts(config)
-    made = prepare(config, open_folder(str(tmp_path / "runs")), packs(config, facts))
+    made = prepare(config, open_folder(str(tmp_path / "runs")), layout(config, facts))
     planned = make_plan(config, made.stats, facts, Hardware(1, 0), None)
     assert made.stats.formats == {shape: NUM_RECORDS} and made.stats.num_rejected == made.stats.num_truncated == 0
     assert made.stats.num_validation_samples == 6

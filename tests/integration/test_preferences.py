@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def samples() -> list[Sample]:
 def rows_of_pairs(folder, rows: list[list[int]]) -> Rows:
     """Rows that hold these pairs each."""
     held = [[2 * pair for pair in row] + [2 * pair + 1 for pair in row] for row in rows]
-    return make_rows(folder, samples(), held, packed=True, pairs=True)
+    return make_rows(folder, samples(), held, packed=True, pairs="apart")
 
 
 def model_of(base: str, quantization: str, is_fused: bool) -> torch.nn.Module:
@@ -168,6 +169,15 @@ def test_figures_have_trls_names_and_margins_grow(storage):
     assert validations[-1]["eval_loss"] < validations[0]["eval_loss"]
 
 
+def test_report_shows_held_out_pairs_before_and_after(storage):
+    pairs = json.loads((storage / "two" / "pairs.json").read_text())
+    assert pairs and all(pair["adapter"] > pair["base"] for pair in pairs)
+    rows = [json.loads(line) for line in Path("data/preferences_sample.jsonl").read_text().splitlines()]
+    assert {pair["chosen"].strip() for pair in pairs} <= {row["chosen"].strip() for row in rows}
+    page = (storage / "two" / "report.html").read_text()
+    assert "Pairs before and after" in page and f"{pairs[0]['adapter']:+.2f}" in page
+
+
 def test_reference_is_the_base_computed_alone(storage):
     config = Config.model_validate(door_config(storage / "two"))
     base = load_base(config.model, config.quantization, "float32", CPU)
@@ -193,6 +203,21 @@ def test_adapter_is_judged_by_the_chosen_answers(storage, tmp_path):
     found = json.loads(results.read_text())
     of_chosen = [line["eval_nll_loss"] for line in door.metrics(storage / "two") if "eval_nll_loss" in line]
     assert found["with_adapter"]["loss"] == pytest.approx(of_chosen[-1], rel=0.1)  # there pair by pair, here by token
+    (*_, last) = (line for line in door.metrics(storage / "two") if "eval_loss" in line)
+    assert found["rewards"]["accuracies"] == pytest.approx(last["eval_rewards/accuracies"])
+    assert 0.1 * found["rewards"]["margins"] == pytest.approx(last["eval_rewards/margins"], rel=1e-3)
+    assert found["with_adapter"]["pairs_right"] > found["base"]["pairs_right"]
+
+
+def test_adapter_is_judged_by_a_file_of_pairs(storage, tmp_path, capsys):
+    lines = Path("data/preferences_sample.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    results = tmp_path / "results.json"
+    asked = ["--adapter", str(storage / "two"), "--file", str(tmp_path / "pairs.jsonl"), "--num-prompts", "0"]
+    assert evaluate.main([*asked, "--output", str(results)]) == 0
+    found = json.loads(results.read_text())
+    assert found["num_rows"] == 8 and found["rewards"]["accuracies"] > 0.8
+    assert "rewards/accuracies" in capsys.readouterr().out
 
 
 def door_config(run):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_ray.config import TrainingConfig
 from qlora_ray.data.tokenize import IGNORE_INDEX
 from qlora_ray.worker.loss import log_probabilities
-from qlora_ray.worker.objectives import FIGURES
+from qlora_ray.worker.objectives import FIGURES, figures_of_labelled
 from qlora_ray.worker.preference import Preference
 from tests.integration import tiny_models
 
@@ -159,3 +159,44 @@ def test_ten_steps_are_those_of_trls_loss_functions(objective, more, nll_weight,
         loss, _ = Preference(training, None).sums(ours, batch)
         assert step(ours, optimizers[1], loss / 2) == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     same(ours, model)
+
+
+LABELLED = [
+    {"prompt": f"Say {i}:", "completion": f" {i} it is" + " yes" * (i % 3), "label": i % 3 > 0} for i in range(24)
+]
+
+
+def test_ten_steps_are_those_of_trls_kto_trainer(start, tmp_path):
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    model, tokenizer = start
+    ours = copy.deepcopy(model)
+    settings = {"beta": BETA, "desirable_weight": 0.7, "undesirable_weight": 1.3}
+    arguments = KTOConfig(
+        output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, per_device_train_batch_size=3, report_to=[],
+        gradient_checkpointing=False, disable_dropout=True, train_sampling_strategy="sequential", **settings,
+    )  # fmt: skip
+    trainer = KTOTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(LABELLED), processing_class=tokenizer
+    )
+    optimizers = [torch.optim.AdamW(weights_of(one).values(), lr=RATE) for one in (trainer.model, ours)]
+    training = TrainingConfig.model_validate({"objective": "kto", **settings})
+    frozen = copy.deepcopy(ours)
+    loader = list(trainer.get_train_dataloader())
+    for number in range(STEPS):
+        given = loader[number % len(loader)]
+        theirs = step(trainer.model, optimizers[0], trainer._compute_loss(trainer.model, given, return_outputs=False))
+        answers, others = (batch_of(given[f"{name}input_ids"], given[f"{name}completion_mask"]) for name in ("", "KL_"))
+        with torch.no_grad():
+            reference, of_others = (log_probabilities(frozen, batch)[0] for batch in (answers, others))
+            found = log_probabilities(ours, others)[0]
+        kl = max(0.0, float((found - of_others).mean()))
+        answers["is_desirable"] = torch.as_tensor(given["label"], dtype=torch.bool)
+        loss, figures = Preference(training, reference, kl).sums(ours, answers)
+        assert step(ours, optimizers[1], loss / 3) == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+        made = figures_of_labelled(figures.tolist(), 3)
+        logged = {name: trainer._metrics["train"][name][-1] for name in made if name in trainer._metrics["train"]}
+        assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "kl"} <= logged.keys()
+        assert {name: made[name] for name in logged} == pytest.approx(logged, rel=1e-4, abs=2e-5)
+    same(ours, trainer.model)

@@ -21,7 +21,7 @@ from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import load_base
 from qlora_ray.model.facts import RopeLimit, read_facts
 from qlora_ray.planning.early import exact_facts
-from qlora_ray.planning.plan import Hardware, make_plan, packs
+from qlora_ray.planning.plan import Hardware, layout, make_plan
 from tests.integration import door, tiny_models
 
 CPU = torch.device("cpu")
@@ -156,8 +156,8 @@ def test_longrope_beyond_its_first_context_has_one_sample_a_row_and_one_row_a_ba
     folder = save(tmp_path, "phi3", rope_parameters={**rope, "original_max_position_embeddings": 32},
                   original_max_position_embeddings=32)  # fmt: skip
     config = tiny_models.make_config(folder, training={"max_length": 64})
-    assert packs(tiny_models.make_config(folder, training={"max_length": 32}), read_facts(folder))
-    assert not packs(config, read_facts(folder))
+    assert layout(tiny_models.make_config(folder, training={"max_length": 32}), read_facts(folder)).packing
+    assert not layout(config, read_facts(folder)).packing
     assert any("Rows hold one sample each" in note for note in planned(folder, longest_row=64, max_length=64).notes)
     with pytest.raises(ConfigError, match=r"training.batch_size=4: .*longrope.*training.batch_size=1"):
         planned(folder, longest_row=64, max_length=64, batch_size=4)
@@ -182,7 +182,7 @@ def test_hybrids_are_planned_adapted_and_their_batch_is_the_sum_of_its_samples(t
     folder = save(tmp_path, family, **HYBRIDS[family])
     config = tiny_models.make_config(folder, quantization={"type": "none"})
     facts = exact_facts(config)
-    assert not packs(config, facts)
+    assert not layout(config, facts).packing
     base = load_base(config.model, config.quantization, "float32", CPU)
     model = add_adapter(base, config.model, torch.float32, 0)
     adapted = {name.split(".")[-4] for name in trainable(model) if "lora_A" in name}

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from qlora_ray.config import Config
 from qlora_ray.data.prepare import prepare
 from qlora_ray.data.rows import open_rows
+from qlora_ray.data.stats import Layout
 from qlora_ray.data.vocabulary import token_counts
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import exact_facts
@@ -36,7 +37,7 @@ def look(base: Path, answer: str, **model) -> list[str]:
     rows = base.parent / "rows.json"
     rows.write_text(json.dumps([{"instruction": f"say {i}", "output": answer} for i in range(12)]))
     config: Config = tiny_models.make_config(str(base), model=model, data={"train_file": str(rows)})
-    prepared = prepare(config, open_folder(str(base.parent / "storage")), packing=True)
+    prepared = prepare(config, open_folder(str(base.parent / "storage")), how=Layout(packing=True))
     return check_vocabulary(config, prepared, exact_facts(config))
 
 
@@ -66,7 +67,7 @@ def test_tokens_are_counted_as_the_rows_have_them(base):
     rows = base.parent / "rows.json"
     rows.write_text(json.dumps([{"instruction": f"say {i}", "output": f"{i}"} for i in range(40)]))
     config = tiny_models.make_config(str(base), data={"train_file": str(rows), "validation_split": 0})
-    prepared = prepare(config, open_folder(str(base.parent / "storage")), packing=False)
+    prepared = prepare(config, open_folder(str(base.parent / "storage")), how=Layout(packing=False))
     ids = torch.tensor(sum(open_rows(prepared.entry, "train").gather(np.arange(40))["input_ids"].to_pylist(), []))
     for _ in range(2):  # counted, and found counted
         assert token_counts(prepared.train).tolist() == torch.bincount(ids).tolist()

@@ -9,6 +9,7 @@ from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.examples import read_examples
 from qlora_ray.data.prepare import prepare
 from qlora_ray.data.rows import chat_template_of
+from qlora_ray.data.stats import Layout
 from qlora_ray.data.tokenize import Encoder, load_tokenizer, prompt_ids
 from qlora_ray.errors import ConfigError
 from qlora_ray.storage import open_folder
@@ -36,7 +37,9 @@ def prepared(tmp_path):
             (tmp_path / "own.jinja").write_text(template)
             data["chat_template"] = str(tmp_path / "own.jinja")
         asked = {"train_file": str(path), "validation_split": 0, **data}
-        return prepare(Config.model_validate({"data": asked}), open_folder(str(tmp_path / "storage")), packing=False)
+        return prepare(
+            Config.model_validate({"data": asked}), open_folder(str(tmp_path / "storage")), how=Layout(packing=False)
+        )
 
     return prepare_records
 

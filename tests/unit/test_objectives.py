@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from qlora_ray.config import TrainingConfig
-from qlora_ray.worker.objectives import FIGURES, OBJECTIVES, Pairs, sums
+from qlora_ray.worker.objectives import (
+    FIGURES,
+    OBJECTIVES,
+    Labelled,
+    Pairs,
+    figures_of_labelled,
+    kto,
+    sums,
+    sums_of_labelled,
+)  # fmt: skip
 
 # Of four pairs: log-probability and tokens of chosen and of rejected, and the reference's log-probabilities.
 CASES = [
@@ -105,3 +114,31 @@ def test_an_answer_of_probability_one_has_finite_odds_and_gradient():
     )
     OBJECTIVES["orpo"](certain, training("orpo")).losses.sum().backward()
     assert bool(torch.isfinite(certain.chosen.grad).all()) and bool(torch.isfinite(certain.rejected.grad).all())
+
+
+def labelled(kinds: list[bool], kl: float = 0.8) -> Labelled:
+    answers, tokens, _, _, reference, _ = (torch.tensor(column).float() for column in zip(*CASES, strict=True))
+    return Labelled(answers, tokens, reference, torch.tensor(kinds), kl)
+
+
+def test_loss_of_a_labelled_answer_is_ktos_formula():
+    kinds = [True, False, False, True]
+    losses, rewards = kto(labelled(kinds), training("kto", desirable_weight=0.6, undesirable_weight=1.7))
+    ratios = [case[0] - case[4] for case in CASES]
+    signs = [1 if kind else -1 for kind in kinds]
+    values = [1 - 1 / (1 + math.exp(-BETA * sign * (ratio - 0.8))) for sign, ratio in zip(signs, ratios, strict=True)]
+    weighted = [(0.6 if kind else 1.7) * value for kind, value in zip(kinds, values, strict=True)]
+    assert losses.tolist() == pytest.approx(weighted, rel=1e-5)
+    assert rewards.tolist() == pytest.approx([BETA * ratio for ratio in ratios], rel=1e-5)
+
+
+def test_figures_of_labelled_answers_are_means_over_each_kind_and_left_out_of_a_kind_that_is_not_there():
+    found = {}
+    for kinds in ([True, False, False, True], [True] * 4):
+        _, figures = sums_of_labelled(labelled(kinds), training("kto"))
+        found[sum(kinds)] = figures_of_labelled(figures.tolist(), 4)
+    ratios = [BETA * (case[0] - case[4]) for case in CASES]
+    chosen, rejected = (ratios[0] + ratios[3]) / 2, (ratios[1] + ratios[2]) / 2
+    assert found[2]["rewards/chosen"] == pytest.approx(chosen, rel=1e-5)
+    assert found[2]["rewards/margins"] == pytest.approx(chosen - rejected, rel=1e-5)
+    assert found[2]["kl"] == pytest.approx(0.8) and "rewards/margins" not in found[4]

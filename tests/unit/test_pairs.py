@@ -14,6 +14,7 @@ from qlora_ray.data.order import NO_ROW, Order
 from qlora_ray.data.pairs import halves, to_pair, unused_fields
 from qlora_ray.data.prepare import prepare
 from qlora_ray.data.rows import Rows, as_pairs
+from qlora_ray.data.stats import Layout
 from qlora_ray.data.tokenize import IGNORE_INDEX
 from qlora_ray.data.work import encoder_of
 from qlora_ray.errors import BadRecord, ConfigError
@@ -47,7 +48,7 @@ def test_each_shape_makes_the_same_pair(record, name):
     pair, found = to_pair(record, "auto")
     assert halves(pair) == [[ASKED, LIMA], [ASKED, LIST]]
     assert found == name and to_pair(record, name) == (pair, name)
-    assert unused_fields(record, name, pairs=True) == []
+    assert unused_fields(record, name, records="pairs") == []
 
 
 def test_prompt_and_answers_as_texts_follow_each_other_as_they_are():
@@ -119,12 +120,12 @@ def say(i: int) -> dict:
     return {"instruction": f"Say {i}.", "chosen": f"{i} " + "word " * (i % 7), "rejected": "no " * (i % 5 + 1)}
 
 
-def prepared(tmp_path, records, packing, objective="dpo", **data):
+def prepared(tmp_path, records, packing, shares_prompts=False, objective="dpo", **data):
     (tmp_path / "pairs.json").write_text(json.dumps(records))
     data = {"train_file": str(tmp_path / "pairs.json"), "validation_split": 0.2, **data}
     config = Config.model_validate({"data": data, "training": {"objective": objective, "max_length": 64}})
     check_records(config)
-    return prepare(config, open_folder(str(tmp_path / "storage")), packing)
+    return prepare(config, open_folder(str(tmp_path / "storage")), Layout(packing, shares_prompts))
 
 
 def samples_of(table, row: int) -> list[tuple[list[int], list[int]]]:
@@ -177,6 +178,38 @@ def test_a_micro_batch_cut_from_a_block_of_many_is_the_one_made_alone(tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_row_of_pairs_has_their_answers_behind_one_copy_of_the_prompt(packing, tmp_path):
+    both = [prepared(tmp_path, [say(i) for i in range(40)], packing, shares) for shares in (True, False)]
+    shared, apart = (Rows(made.entry, "train") for made in both)
+    table = shared.gather(np.arange(len(shared)))
+    tensors = to_tensors(table, 0, torch.device("cpu"))
+    texts = {}
+    for row, (ids, labels, positions) in enumerate(
+        zip(*(table[name].to_pylist() for name in ("input_ids", "labels", "position_ids")), strict=True)
+    ):
+        starts = [i for i, place in enumerate(positions) if not i or place != positions[i - 1] + 1]
+        assert len(starts) == len(table["places"][row]) and len(ids) <= 128
+        for number, (a, b) in enumerate(zip(starts, [*starts[1:], len(ids)], strict=True)):
+            begin = ids[starts[number - 1] :][: positions[a]]
+            assert (number % 2 == 0) == (not begin) == (not table["is_rejected"][row][number].as_py())
+            texts[tuple(begin + ids[a:b])] = [t for t in labels[a:b] if t != IGNORE_INDEX]
+    assert len(tensors["places"]) == 64 and tensors["label_counts"].sum() == len(tensors["label_places"])
+    halves = [half.to_pylist() for half in apart.halves(np.arange(len(apart)))]
+    alone = {tuple(s["input_ids"]): [t for t in s["labels"] if t != IGNORE_INDEX] for half in halves for s in half}
+    assert texts == alone
+    assert both[0].stats.num_tokens == sum(map(len, table["input_ids"].to_pylist()))
+    assert both[1].stats.num_tokens - both[0].stats.num_tokens == int(tensors["num_shared"].sum()) > 32
+    assert both[0].stats.num_label_tokens == both[1].stats.num_label_tokens
+    assert both[0].stats.longest_row == max(map(len, table["input_ids"].to_pylist()))
+    assert by_text(shared) == by_text(apart)
+
+
+def by_text(rows: Rows) -> list[str]:
+    halves = (half.to_pylist() for half in rows.halves(np.arange(len(rows))))
+    return sorted(map(str, zip(*halves, strict=True)))
+
+
 def test_weights_repeat_whole_pairs(tmp_path):
     (tmp_path / "twice.json").write_text(json.dumps([say(i) for i in range(6)]))
     files = [{"path": str(tmp_path / "twice.json"), "weight": 2.0}]
@@ -187,7 +220,7 @@ def test_weights_repeat_whole_pairs(tmp_path):
 
 
 def test_rows_of_pairs_hold_the_chosen_samples_first():
-    offsets, samples = as_pairs(np.array([0, 2, 3]), np.array([4, 8, 0]))
+    offsets, samples = as_pairs(np.array([0, 2, 3]), np.array([4, 8, 0]), shares_prompts=False)
     assert offsets.tolist() == [0, 4, 6] and samples.tolist() == [4, 8, 5, 9, 0, 1]
 
 
@@ -240,6 +273,12 @@ def test_a_sweep_looks_for_the_highest_margin():
         ({"training": {"objective": "dpo"}, "data": {"train_on": "everything"}}, "data.train_on=everything"),
         ({"training": {"objective": "dpo"}, "data": {"keep_thoughts": "all"}}, "data.keep_thoughts=all"),
         ({"training": {"objective": "dpo"}, "data": {"format": "text"}}, "data.format=text"),
+        (
+            {"training": {"objective": "kto", "metric_for_best_model": "eval_rewards/accuracies"}},
+            "training.objective=kto compares no two answers",
+        ),
+        ({"training": {"objective": "dpo", "desirable_weight": 2}}, "training.desirable_weight=2"),
+        ({"training": {"share_prompts": False}}, "training.share_prompts=False"),
         ({"training": {"metric_for_best_model": "eval_rewards/margins"}}, "training.objective=sft has no pairs"),
         ({"training": {"objective": "dpo"}, "sweep": {**SWEEP, "metric": "eval_perplexity"}}, "eval_perplexity"),
         ({"training": {"objective": "dpo"}, "sweep": {**SWEEP, "metric": "eval_rewards/margins"}}, "Set both to the"),

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from qlora_ray.config import Config, base_model_path
-from qlora_ray.data.stats import DataStats
+from qlora_ray.data.stats import DataStats, Layout
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import exact_facts, refuse_early
-from qlora_ray.planning.plan import Hardware, check_workers_fit, learning_rate_at, make_plan, packs
+from qlora_ray.planning.plan import Hardware, check_workers_fit, layout, learning_rate_at, make_plan
 
 TINY = base_model_path("embedded")
 FACTS = exact_facts(Config())
@@ -237,8 +237,8 @@ def test_workers_that_no_single_node_can_hold_are_refused():
 def test_families_that_cannot_keep_samples_apart_get_padded_rows_and_a_note():
     opt = dataclasses.replace(FACTS, model_type="opt")
     asked = config()
-    assert packs(asked, FACTS) and not packs(asked, opt)
-    assert not packs(config(training={"packing": False}), FACTS)
+    assert layout(asked, FACTS).packing and not layout(asked, opt).packing
+    assert not layout(config(training={"packing": False}), FACTS).packing
     (note,) = [n for n in make_plan(asked, DATA, opt, CPUS, None).notes if "padded" in n]
     assert "opt" in note
     assert not [n for n in plan().notes + plan(training={"packing": False}).notes if "padded" in n]
@@ -290,12 +290,35 @@ def test_plan_says_what_a_family_without_fused_layers_costs():
         assert f"{slow / fast:.2f}" == factor and f"{slow:,}" in said and f"{fast:,}" in said
 
 
+def test_pairs_share_their_prompts_where_attention_can_and_the_plan_tells_where_not():
+    asked = config(training={"objective": "dpo"})
+    assert layout(asked, FACTS) == Layout(packing=True, shares_prompts=True)
+    assert layout(config(training={"objective": "dpo", "share_prompts": False}), FACTS) == Layout(packing=True)
+    assert layout(config(training={"objective": "dpo", "packing": False}), FACTS) == Layout(False, True)
+    assert layout(config(), FACTS) == Layout(packing=True)
+    other = dataclasses.replace(FACTS, model_type="bloom")
+    assert layout(asked, other) == Layout(packing=False)
+    for training in ({}, {"packing": False}):
+        asked = config(training={"objective": "dpo", **training})
+        notes = make_plan(asked, dataclasses.replace(DATA, pairs=True), other, CPUS, None).notes
+        assert any("a prompt of its own" in note for note in notes)
+
+
+def test_row_of_pairs_that_share_prompts_is_planned_by_its_length_and_its_positions():
+    asked = config(training={"objective": "dpo", "batch_size": 3, "max_length": 40})
+    shared = dataclasses.replace(DATA, pairs=True, shares_prompts=True, longest_row=70, max_length=40)
+    plan = make_plan(asked, shared, dataclasses.replace(FACTS, num_positions=40), CPUS, None)
+    assert (plan.tokens_per_micro_batch, plan.longest_sample) == (210, 40)
+    with pytest.raises(ConfigError, match="the longest sample has 40 tokens"):
+        make_plan(asked, shared, dataclasses.replace(FACTS, num_positions=36), CPUS, None)
+
+
 def test_micro_batch_of_pairs_holds_two_rows_of_tokens_for_each_row():
     asked = config(training={"objective": "dpo", "batch_size": 3, "max_length": 40})
     of_pairs, of_answers = (
         make_plan(asked, dataclasses.replace(DATA, pairs=pairs), FACTS, CPUS, None) for pairs in (True, False)
     )
     assert (of_pairs.tokens_per_micro_batch, of_answers.tokens_per_micro_batch) == (240, 120)
-    assert of_pairs.tokens_per_row == of_answers.tokens_per_row == 40
+    assert of_pairs.longest_sample == of_answers.longest_sample == 40
     assert of_pairs.num_steps == of_answers.num_steps
     assert of_pairs.memory_forecast_gib["activations"] > of_answers.memory_forecast_gib["activations"]
