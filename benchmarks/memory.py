@@ -19,7 +19,7 @@ from qlora_ray.model.recompute import Choice, Keep, Room, choose
 from qlora_ray.planning import memory
 
 LAYERS = 4
-NEWER = ("qwen3-8b", "gemma3-4b", "phi-4-mini", "granite-3-8b", "olmo2-7b", "smollm3-3b", "glm4-9b")
+NEWER = ("qwen3-8b", "gemma3-4b", "phi-4-mini", "granite-3-8b", "olmo2-7b", "smollm3-3b", "glm4-9b", "gpt2-medium")
 CASES = [  # shape, rows, length, rank, what is kept, ZeRO stage
     ("llama-8b", 4, 2048, 16, "all", 0), ("llama-8b", 4, 2048, 16, "all", 3), ("llama-8b", 4, 2048, 16, "host", 3),
     ("llama-8b", 1, 8192, 64, "products", 3), ("llama-8b", 2, 512, 8, "attention", 0),
@@ -37,10 +37,14 @@ def facts_of(shape: dict) -> BaseFacts:
     """What read_facts would find in a checkpoint of this shape."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(tie_word_embeddings=False, **shape))
-    layers = {name: module for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)}
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(max_position_embeddings=8192, tie_word_embeddings=False, **shape)
+        )
+    kinds = (torch.nn.Linear, Conv1D)
+    layers = {name: module for name, module in model.base_model.named_modules() if isinstance(module, kinds)}
     linear = tuple((f"model.{name}", *module.weight.shape) for name, module in layers.items())
     return BaseFacts(
         model_type=shape["model_type"], num_parameters=sum(one.numel() for one in model.parameters()),

@@ -81,7 +81,7 @@ def floor_tokens_per_second(shape: dict, length: int, rank: int = RANK) -> float
     sides = [(hidden, heads * head_dim), (hidden, kv * head_dim), (hidden, kv * head_dim), (heads * head_dim, hidden)]
     inner = shape.get("moe_intermediate_size", shape["intermediate_size"]) * shape.get("num_experts_per_tok", 1)
     lora = shape["num_hidden_layers"] * sum(rank * (a + b) for a, b in sides)  # experts get none
-    sides += [(hidden, inner)] * 3
+    sides += [(hidden, inner)] * (2 if shape["model_type"] == "gpt2" else 3)  # without a gate
     layers = shape["num_hidden_layers"]
     frozen = layers * sum(a * b for a, b in sides) + hidden * shape["vocab_size"]
     if "num_experts_per_tok" not in shape:
@@ -105,12 +105,14 @@ def build_base(shape: dict, device: str):
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    layers, model.model.layers = model.model.layers, torch.nn.ModuleList()
+    stack = "h" if shape["model_type"] == "gpt2" else "layers"
+    layers = getattr(model.base_model, stack)
+    setattr(model.base_model, stack, torch.nn.ModuleList())
     for part in (model, *layers):
         part.to_empty(device=device).apply(model._init_weights)
         if part is not model:
             _pack(part, four_bit_config(QuantizationConfig(), torch.bfloat16), device)
-    model.model.layers = layers
+    setattr(model.base_model, stack, layers)
     compute_in_4_bits(model)
     model.requires_grad_(False)
     model.is_loaded_in_4bit = True
@@ -125,17 +127,19 @@ def _pack(layer, four_bit, device: str) -> None:
     """Put the linear layers and the experts of a decoder layer in NF4."""
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers.pytorch_utils import Conv1D
 
     from qlora_ray.model.experts import pack
 
     for parent in list(layer.modules()):
         pack(parent, four_bit)
         for name, linear in list(parent.named_children()):
-            if type(linear) is torch.nn.Linear:
+            if isinstance(linear, torch.nn.Linear | Conv1D):
+                values = linear.weight.data.t() if isinstance(linear, Conv1D) else linear.weight.data  # (rows, columns)
                 with torch.device("meta"):
-                    packed = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
+                    packed = Linear4bit(values.shape[1], values.shape[0], linear.bias is not None,
                                         compute_dtype=torch.bfloat16, quant_type="nf4")  # fmt: skip
-                packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=packed)
+                packed.weight = Params4bit(values, requires_grad=False, quant_type="nf4", module=packed)
                 packed.bias = linear.bias
                 packed.support_avx512bf16_for_cpu = False
                 setattr(parent, name, packed.to(device))

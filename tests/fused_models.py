@@ -1,5 +1,6 @@
 """Tiny models three ways: fused, PEFT on bitsandbytes, and PEFT on the same weights dequantized, in float64."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
 from qlora_ray.model.base import load_base
 from qlora_ray.model.dropout import Drop, drop_of, kept
 from qlora_ray.model.experts import modules_of_stacks, stack_names
+from qlora_ray.model.families import FAMILIES
 from qlora_ray.model.fused import FIRST_PLACE, fuse
+from qlora_ray.model.layer import OWN_PLACE
 from qlora_ray.worker.loss import sum_of_nats
 from tests.integration import tiny_models
 
@@ -34,6 +37,11 @@ SETTINGS: dict[str, dict] = {
     "glm4_moe": {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.7},
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }  # fmt: skip
+OWN_DROPOUT: dict[str, dict] = {  # of the base itself
+    "gpt2": {"attn_pdrop": 0.2, "embd_pdrop": 0.2, "resid_pdrop": 0.2},
+    "phi3": {"resid_pdrop": 0.2},
+    "granite": {"attention_dropout": 0.2},
+}
 
 
 def save(family: str, folder: Path) -> str:
@@ -94,23 +102,28 @@ def unpack_experts(model: PeftModel) -> None:
 def with_masks_of_fused(
     model: PeftModel, probability: float, seed: int, places: torch.Tensor | None = None
 ) -> PeftModel:
-    """Give each LoRA outside fused layers the mask that its group would have in a fused layer.
+    """Give each LoRA outside fused layers the mask that its group would have in a fused layer, and each layer's own
+    dropout, but that of attention.
 
     `places` are the rows that the last layer is asked for.
     """
-    groups = ("q_proj k_proj v_proj qkv_proj", "o_proj", "gate_proj up_proj gate_up_proj", "down_proj")
-    num_beside = 0
+    family, num_beside = FAMILIES[model.config.model_type], 0
     for name, module in model.named_modules():
-        parts = name.split(".")
-        if parts[-1] == "lora_dropout" and "shared_expert" in name:  # beside experts
+        found = re.fullmatch(r".*\.(\d+)\.(.*?)(\.lora_dropout)?", name)
+        if not found:
+            continue
+        layer, part, of_lora = int(found[1]), found[2], found[3]
+        is_last = layer == model.config.num_hidden_layers - 1
+        if of_lora and "shared_expert" in name:  # beside experts
             drop = drop_of(probability, seed, FIRST_PLACE + num_beside)
-            is_last = f"layers.{model.config.num_hidden_layers - 1}." in name
             module[ADAPTER_NAME], num_beside = GivenMask(drop, places if is_last else None), num_beside + 1
-        elif parts[-1] == "lora_dropout":
-            group = next(i for i, names in enumerate(groups) if parts[-2] in names.split())
-            layer = int(parts[parts.index("layers") + 1])
-            is_last = layer == model.config.num_hidden_layers - 1 and group > 0
-            module[ADAPTER_NAME] = GivenMask(drop_of(probability, seed, 4 * layer + group), places if is_last else None)
+        elif of_lora:
+            group = next(i for i, names in enumerate(family.projections) if part in names)
+            drop = drop_of(probability, seed, 4 * layer + group)
+            module[ADAPTER_NAME] = GivenMask(drop, places if is_last and group > 0 else None)
+        elif part in family.drops and module.p:
+            drop = drop_of(module.p, seed, OWN_PLACE + 2 * layer + family.drops.index(part))
+            model.set_submodule(name, GivenMask(drop, places if is_last else None))
     return model
 
 

@@ -117,6 +117,7 @@ class Sight:
     scale: float
     window: int | None = None  # None: of all
     sinks: torch.Tensor | None = None  # (H,), a score beside those of the keys, whose share goes nowhere; frozen
+    dropout: float = 0.0  # of scores' weights, from torch's generator; not with sinks
 
     def is_whole(self, length: int) -> bool:
         """Whether the window shows all of a sample of this length."""
@@ -195,7 +196,7 @@ def _attend_dense(q, k, v, mask: torch.Tensor | None, sight: Sight) -> torch.Ten
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         groups = 1
     return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, scale=sight.scale, enable_gqa=groups > 1
+        q, k, v, mask, sight.dropout, mask is None, scale=sight.scale, enable_gqa=groups > 1
     )
 
 
@@ -212,7 +213,8 @@ def _attend_flash(q, k, v, mask: torch.Tensor, sight: Sight) -> torch.Tensor:
     if sight.sinks is not None:
         output: torch.Tensor = _FlashWithSinks.apply(q, k, v, runs, sight)
         return output
-    return torch.ops.aten._flash_attention_forward(q, k, v, *_borders(runs), 0.0, True, False, **_weighing(sight))[0]
+    more = (sight.dropout, True, False)
+    return torch.ops.aten._flash_attention_forward(q, k, v, *_borders(runs), *more, **_weighing(sight))[0]
 
 
 def _borders(runs: _Runs) -> tuple[torch.Tensor, torch.Tensor, int, int]:

@@ -1,13 +1,17 @@
-"""Dropout of what a LoRA reads, as a function of its place alone: drawn in forward, and drawn again in backward.
+"""Dropout as a function of its place alone: drawn in forward, and drawn again in backward.
 
-The mask of a group of projections depends on the seed of the micro-batch (worker/micro_batches.py sets it from the
-run's seed, the step and the micro-batch), the layer, the group, the row and the column, and on nothing else: no number
-of workers, resume, recomputation or kernel changes it. Where workers share rows of tokens, a row is counted through all
-of them. Bits come from a hash and no generator, so that a kernel makes them where it needs them: PCG-RXS-M-XS-32
-(O'Neill 2014, HMC-CS-2014-0905; as a hash in Jarzynski and Olano 2020, JCGT 9:3).
+The mask of what a LoRA reads, or of what a base's layer adds, depends on the seed of the micro-batch
+(worker/micro_batches.py sets it from the run's seed, the step and the micro-batch), the layer, the group, the row and
+the column, and on nothing else: no number of workers, resume, recomputation or kernel changes it. Where workers share
+rows of tokens, a row is counted through all of them. Bits come from a hash and no generator, so that a kernel makes
+them where it needs them: PCG-RXS-M-XS-32 (O'Neill 2014, HMC-CS-2014-0905; as a hash in Jarzynski and Olano 2020, JCGT
+9:3). Dropout of attention is torch's own, from its generator: where attention is computed again, the generator goes
+back to where it stood.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +39,14 @@ class Drop:
         """Of the values that are kept, so that their mean stays."""
         return 1 / (1 - self.probability)
 
+    def of_rows(self, rows: slice, device: torch.device) -> "Drop":
+        """The same mask for a slice of the rows."""
+        if not self.probability:
+            return self
+        if self.numbers is not None:
+            return replace(self, numbers=self.numbers[rows])
+        return replace(self, numbers=torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device))
+
 
 NOTHING = Drop(0.0)
 
@@ -49,8 +61,32 @@ def drop_of(probability: float, seed: int, place: int, numbers: torch.Tensor | N
 
 def probability_of(lora: Any) -> float:
     """The dropout of one of PEFT's LoRA layers as it is now: 0 in evaluation mode, and without a LoRA."""
-    dropout = next(iter(lora.lora_dropout.values())) if lora is not None else None
-    return float(dropout.p) if isinstance(dropout, torch.nn.Dropout) and dropout.training else 0.0
+    return probability_in(next(iter(lora.lora_dropout.values())) if lora is not None else None)
+
+
+def probability_in(module: torch.nn.Module | None) -> float:
+    """Of a module of dropout as it is now; 0 of another module, and without one."""
+    return float(module.p) if isinstance(module, torch.nn.Dropout) and module.training else 0.0
+
+
+def generator_state(device: torch.device) -> torch.Tensor:
+    """Where torch's generator of a device stands."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextmanager
+def drawing_from(state: torch.Tensor | None, device: torch.device) -> Iterator[None]:
+    """Within, the generator of a device draws from this state on; None: from where it stands."""
+    if state is None:
+        yield
+        return
+    set_state = (lambda one: torch.cuda.set_rng_state(one, device)) if device.type == "cuda" else torch.set_rng_state
+    before = generator_state(device)
+    set_state(state)
+    try:
+        yield
+    finally:
+        set_state(before)
 
 
 def pcg(value: int) -> int:

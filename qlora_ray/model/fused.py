@@ -52,14 +52,15 @@ def fuse(model: torch.nn.Module) -> str:
     layers = [module for module in model.modules() if type(module).__name__ in classes]
     fused, inside = [], set[int]()
     for index, layer in enumerate(layers):
-        projections = _projections(layer, classes[type(layer).__name__])
+        family = classes[type(layer).__name__]
+        projections = _projections(layer, family)
         if any(map(why_not, projections)) or not any(map(_is_lora, projections)):
             continue  # told projection by projection
-        why = _why_not_layer(layer)
+        why = _why_not_layer(layer, family)
         reasons.update(f"layer: {reason}" for reason in why)
         if not why:
             kind = RoutedLayer if _is_mixture(layer.mlp) else FusedLayer
-            _fuse_layer(layer, kind(layer, classes[type(layer).__name__], index, shared))
+            _fuse_layer(layer, kind(layer, family, index, shared))
             fused.append(layer)
             inside |= {id(part) for projection in projections for part in projection.modules()}
     _use_one_kernel_for_gelu(model)
@@ -124,21 +125,24 @@ def _is_trained_whole(module: torch.nn.Module) -> bool:
 
 
 def _projections(layer: torch.nn.Module, family: Family) -> list[torch.nn.Module]:
-    of_attention = [getattr(layer.self_attn, name) for name in (*family.qkv, "o_proj")]
-    if _is_mixture(layer.mlp):
-        return of_attention
-    return of_attention + [getattr(layer.mlp, name) for name in (*family.gate_up, "down_proj")]
+    groups = family.projections[:2] if _is_mixture(layer.mlp) else family.projections
+    return [layer.get_submodule(name) for names in groups for name in names]
 
 
-def _is_mixture(mlp: torch.nn.Module) -> bool:
+def _is_mixture(mlp: Any) -> bool:
     return hasattr(mlp, "experts")
 
 
-def _why_not_layer(layer: torch.nn.Module) -> set[str]:
+def _why_not_layer(layer: torch.nn.Module, family: Family) -> set[str]:
     """Why a layer cannot take the fused path, though its projections can."""
-    attention, why = layer.self_attn, set()
-    if attention.attention_dropout or getattr(getattr(layer, "resid_attn_dropout", None), "p", 0):
-        why.add("its attention has dropout")
+    attention: Any = getattr(layer, family.attention)
+    why = set()
+    if hasattr(layer, "crossattention"):
+        why.add("it attends to another sequence too")
+    if getattr(attention, "reorder_and_upcast_attn", False):
+        why.add("its attention computes scores in float32")
+    if hasattr(attention, "sinks") and attention.attention_dropout:
+        why.add("its attention has sinks and dropout")
     if _is_mixture(layer.mlp):
         why |= _why_not_mixture(layer.mlp)
     elif activation_of(layer.mlp) not in ACTIVATIONS:
@@ -169,17 +173,20 @@ def _fuse_layer(layer: torch.nn.Module, fused: FusedLayer) -> None:
     plain = layer.forward
     adapter = next(lora for lora in fused.loras if lora is not None)
 
-    def forward(hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **more: Any):
-        mask_is_known = attention_mask is None or attention_mask.dim() == 4
-        if past_key_values is not None or not mask_is_known or adapter.disable_adapters or adapter.merged:
+    def forward(hidden_states: torch.Tensor, *by_place: Any, **given: Any) -> torch.Tensor:
+        given |= dict(zip(fused.family.by_place, by_place, strict=bool(by_place)))
+        mask = given.get("attention_mask")
+        is_other = any(given.get(name) is not None for name in ("past_key_values", "encoder_hidden_states"))
+        mask_is_known = mask is None or mask.dim() == 4
+        if is_other or not mask_is_known or adapter.disable_adapters or adapter.merged:
             assert fused.holders.row_group is None, "plain layers attend to what they are given, here a part of a row"
-            if attention_mask is not None and attention_mask.dtype == torch.int32:
-                attention_mask = dense_mask(attention_mask, *hidden_states.shape[:2], fused.sight)
-                if layer.self_attn.config._attn_implementation == "eager":
-                    attention_mask = added_mask(attention_mask, hidden_states, fused.sight)
-            more |= {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
-            return plain(hidden_states, attention_mask=attention_mask, **more)
-        return fused(hidden_states, *position_embeddings, attention_mask)
+            if mask is not None and mask.dtype == torch.int32:
+                mask = dense_mask(mask, *hidden_states.shape[:2], fused.sight)
+                if fused.attention.config._attn_implementation == "eager":
+                    mask = added_mask(mask, hidden_states, fused.sight)
+                given["attention_mask"] = mask
+            return plain(hidden_states, **given)
+        return fused(hidden_states, given.get("position_embeddings"), mask)
 
     layer.fused, layer.forward = fused, forward
 
@@ -211,16 +218,16 @@ def _use_one_kernel_for_gelu(model: torch.nn.Module) -> None:
 def _fuse_ends(model: torch.nn.Module, last: FusedLayer) -> None:
     """The final norm, and the head with its loss."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    norm = causal_lm.model.norm
+    norm = causal_lm.get_submodule(last.family.last_norm)
     causal_lm.takes_borders = True
     causal_lm.row_holders = last.holders
     if not _is_trained_whole(norm):
         norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, last.family)
-    _fuse_head(causal_lm, last)
+    _fuse_head(causal_lm, last if last.family.passes_rows else _NoLayer())
 
 
 class _NoLayer:
-    """Stands for the layer before a head that is fused alone: it always returns all rows."""
+    """Stands for the layer before a head where that always returns all rows."""
 
     places: torch.Tensor | None = None
     place_numbers: torch.Tensor | None = None
@@ -238,7 +245,7 @@ class _LastNorm(torch.autograd.Function):
     def forward(ctx, hidden, module, family: Family):
         x = hidden.reshape(-1, hidden.shape[-1])
         out = torch.empty_like(x)
-        ops_for(x.device).rms_norm(x, None, norm_of(module, family), out)
+        ops_for(x.device).norm_rows(x, None, norm_of(module, family), out)
         ctx.module, ctx.family = module, family
         ctx.save_for_backward(x)
         return out.view(hidden.shape)
@@ -247,5 +254,5 @@ class _LastNorm(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         dx, flat = torch.empty_like(x), grad.reshape(x.shape).contiguous()
-        ops_for(x.device).rms_norm_backward(flat, x, norm_of(ctx.module, ctx.family), None, dx)
+        ops_for(x.device).norm_rows_backward(flat, x, norm_of(ctx.module, ctx.family), None, dx)
         return dx.view(grad.shape), None, None

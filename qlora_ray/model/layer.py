@@ -1,20 +1,28 @@
 """A decoder layer on a 4-bit base with LoRA as one autograd function: forward, backward, recomputation.
 
 x1 = x + m post1(o_proj(attention(q, k, v))) with q, k, v of pre1(x); y = x1 + m post2(down(activation(gate) x up)) with
-gate and up of pre2(x1). Which norms there are, and what else differs between model types, says its `Family`. Nothing
-but activations is kept between forward and backward, and of those only what `Keep` says.
+gate and up of pre2(x1), or of activation(up) alone. Which norms there are, and what else differs between model types,
+says its `Family`. Nothing but activations is kept between forward and backward, and of those only what `Keep` says.
 """
 
-# B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP
-from collections.abc import Callable
-from dataclasses import dataclass, field
+# B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP, U = 2 I with a gate, else I
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from qlora_ray.model import slices
 from qlora_ray.model.attention import Sight, attend
-from qlora_ray.model.dropout import drop_of, probability_of
+from qlora_ray.model.dropout import (
+    NOTHING,
+    Drop,
+    drawing_from,
+    drop_of,
+    generator_state,
+    probability_in,
+    probability_of,
+)
 from qlora_ray.model.families import Family
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.ops_plain import Angles
@@ -40,11 +48,14 @@ class Kept:
     given1: torch.Tensor | None = None  # (M, D) of o_proj, in the same cases
     x1: torch.Tensor | None = None  # (M, D)
     n2: torch.Tensor | None = None  # (M, D + R) what gate and up read, with its LoRA
-    gate_up: torch.Tensor | None = None  # (M, 2 I)
+    gate_up: torch.Tensor | None = None  # (M, U)
     z_down: torch.Tensor | None = None  # (M, R)
     given2: torch.Tensor | None = None  # (M, D) of down, in the same cases
     routed: Any = None  # of a mixture: model/mixture.py
     turns: tuple[Turn, ...] = field(default_factory=lambda: tuple(Turn() for _ in range(4)))  # q k v, o, gate up, down
+    drops: Sequence[Drop] = (NOTHING, NOTHING)  # of what attention and MLP add
+    dropout: float = 0.0  # of attention
+    generator: torch.Tensor | None = None  # where it stood before that, for layers whose attention is computed again
     places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
     slices: tuple[slice, ...] = ()  # that the MLP takes its rows in, where these are many: see model/slices.py
     row_group: RowGroup | None = None  # the workers that hold the rows in parts: `attention` has whole ones
@@ -81,15 +92,18 @@ class FusedLayer:
     takes_slices = True  # of long rows, in its MLP
 
     def __init__(self, layer: torch.nn.Module, family: Family, index: int, shared: Shared):
-        attention = layer.self_attn
-        self.family = family
+        attention: Any = getattr(layer, family.attention)
+        self.family, self.attention = family, attention
         self.before, self.after = (
             tuple(getattr(layer, name) if name else None for name in names) for names in (family.before, family.after)
         )
         has_norms = bool(family.norm_of_heads) and hasattr(attention, "q_norm")
         self.head_norms = (attention.q_norm, attention.k_norm) if has_norms else None
+        self.drops = [layer.get_submodule(name) if name else None for name in family.drops]
+        self.factor = float(getattr(layer, "residual_multiplier", 1.0))  # of what attention and MLP add
+        assert self.factor == 1 or not any(self.after), "a norm would come between a product and its factor"
         self.qkv = Group([member(getattr(attention, name)) for name in family.qkv])
-        self.out = Single(member(attention.o_proj))
+        self.out = Single(member(getattr(attention, family.out), self.factor))
         self.take_mlp(layer.mlp)
         groups = (self.qkv, self.out, self.gate_up, self.down)
         self.learns_lengths = [any(m.magnitude for m in group.members) for group in groups]
@@ -99,8 +113,7 @@ class FusedLayer:
         many = self.out.shape[1] // self.head_dim
         few = (sum(self.qkv.rows) // self.head_dim - many) // 2
         self.num_heads = [many, few, few]  # of q, k, v
-        self.multiplier = float(getattr(layer, "residual_multiplier", 1.0))
-        self.rotates = bool(getattr(attention, "use_rope", True))
+        self.rotates = bool(getattr(attention, "use_rope", family.rotates))
         self.index, self.stash, self.passed, self.keep = index, shared.stash, shared.passed, Keep.ALL
         self.holders = shared.holders
         self.before_backward: Callable[[], None] | None = None  # has the weights there, where they are not always
@@ -110,8 +123,9 @@ class FusedLayer:
     def take_mlp(self, mlp: Any) -> None:
         """Find the MLP's projections."""
         self.gate_up: Any = Group([member(getattr(mlp, name)) for name in self.family.gate_up], apart=True)
-        self.down: Any = Group([member(mlp.down_proj)], spare_rows=member(mlp.down_proj).rank)
-        self.down_back = Single(member(mlp.down_proj), held_by=self.down)
+        down = member(getattr(mlp, self.family.down), self.factor)
+        self.down: Any = Group([down], spare_rows=down.rank)
+        self.down_back = Single(down, held_by=self.down)
         self.room = self.down_back.room  # beside the gradient of what the layer returns
         self.is_gelu = activation_of(mlp) in GELU_BY_TANH
 
@@ -125,25 +139,32 @@ class FusedLayer:
         for part in (self.qkv, self.out, self.gate_up, self.down):
             part.hold_weights = True
 
-    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None):
-        """x (B, T, D), cos and sin (B or 1, T, E) -> (B, T, D), or (1, L, D) of `places`."""
-        return _Layer.apply(x, self, cos, sin, mask, torch.is_grad_enabled(), *self.parameters())
+    def __call__(self, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None):
+        """x (B, T, D), turned by cos and sin (B or 1, T, E) -> (B, T, D), or (1, L, D) of `places`."""
+        return _Layer.apply(x, self, self.angles(turned), mask, torch.is_grad_enabled(), *self.parameters())
 
-    def draw(self) -> tuple[Turn, ...]:
-        """Which values the LoRAs of each group shall not see in this micro-batch."""
+    def begin(self, x: torch.Tensor) -> Kept:
+        """Of a micro-batch x (B, T, D): its rows, who holds them, and what is to be dropped of them."""
         seed, numbers = torch.initial_seed(), self.holders.numbers
         behind = numbers if self.place_numbers is None else self.place_numbers
-        of_groups = (numbers, behind, behind, behind)
-        return tuple(
-            Turn(drop_of(probability_of(lora), seed, 4 * self.index + i, of_groups[i]))
-            for i, lora in enumerate(self.loras)
-        )
+        read = enumerate(zip(self.loras, (numbers, behind, behind, behind), strict=True))
+        return Kept(
+            x.reshape(-1, x.shape[-1]), places=self.places, row_group=self.holders.row_group,
+            turns=tuple(Turn(drop_of(probability_of(one), seed, 4 * self.index + i, rows)) for i, (one, rows) in read),
+            drops=[
+                drop_of(probability_in(own), seed, OWN_PLACE + 2 * self.index + i, behind)
+                for i, own in enumerate(self.drops)
+            ],
+            dropout=own_dropout(self.attention) if self.attention.training else 0.0,
+        )  # fmt: skip
 
-    def angles(self, cos: torch.Tensor, sin: torch.Tensor) -> Angles | None:
+    def angles(self, turned: tuple[torch.Tensor, torch.Tensor] | None) -> Angles | None:
         """How queries and keys are rotated; None where this layer does not."""
+        if turned is None or not self.rotates:
+            return None
         repeats = 2 if self.family.halves_angles else 1
-        flat = (part.reshape(-1, part.shape[-1]).repeat(1, repeats) for part in (cos, sin))  # (T or M, 2 F)
-        return Angles(*flat, self.family.interleaved) if self.rotates else None
+        flat = (part.reshape(-1, part.shape[-1]).repeat(1, repeats) for part in turned)  # (T or M, 2 F)
+        return Angles(*flat, self.family.interleaved)
 
     def attention_part(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask, with_graph: bool) -> None:
         """Fill in n1, heads and attention."""
@@ -169,14 +190,18 @@ class FusedLayer:
         if kept.row_group:
             parts = kept.row_group.to_heads(*parts)
         q, k, v = (part.detach().requires_grad_(with_graph) for part in parts)
+        sight = replace(self.sight, dropout=kept.dropout)
         if kept.parked is not None:
             output = kept.parked.come_back(q, k, v)
         elif with_graph and self.keep == Keep.PARKED:
             kept.parked = ParkedAttention(self.index, self.stash)
-            output = kept.parked.forward(lambda *read: attend(*read, mask, self.sight), q, k, v)
+            output = kept.parked.forward(lambda *read: attend(*read, mask, sight), q, k, v)
         else:
-            with torch.set_grad_enabled(with_graph):
-                output = attend(q, k, v, mask, self.sight)
+            if kept.dropout and not with_graph and self.keep >= Keep.INPUT:
+                kept.generator = generator_state(q.device)
+            again = kept.generator if with_graph else None
+            with torch.set_grad_enabled(with_graph), drawing_from(again, q.device):
+                output = attend(q, k, v, mask, sight)
         kept.attention, kept.attended = (q, k, v, output), output.detach()
         if kept.row_group:
             kept.attended = kept.row_group.to_tokens(kept.attended)
@@ -197,7 +222,7 @@ class FusedLayer:
             if kept.given1 is None:
                 output = kept.rows(kept.attended.transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
                 kept.given1, kept.z_o = self.out.forward(output, kept.turns[1])
-            added = self._given(0, kept.given1)
+            added = self._given(0, kept, kept.given1)
             if not self.keeps_given[0]:
                 kept.given1 = None
         if kept.slices:
@@ -217,7 +242,7 @@ class FusedLayer:
         if kept.slices:
             return slices.mlp_part(self, kept, with_graph)
         kept.given2 = self.mlp_forward(kept, with_graph)
-        y = self._given(1, kept.given2)
+        y = self._given(1, kept, kept.given2)
         if not self.keeps_given[1]:
             kept.given2 = None
         return y.add_(kept.x1)
@@ -232,20 +257,22 @@ class FusedLayer:
     def _hidden(self, kept: Kept) -> torch.Tensor:
         """What down reads, with its LoRA: (M, I + R)."""
         h = self.down.buffer(kept.gate_up)
-        ops_for(h.device).glu(kept.gate_up, self.is_gelu, h[:, : self.down.inputs])
+        ops_for(h.device).activate(kept.gate_up, self.is_gelu, h[:, : self.down.inputs])
         self.down.fill(h, kept.turns[3])
         return h
 
-    def _given(self, which: int, given: torch.Tensor) -> torch.Tensor:
+    def _given(self, which: int, kept: Kept, given: torch.Tensor) -> torch.Tensor:
         """What is added to the residual stream of what attention or MLP gives: (M, D), in place if that is not kept."""
-        norm = self.after[which]
+        norm, drop, ops = self.after[which], kept.drops[which], ops_for(given.device)
         if norm is not None:
             out = torch.empty_like(given)
-            ops_for(given.device).rms_norm(given, None, norm_of(norm, self.family), out)
+            ops.norm_rows(given, None, norm_of(norm, self.family), out)
             given = out
         elif self.keeps_given[which]:
             given = given.clone()
-        return given if self.multiplier == 1 else given.mul_(self.multiplier)
+        if drop.probability:
+            ops.drop_values(given, drop, given)
+        return given
 
     def complete(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask) -> None:
         """Compute again what was not kept."""
@@ -287,7 +314,7 @@ class FusedLayer:
         width = dy.shape[1]
         of_mlp, buffer1 = self.mlp_backward(kept, dy)
         kept.gate_up = kept.n2 = kept.x1 = None
-        d_given = self.back_to_given(0, kept.given1, buffer1)
+        d_given = self.back_to_given(0, kept, kept.given1, buffer1)
         self._learn_from(1, kept, kept.given1)
         kept.given1 = None
         q, k, v, output = kept.attention
@@ -330,16 +357,17 @@ class FusedLayer:
     def through_mlp(self, kept: Kept, buffer: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The same; buffer (M, D + room) holds dy."""
         width, turn = self.qkv.inputs, kept.turns[3]
-        d_given = self.back_to_given(1, kept.given2, buffer)
+        d_given = self.back_to_given(1, kept, kept.given2, buffer)
         self._learn_from(3, kept, kept.given2)
         kept.given2 = None
         h, dz = self.down_back.input_gradient(d_given, turn)  # dh (M, I)
-        self._learn_from(2, kept, kept.gate_up.clone() if self.learns_lengths[2] else None)
-        ops_for(h.device).glu_backward(h, kept.gate_up, self.is_gelu)  # dh becomes h, gate_up its gradient
+        self._learn_from(2, kept, kept.gate_up)
+        d_gate_up = torch.empty_like(kept.gate_up) if self.learns_lengths[2] else kept.gate_up
+        ops_for(h.device).activate_backward(h, kept.gate_up, self.is_gelu, d_gate_up)  # dh becomes h
         of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, turn)
         turn.given = None
         del h, dz, d_given
-        of_gate_up, buffer1 = self._through_group(1, kept, kept.gate_up, buffer[:, :width])
+        of_gate_up, buffer1 = self._through_group(1, kept, d_gate_up, buffer[:, :width])
         return [*of_gate_up, *of_down], buffer1
 
     def _learn_from(self, which: int, kept: Kept, given: torch.Tensor | None) -> None:
@@ -347,21 +375,21 @@ class FusedLayer:
         if self.learns_lengths[which]:
             kept.turns[which].given = given
 
-    def back_to_given(self, which: int, given: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
-        """Gradient of what attention or MLP gives, with room, of that of what it adds: the same without norm or factor.
+    def back_to_given(self, which: int, kept: Kept, given: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
+        """Gradient of what attention or MLP gives, with room, of that of what it adds: the same without norm or drop.
 
         The buffers (M, D + room) hold a gradient.
         """
-        norm, width = self.after[which], self.qkv.inputs
-        if norm is None and self.multiplier == 1:
+        norm, drop, ops = self.after[which], kept.drops[which], ops_for(buffer.device)
+        if norm is None and not drop.probability:
             return buffer
-        made, dy = torch.empty_like(buffer), buffer[:, :width]
-        if norm is None:
-            torch.mul(dy, self.multiplier, out=made[:, :width])
-            return made
-        if self.multiplier != 1:
-            dy = dy * self.multiplier
-        ops_for(dy.device).rms_norm_backward(dy, given, norm_of(norm, self.family), None, made[:, :width])
+        made = torch.empty_like(buffer)
+        grad, out = (part[:, : self.qkv.inputs] for part in (buffer, made))
+        if drop.probability:
+            ops.drop_values(grad, drop, out)
+            grad = out
+        if norm is not None:
+            ops.norm_rows_backward(grad, given, norm_of(norm, self.family), None, out)
         return made
 
     def with_room(self, dy: torch.Tensor) -> torch.Tensor:
@@ -381,7 +409,7 @@ class FusedLayer:
         buffer = group.buffer(x)
         out = buffer[:, : group.inputs]
         if norm is not None:
-            ops_for(x.device).rms_norm(x, added, norm_of(norm, self.family), out)
+            ops_for(x.device).norm_rows(x, added, norm_of(norm, self.family), out)
         else:
             out.copy_(x if added is None else added.add_(x))
         group.fill(buffer, turn)
@@ -400,17 +428,23 @@ class FusedLayer:
         if norm is None:
             torch.add(back, residual, out=out)
         else:
-            ops_for(x.device).rms_norm_backward(back, x, norm_of(norm, self.family), residual, out)
+            ops_for(x.device).norm_rows_backward(back, x, norm_of(norm, self.family), residual, out)
         return gradients, dx
 
 
 GELU_BY_TANH = ("GELUTanh", "NewGELUActivation")
 ACTIVATIONS = ("SiLU", "SiLUActivation", *GELU_BY_TANH)
+OWN_PLACE = 2**30  # of a layer's own dropout, in the masks: those of its LoRAs come before
 
 
 def activation_of(mlp: torch.nn.Module) -> str:
-    """Class of the activation of an MLP with a gate."""
-    return type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn).__name__
+    """Class of the activation of an MLP."""
+    return type(next(getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name))).__name__
+
+
+def own_dropout(attention: Any) -> float:
+    """The dropout that the base's config asks of an attention in training."""
+    return float(attention.attn_dropout.p if hasattr(attention, "attn_dropout") else attention.attention_dropout)
 
 
 def sight_of(attention: torch.nn.Module) -> Sight:
@@ -425,12 +459,10 @@ def sight_of(attention: torch.nn.Module) -> Sight:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, fused: FusedLayer, cos, sin, mask, with_graph: bool, *parameters):
-        angles = fused.angles(cos, sin)
-        flat, row_group = x.reshape(-1, x.shape[-1]), fused.holders.row_group
-        kept = Kept(flat, turns=fused.draw(), places=fused.places, row_group=row_group)
+    def forward(ctx, x, fused: FusedLayer, angles: Angles | None, mask, with_graph: bool, *parameters):
+        kept = fused.begin(x)
         if fused.takes_slices:
-            kept.slices = slices.of_rows(len(flat) if kept.places is None else len(kept.places), x.shape[1])
+            kept.slices = slices.of_rows(len(kept.x if kept.places is None else kept.places), x.shape[1])
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
         y = fused.mlp_part(kept, with_graph)
@@ -445,4 +477,4 @@ class _Layer(torch.autograd.Function):
         flat = dy.reshape(-1, dy.shape[-1])
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
         dx, *gradients = ctx.fused.backward(kept, flat, ctx.shape, ctx.angles, ctx.mask)
-        return dx.view(ctx.shape), None, None, None, None, None, *gradients
+        return dx.view(ctx.shape), None, None, None, None, *gradients

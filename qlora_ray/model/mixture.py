@@ -114,14 +114,14 @@ class RoutedLayer(FusedLayer):
     def mlp_backward(self, kept: Kept, dy: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Gradients of the block's LoRA matrices, and of x1 with room. dy (M, D)."""
         width, routed = dy.shape[1], kept.routed
-        d_given = self.back_to_given(1, None, self.with_room(dy))[:, :width]
+        d_given = self.back_to_given(1, kept, None, self.with_room(dy))[:, :width]
         routed.held.x = kept.n2
         dn2, *gradients = torch.autograd.grad([routed.exit], [routed.entry, *routed.parameters], [d_given])
         kept.routed = None
         dx = dy.new_empty(dy.shape[0], width + self.out.room)
         norm = self.before[1]
         assert norm is not None
-        ops_for(dy.device).rms_norm_backward(dn2, kept.x1, norm_of(norm, self.family), dy, dx[:, :width])
+        ops_for(dy.device).norm_rows_backward(dn2, kept.x1, norm_of(norm, self.family), dy, dx[:, :width])
         return gradients, dx
 
 

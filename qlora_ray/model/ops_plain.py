@@ -3,7 +3,8 @@
 Their gradients are written out; `ops_triton` does the same with one kernel each. Rounding follows transformers.
 """
 
-# M tokens (rows x length), D hidden width, I width of the MLP, H heads of E values, G groups of W, V vocabulary
+# M tokens (rows x length), D hidden width, I width of the MLP, H heads of E values, G groups of W, V vocabulary;
+# of a projection K inputs, n outputs, r rank, and R of all in its group
 import math
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from qlora_ray.model.norm import Norm
 # GELU by tanh (arXiv:1606.08415): x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, which is
 # x sigmoid(GELU x (1 + GELU_CUBE x^2)).
 GELU, GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+ROWS_AT_ONCE = 1024  # of a weight in float32
 
 PACKED_FORMAT = Patch(
     "bitsandbytes", "0.50.2", "reads quant_state (absmax, code, offset, state2) and the order of packed values, here "
@@ -35,27 +37,55 @@ class Angles:
     interleaved: bool = False  # neighbours, else values half of 2 F apart
 
 
-def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
-    """Write a bitsandbytes 4-bit weight into `out`, (rows, columns) in the compute dtype, any row stride."""
+@dataclass(frozen=True)
+class Placed:
+    """B (n, r) of a LoRA with its factor, where its columns begin among those of a group, and what its rows have."""
+
+    b: torch.Tensor
+    scale: float
+    column: int
+    gain: torch.Tensor | None = None  # (n,) float32
+
+
+def dequantize(weight: torch.Tensor, gain: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write a bitsandbytes 4-bit weight into `out`, (n, K) in the compute dtype, any row stride.
+
+    Its rows are multiplied by gains (n,) where there are such.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
     whole = dequantize_4bit(weight.data.reshape(-1, 1), weight.quant_state)  # type: ignore[attr-defined]
     out.copy_(whole.view(out.shape))
+    if gain is not None:
+        out.mul_(gain[:, None])
 
 
-def place(b: torch.Tensor | None, scale: float, column: int, out: torch.Tensor) -> None:
-    """Write scale x b (n, r) into out (n, R) from a column on, and 0 into its other columns."""
+def row_lengths(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Norm of each row of W + scale B A, W a bitsandbytes 4-bit weight in the dtype of A (r, K): (n,) float32."""
+    whole = a.new_empty(b.shape[0], a.shape[1])
+    dequantize(weight, None, whole)
+    parts = zip(whole.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True)
+    wholes = (torch.addmm(rows.float(), low.float(), a.float(), alpha=scale) for rows, low in parts)
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).float() for rows in wholes])
+
+
+def place(placed: Placed | None, out: torch.Tensor) -> None:
+    """Write scale x gain x B into its columns of out (n, R), and 0 into the others."""
     out.zero_()
-    if b is not None:
-        torch.mul(b, scale, out=out[:, column : column + b.shape[1]])
+    if placed is None:
+        return
+    target = out[:, placed.column : placed.column + placed.b.shape[1]]
+    torch.mul(placed.b, placed.scale, out=target)
+    if placed.gain is not None:
+        target.mul_(placed.gain[:, None])
 
 
-def rms_norm(x: torch.Tensor, added: torch.Tensor | None, norm: Norm, out: torch.Tensor) -> None:
+def norm_rows(x: torch.Tensor, added: torch.Tensor | None, norm: Norm, out: torch.Tensor) -> None:
     """out (M, D) = the norm of x + added. `added` becomes x + added."""
     out.copy_(_normalized(x if added is None else added.add_(x), norm))
 
 
-def rms_norm_backward(
+def norm_rows_backward(
     grad: torch.Tensor, x: torch.Tensor, norm: Norm, residual: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     """out: gradient of x (M, D), plus the gradient that reaches x past the norm."""
@@ -74,16 +104,21 @@ def norm_groups_backward(grad: torch.Tensor, x: torch.Tensor, norm: Norm) -> Non
 
 
 def _normalized(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    wide = x.float()
+    wide = _centered(x.float(), norm)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-    return _gain(norm) * (wide.to(x.dtype).float() if norm.rounds_first else wide)
+    made = _gain(norm) * (wide.to(x.dtype).float() if norm.rounds_first else wide)
+    return made if norm.bias is None else made + norm.bias.float()
 
 
 def _norm_gradient(grad: torch.Tensor, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    wide, value = grad.float() * _gain(norm), x.float()
+    wide, value = grad.float() * _gain(norm), _centered(x.float(), norm)
     inverse = torch.rsqrt(value.square().mean(-1, keepdim=True) + norm.eps)
     normalized = value * inverse
-    return inverse * (wide - normalized * (wide * normalized).mean(-1, keepdim=True))
+    return inverse * (_centered(wide, norm) - normalized * (wide * normalized).mean(-1, keepdim=True))
+
+
+def _centered(wide: torch.Tensor, norm: Norm) -> torch.Tensor:
+    return wide - wide.mean(-1, keepdim=True) if norm.centers else wide
 
 
 def _gain(norm: Norm) -> torch.Tensor:
@@ -120,15 +155,20 @@ def rotate_backward(
     out.copy_(heads.flatten(1))
 
 
-def glu(gate_up: torch.Tensor, is_gelu: bool, out: torch.Tensor) -> None:
-    """out (M, I) = activation(gate) x up, of gate_up (M, 2 I): SiLU, or GELU's approximation by tanh."""
-    gate, up = gate_up.chunk(2, -1)
-    out.copy_((F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)) * up)
+def activate(read: torch.Tensor, is_gelu: bool, out: torch.Tensor) -> None:
+    """out (M, I) = activation(gate) x up of gate and up side by side, (M, 2 I), or activation(read) of (M, I).
+
+    The activation is SiLU, or GELU's approximation by tanh.
+    """
+    gate, up = _gate_and_up(read, out)
+    active = F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)
+    out.copy_(active if up is None else active * up)
 
 
-def glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, is_gelu: bool) -> None:
-    """Back from grad (M, I), in place: gate_up becomes its gradient, and grad what `glu` returned."""
-    gate, up = (part.float() for part in gate_up.chunk(2, -1))
+def activate_backward(grad: torch.Tensor, read: torch.Tensor, is_gelu: bool, out: torch.Tensor) -> None:
+    """Back from grad (M, I), which becomes what `activate` returned; out: the gradient of read, which it may be."""
+    gate, up = _gate_and_up(read, grad)
+    gate = gate.float()
     inner, slope = gate, torch.ones_like(gate)  # both activations are gate x sigmoid(inner)
     if is_gelu:
         inner = GELU * gate * (1 + GELU_CUBE * gate.square())
@@ -136,16 +176,27 @@ def glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, is_gelu: bool) -> No
     sigmoid = inner.sigmoid()
     active = (gate * sigmoid).to(grad.dtype)
     wide = grad.float()
-    dgate = wide * up * sigmoid * (1 + gate * slope * (1 - sigmoid))
-    dup = wide * active.float()
-    grad.copy_(active * up.to(grad.dtype))
-    gate_up.copy_(torch.cat((dgate, dup), -1))
+    of_active = wide if up is None else wide * up.float()
+    dgate = of_active * sigmoid * (1 + gate * slope * (1 - sigmoid))
+    made = dgate if up is None else torch.cat((dgate, wide * active.float()), -1)
+    grad.copy_(active if up is None else active * up)
+    out.copy_(made)
 
 
-def glu_backward_with_dots(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """As `glu_backward` of SiLU; returns <grad, what `glu` returned> of each row: (M,) float32."""
+def _gate_and_up(read: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    width = like.shape[1]
+    return read[:, :width], read[:, width:] if read.shape[1] > width else None
+
+
+def drop_values(x: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
+    """out = what is kept of x, both (M, D); it may be x."""
+    out.copy_(_dropped(x, drop))
+
+
+def activate_backward_with_dots(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """As `activate_backward` of SiLU; returns <grad, what `activate` returned> of each row: (M,) float32."""
     before = grad.clone()
-    glu_backward(grad, gate_up, False)
+    activate_backward(grad, gate_up, False, gate_up)
     return (before.float() * grad.float()).sum(-1)
 
 
@@ -164,7 +215,7 @@ def clamped_glu(gate_up: torch.Tensor, clamp: Clamp, out: torch.Tensor) -> None:
 
 
 def clamped_glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, clamp: Clamp) -> torch.Tensor:
-    """Back from grad (M, I), in place, as `glu_backward_with_dots`."""
+    """Back from grad (M, I), in place, as `activate_backward_with_dots`."""
     gate, up = _clamped(gate_up, clamp)
     sigmoid, wide = (clamp.alpha * gate).sigmoid(), grad.float()
     is_free = (gate_up[:, ::2] <= clamp.limit, gate_up[:, 1::2].abs() <= clamp.limit)

@@ -9,42 +9,64 @@ from triton.language.extra import libdevice
 from qlora_ray.model import ops_plain
 from qlora_ray.model.dropout import Drop
 from qlora_ray.model.norm import Norm
-from qlora_ray.model.ops_plain import Angles, Clamp
+from qlora_ray.model.ops_plain import Angles, Clamp, Placed
 
 WEIGHTS_PER_SCALE = 64  # bitsandbytes' block size
 SCALES_PER_SCALE = 256  # and that of double quantization
 
 
-def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
-    """Write a bitsandbytes 4-bit weight into `out`, (rows, columns) in the compute dtype, any row stride."""
-    state = weight.quant_state  # type: ignore[attr-defined]
-    nested = state.nested and state.state2.blocksize == SCALES_PER_SCALE
-    fits = state.blocksize == WEIGHTS_PER_SCALE and out.shape[1] % WEIGHTS_PER_SCALE == 0 and state.nested == nested
-    if not fits or weight.data_ptr() % 16:
-        return ops_plain.dequantize(weight, out)
+def dequantize(weight: torch.Tensor, gain: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write a bitsandbytes 4-bit weight into `out`, (n, K) in the compute dtype, any row stride.
+
+    Its rows are multiplied by gains (n,) where there are such.
+    """
+    if not _is_known(weight, out.shape[1]):
+        return ops_plain.dequantize(weight, gain, out)
+    packed = _packed(weight)
     num_blocks = out.numel() // WEIGHTS_PER_SCALE
     per_program = 64
     _dequantize[(triton.cdiv(num_blocks, per_program),)](
-        weight.data.view(-1).view(torch.int32), state.absmax, state.code, state.state2.code if nested else state.absmax,
-        state.state2.absmax if nested else state.absmax, state.offset if nested else state.absmax,
-        out, num_blocks, out.shape[1], out.stride(0), nested, per_program, WEIGHTS_PER_SCALE, SCALES_PER_SCALE,
+        *packed, packed[0] if gain is None else gain, out, num_blocks, out.shape[1], out.stride(0),
+        weight.quant_state.nested, gain is not None, per_program, WEIGHTS_PER_SCALE, SCALES_PER_SCALE,  # type: ignore[attr-defined]
     )  # fmt: skip
+
+
+def _is_known(weight: torch.Tensor, columns: int) -> bool:
+    """Whether the kernels below read this way of packing."""
+    state = weight.quant_state  # type: ignore[attr-defined]
+    nested_is_known = not state.nested or state.state2.blocksize == SCALES_PER_SCALE
+    fits = state.blocksize == WEIGHTS_PER_SCALE and columns % WEIGHTS_PER_SCALE == 0
+    return fits and nested_is_known and weight.data_ptr() % 16 == 0
+
+
+def _packed(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Words of 8 values, their scales and code, and scales, code and offset of these."""
+    state = weight.quant_state  # type: ignore[attr-defined]
+    of_scales = (state.absmax,) * 3
+    if state.nested:
+        of_scales = (state.state2.code, state.state2.absmax, state.offset)
+    return weight.data.view(-1).view(torch.int32), state.absmax, state.code, *of_scales
+
+
+@triton.jit
+def _scales_of(block, there, scales, scale_code, scale_scales, offset, NESTED: tl.constexpr, SCALES: tl.constexpr):
+    if NESTED:
+        coarse = tl.load(scale_scales + block // SCALES, mask=there, other=0.0)
+        fine = tl.load(scale_code + tl.load(scales + block, mask=there, other=0).to(tl.int32))
+        # Two roundings, as bitsandbytes does it: a fused multiply-add would differ in the last bit.
+        return libdevice.add_rn(libdevice.mul_rn(fine, coarse), tl.load(offset))
+    else:
+        return tl.load(scales + block, mask=there, other=0.0)
 
 
 @triton.jit
 def _dequantize(
-    packed, scales, code, scale_code, scale_scales, offset, out, num_blocks, columns, stride,
-    NESTED: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, SCALES: tl.constexpr,
+    packed, scales, code, scale_code, scale_scales, offset, gain, out, num_blocks, columns, stride,
+    NESTED: tl.constexpr, GAIN: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     there = block < num_blocks
-    if NESTED:
-        coarse = tl.load(scale_scales + block // SCALES, mask=there)
-        fine = tl.load(scale_code + tl.load(scales + block, mask=there).to(tl.int32), mask=there)
-        # Two roundings, as bitsandbytes does it: a fused multiply-add would differ in the last bit.
-        scale = libdevice.add_rn(libdevice.mul_rn(fine, coarse), tl.load(offset))
-    else:
-        scale = tl.load(scales + block, mask=there)
+    scale = _scales_of(block, there, scales, scale_code, scale_scales, offset, NESTED, SCALES)
     # Words of 8 values each: 16 bytes out of one register, so that neighbouring threads write neighbouring 16 bytes.
     word = tl.arange(0, SIZE // 8)
     words = tl.load(packed + block[:, None] * (SIZE // 8) + word[None, :], mask=there[:, None], other=0)
@@ -53,38 +75,97 @@ def _dequantize(
     values = tl.load(code + ((words[:, :, None] >> shift[None, None, :]) & 15)) * scale[:, None, None]
     values = tl.reshape(values, (BLOCKS, SIZE))
     start = block.to(tl.int64) * SIZE
+    if GAIN:
+        of_row = tl.load(gain + start // columns, mask=there, other=0.0)
+        values = values.to(out.dtype.element_ty).to(tl.float32) * of_row[:, None]
     place = (start // columns) * stride + start % columns
     target = out + place[:, None] + tl.arange(0, SIZE)[None, :]
     tl.store(target, values.to(out.dtype.element_ty), mask=there[:, None])
 
 
-def place(b: torch.Tensor | None, scale: float, column: int, out: torch.Tensor) -> None:
-    """Write scale x b (n, r) into out (n, R) from a column on, and 0 into its other columns."""
+def row_lengths(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Norm of each row of W + scale B A, W a bitsandbytes 4-bit weight in the dtype of A (r, K): (n,) float32.
+
+    W is unpacked in registers alone. Parts of the columns are summed one after the other: the same bits each time.
+    """
+    (rank, columns), rows = a.shape, b.shape[0]
+    if not _is_known(weight, columns):
+        return ops_plain.row_lengths(weight, a, b, scale)
+    per_program, each = 16, 1024
+    squares = torch.empty(triton.cdiv(columns, each), rows, dtype=torch.float32, device=a.device)
+    _row_squares[(triton.cdiv(rows, per_program), len(squares))](
+        *_packed(weight), a, b, squares, rows, columns, rank, a.stride(0), b.stride(0), scale,
+        weight.quant_state.nested, per_program, each, 4, max(16, triton.next_power_of_2(rank)), WEIGHTS_PER_SCALE,  # type: ignore[attr-defined]
+        SCALES_PER_SCALE, num_warps=4,
+    )  # fmt: skip
+    return squares.sum(0).sqrt_()
+
+
+@triton.jit
+def _row_squares(
+    packed, scales, code, scale_code, scale_scales, offset, a, b, squares, rows, columns, rank, a_stride, b_stride,
+    lora_scale, NESTED: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    row, r = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
+    part = tl.program_id(1)
+    is_low = (row < rows)[:, None] & (r < rank)[None, :]
+    low = tl.load(b + row[:, None] * b_stride + r[None, :], mask=is_low, other=0.0)
+    nibble = tl.arange(0, 8)
+    shift = nibble // 2 * 8 + (1 - nibble % 2) * 4
+    word = tl.arange(0, SIZE // 8)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(part * EACH, min((part + 1) * EACH, columns), BLOCKS * SIZE):
+        column = start + tl.arange(0, BLOCKS * SIZE)
+        number = start // SIZE + tl.arange(0, BLOCKS)  # of a block of weights in its row
+        there = (row < rows)[:, None] & (number * SIZE < columns)[None, :]
+        block = row[:, None] * (columns // SIZE) + number[None, :]
+        scale = _scales_of(block, there, scales, scale_code, scale_scales, offset, NESTED, SCALES)
+        scale = tl.where(there, scale, 0.0)
+        words = tl.load(packed + block[:, :, None] * (SIZE // 8) + word[None, None, :], mask=there[:, :, None], other=0)
+        index = (words[:, :, :, None] >> shift[None, None, None, :]) & 15
+        values = tl.reshape(tl.load(code + index) * scale[:, :, None, None], (ROWS, BLOCKS * SIZE))
+        is_high = (r < rank)[:, None] & (column < columns)[None, :]
+        high = tl.load(a + r[:, None] * a_stride + column[None, :], mask=is_high, other=0.0)
+        whole = values.to(high.dtype).to(tl.float32) + lora_scale * tl.dot(low, high, input_precision="ieee")
+        total += tl.sum(whole * whole, 1)
+    tl.store(squares + part * rows + row, total, mask=row < rows)
+
+
+def place(placed: Placed | None, out: torch.Tensor) -> None:
+    """Write scale x gain x B into its columns of out (n, R), and 0 into the others."""
     rows, columns = out.shape
     per_program = 128
-    rank = 0 if b is None else b.shape[1]
+    placed = placed or Placed(out[:, :0], 0.0, 0)
+    gain = placed.gain
     _place[(triton.cdiv(rows, per_program),)](
-        out if b is None else b, out, scale, column, rank, rows, columns, out.stride(0), per_program,
-        triton.next_power_of_2(columns),
+        placed.b, out if gain is None else gain, out, placed.scale, placed.column, placed.b.shape[1], rows, columns,
+        out.stride(0), gain is not None, per_program, triton.next_power_of_2(columns),
     )  # fmt: skip
 
 
 @triton.jit
-def _place(b, out, scale, first, rank, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _place(
+    b, gain, out, scale, first, rank, rows, columns, stride, GAIN: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     its_own = (row < rows) & (column >= first) & (column < first + rank)
     value = tl.load(b + row * rank + column - first, mask=its_own, other=0.0).to(tl.float32) * scale
+    if GAIN:
+        value = value.to(out.dtype.element_ty).to(tl.float32) * tl.load(gain + row, mask=row < rows, other=0.0)
     target = out + row.to(tl.int64) * stride + column
     tl.store(target, value.to(out.dtype.element_ty), mask=(row < rows) & (column < columns))
 
 
-def rms_norm(x: torch.Tensor, added: torch.Tensor | None, norm: Norm, out: torch.Tensor) -> None:
+def norm_rows(x: torch.Tensor, added: torch.Tensor | None, norm: Norm, out: torch.Tensor) -> None:
     """out (M, D) = the norm of x + added. `added` becomes x + added."""
     rows, width = x.shape
-    _rms_norm[(rows,)](
-        x, x if added is None else added, norm.weight, out, width, x.stride(0), out.stride(0), norm.eps,
-        added is not None, norm.plus_one, norm.rounds_first, triton.next_power_of_2(width), num_warps=8,
+    _norm_rows[(rows,)](
+        x, x if added is None else added, norm.weight, norm.weight if norm.bias is None else norm.bias, out, width,
+        x.stride(0), out.stride(0), norm.eps, added is not None, norm.centers, norm.bias is not None, norm.plus_one,
+        norm.rounds_first, triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
 
 
@@ -95,13 +176,13 @@ def _gained(wide, kind, weight, column, there, PLUS_ONE: tl.constexpr, ROUNDS_FI
         gain += 1.0
     if ROUNDS_FIRST:
         wide = wide.to(kind).to(tl.float32)
-    return (gain * wide).to(kind)
+    return gain * wide
 
 
 @triton.jit
-def _rms_norm(
-    x, added, weight, out, width, x_stride, stride, eps, ADD: tl.constexpr, PLUS_ONE: tl.constexpr,
-    ROUNDS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+def _norm_rows(
+    x, added, weight, bias, out, width, x_stride, stride, eps, ADD: tl.constexpr, CENTERS: tl.constexpr,
+    BIAS: tl.constexpr, PLUS_ONE: tl.constexpr, ROUNDS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -111,33 +192,39 @@ def _rms_norm(
         value = (value.to(tl.float32) + tl.load(added + row * width + column, mask=there, other=0.0)).to(value.dtype)
         tl.store(added + row * width + column, value, mask=there)
     wide = value.to(tl.float32)
+    if CENTERS:
+        wide = tl.where(there, wide - tl.sum(wide, 0) / width, 0.0)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    tl.store(out + row * stride + column, _gained(wide, value.dtype, weight, column, there, PLUS_ONE, ROUNDS_FIRST),
-             mask=there)  # fmt: skip
+    made = _gained(wide, value.dtype, weight, column, there, PLUS_ONE, ROUNDS_FIRST)
+    if BIAS:
+        made += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * stride + column, made.to(value.dtype), mask=there)
 
 
-def rms_norm_backward(
+def norm_rows_backward(
     grad: torch.Tensor, x: torch.Tensor, norm: Norm, residual: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     """out: gradient of x (M, D), plus the gradient that reaches x past the norm."""
     rows, width = x.shape
     past = x if residual is None else residual
-    _rms_norm_backward[(rows,)](
+    _norm_rows_backward[(rows,)](
         grad, x, norm.weight, past, out, width, x.stride(0), grad.stride(0), past.stride(0), out.stride(0), norm.eps,
-        residual is not None, norm.plus_one, triton.next_power_of_2(width), num_warps=8,
+        residual is not None, norm.centers, norm.plus_one, triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
 
 
 @triton.jit
-def _rms_norm_backward(
+def _norm_rows_backward(
     grad, x, weight, residual, dx, width, x_stride, stride, past_stride, out_stride, eps, RESIDUAL: tl.constexpr,
-    PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
+    CENTERS: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = column < width
     value = tl.load(x + row * x_stride + column, mask=there, other=0.0)
     normalized = value.to(tl.float32)
+    if CENTERS:
+        normalized = tl.where(there, normalized - tl.sum(normalized, 0) / width, 0.0)
     scale = tl.rsqrt(tl.sum(normalized * normalized, 0) / width + eps)
     normalized *= scale
     gain = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
@@ -145,15 +232,19 @@ def _rms_norm_backward(
         gain += 1.0
     wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32) * gain
     wide = tl.where(there, wide, 0.0)
-    result = scale * (wide - normalized * (tl.sum(wide * normalized, 0) / width))
+    past_mean = normalized * (tl.sum(wide * normalized, 0) / width)
+    if CENTERS:
+        past_mean += tl.sum(wide, 0) / width
+    result = scale * (wide - past_mean)
     if RESIDUAL:
         result += tl.load(residual + row * past_stride + column, mask=there, other=0.0).to(tl.float32)
     tl.store(dx + row * out_stride + column, result.to(value.dtype), mask=there)
 
 
 def norm_groups(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
-    """out = the norm of each of the groups of x, both (M, G, W)."""
+    """out = the RMS norm of each of the groups of x, both (M, G, W)."""
     rows, groups, width = x.shape
+    assert not norm.centers and norm.bias is None
     _norm_groups[(rows,)](
         x, norm.weight, out, groups, width, x.stride(0), out.stride(0), norm.eps, norm.plus_one, norm.rounds_first,
         triton.next_power_of_2(groups), triton.next_power_of_2(width),
@@ -173,7 +264,7 @@ def _norm_groups(
     wide = value.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(wide * wide, 1) / width + eps)[:, None]
     gained = _gained(wide, value.dtype, weight, column, column < width, PLUS_ONE, ROUNDS_FIRST)
-    tl.store(out + row * stride + place, gained, mask=there)
+    tl.store(out + row * stride + place, gained.to(value.dtype), mask=there)
 
 
 def norm_groups_backward(grad: torch.Tensor, x: torch.Tensor, norm: Norm) -> None:
@@ -304,11 +395,17 @@ def _rotate_backward(
     tl.store(out + (count + few + head) * size + column, values, mask=there)
 
 
-def glu(gate_up: torch.Tensor, is_gelu: bool, out: torch.Tensor) -> None:
-    """out (M, I) = activation(gate) x up, of gate_up (M, 2 I): SiLU, or GELU's approximation by tanh."""
+def activate(read: torch.Tensor, is_gelu: bool, out: torch.Tensor) -> None:
+    """out (M, I) = activation(gate) x up of gate and up side by side, (M, 2 I), or activation(read) of (M, I).
+
+    The activation is SiLU, or GELU's approximation by tanh.
+    """
     rows, width = out.shape
     block = 1024
-    _glu[(rows, triton.cdiv(width, block))](gate_up, out, width, out.stride(0), is_gelu, block)
+    is_gated = read.shape[1] > width
+    _activate[(rows, triton.cdiv(width, block))](
+        read, out, width, read.stride(0), out.stride(0), is_gelu, is_gated, block
+    )
 
 
 @triton.jit
@@ -322,28 +419,33 @@ def _inner(gate, IS_GELU: tl.constexpr):
 
 
 @triton.jit
-def _glu(gate_up, out, width, stride, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _activate(read, out, width, read_stride, stride, IS_GELU: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < width
-    gate = tl.load(gate_up + row * 2 * width + column, mask=there)
-    up = tl.load(gate_up + row * 2 * width + width + column, mask=there)
+    gate = tl.load(read + row * read_stride + column, mask=there)
     wide = gate.to(tl.float32)
     inner, _ = _inner(wide, IS_GELU)
     active = (wide * tl.sigmoid(inner)).to(gate.dtype)
-    tl.store(out + row * stride + column, (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=there)
+    if GATED:
+        up = tl.load(read + row * read_stride + width + column, mask=there)
+        active = (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+    tl.store(out + row * stride + column, active, mask=there)
 
 
-def glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, is_gelu: bool) -> None:
-    """Back from grad (M, I), in place: gate_up becomes its gradient, and grad what `glu` returned."""
+def activate_backward(grad: torch.Tensor, read: torch.Tensor, is_gelu: bool, out: torch.Tensor) -> None:
+    """Back from grad (M, I), which becomes what `activate` returned; out: the gradient of read, which it may be."""
     rows, width = grad.shape
     block = 1024
-    _glu_backward[(rows, triton.cdiv(width, block))](grad, gate_up, width, grad.stride(0), is_gelu, block)
+    is_gated = read.shape[1] > width
+    _activate_backward[(rows, triton.cdiv(width, block))](
+        grad, read, out, width, grad.stride(0), read.stride(0), out.stride(0), is_gelu, is_gated, block
+    )
 
 
 @triton.jit
 def _glu_gradients(stored, up, wide, IS_GELU: tl.constexpr):
-    # Of gate and up, and what `glu` returned, for a gradient `wide` of it.
+    # Of gate and up, and what `activate` returned, for a gradient `wide` of it.
     gate = stored.to(tl.float32)
     inner, slope = _inner(gate, IS_GELU)
     sigmoid = tl.sigmoid(inner)
@@ -352,32 +454,39 @@ def _glu_gradients(stored, up, wide, IS_GELU: tl.constexpr):
 
 
 @triton.jit
-def _glu_backward(grad, gate_up, width, stride, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _activate_backward(
+    grad, read, out, width, stride, read_stride, out_stride, IS_GELU: tl.constexpr, GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < width
-    gate_place = gate_up + row * 2 * width + column
+    gate_place = read + row * read_stride + column
     stored = tl.load(gate_place, mask=there, other=0.0)
-    up = tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
     wide = tl.load(grad + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    of_gate, of_up, hidden = _glu_gradients(stored, up, wide, IS_GELU)
-    tl.store(gate_place, of_gate.to(stored.dtype), mask=there)
-    tl.store(gate_place + width, of_up.to(stored.dtype), mask=there)
+    target = out + row * out_stride + column
+    if GATED:
+        up = tl.load(gate_place + width, mask=there, other=0.0).to(tl.float32)
+        of_gate, of_up, hidden = _glu_gradients(stored, up, wide, IS_GELU)
+        tl.store(target + width, of_up.to(stored.dtype), mask=there)
+    else:
+        of_gate, _, hidden = _glu_gradients(stored, wide * 0.0 + 1.0, wide, IS_GELU)
+    tl.store(target, of_gate.to(stored.dtype), mask=there)
     tl.store(grad + row * stride + column, hidden.to(stored.dtype), mask=there)
 
 
-def glu_backward_with_dots(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """As `glu_backward` of SiLU; returns <grad, what `glu` returned> of each row: (M,) float32."""
+def activate_backward_with_dots(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """As `activate_backward` of SiLU; returns <grad, what `activate` returned> of each row: (M,) float32."""
     rows, width = grad.shape
     dots = torch.empty(rows, dtype=torch.float32, device=grad.device)
     if rows:
         block = min(1024, triton.next_power_of_2(width))
-        _glu_backward_with_dots[(rows,)](grad, gate_up, dots, width, grad.stride(0), block)
+        _activate_backward_with_dots[(rows,)](grad, gate_up, dots, width, grad.stride(0), block)
     return dots
 
 
 @triton.jit
-def _glu_backward_with_dots(grad, gate_up, dots, width, stride, BLOCK: tl.constexpr):
+def _activate_backward_with_dots(grad, gate_up, dots, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
@@ -424,7 +533,7 @@ def _clamped_glu(gate_up, out, width, stride, alpha, limit, BLOCK: tl.constexpr)
 
 
 def clamped_glu_backward(grad: torch.Tensor, gate_up: torch.Tensor, clamp: Clamp) -> torch.Tensor:
-    """Back from grad (M, I), in place, as `glu_backward_with_dots`."""
+    """Back from grad (M, I), in place, as `activate_backward_with_dots`."""
     rows, width = grad.shape
     dots = torch.empty(rows, dtype=torch.float32, device=grad.device)
     if rows:
@@ -476,6 +585,30 @@ def _sum_of_rows(rows, places, scores, out, width, stride, out_stride, COUNT: tl
         score = tl.load(scores + token * COUNT + each).to(tl.float32)
         total += tl.load(rows + row * stride + column, mask=there, other=0.0).to(tl.float32) * score
     tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=there)
+
+
+def drop_values(x: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
+    """out = what is kept of x, both (M, D); it may be x."""
+    rows, width = x.shape
+    _drop_values[(triton.cdiv(rows, 8), triton.cdiv(width, 256))](
+        x, out, rows, width, x.stride(0), out.stride(0), drop.key, drop.threshold, drop.scale, *_numbers(drop, x),
+        8, 256,
+    )  # fmt: skip
+
+
+@triton.jit
+def _drop_values(
+    x, out, rows, width, stride, out_stride, key, threshold, scale, numbers, GIVEN: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
+    there = (row < rows)[:, None] & (column < width)[None, :]
+    value = tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=there, other=0.0)
+    keep = _kept(_number(numbers, row, rows, GIVEN), first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
+    value = tl.where(keep, value.to(tl.float32) * scale, 0.0).to(value.dtype)
+    tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], value, mask=there)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, scale: float) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A frozen 4-bit projection with its LoRA, forward and backward written out: y = x W^T + s (x A^T) B^T.
 
-With DoRA (model/dora.py) rows of [W, s B] are multiplied by gains, and all else stays as it is. Arithmetic is that of
+With DoRA (model/dora.py) rows of [W, s B] are multiplied by gains as they are written, and all else stays as it is; a
+factor that the model has for what a projection gives is one of its products. Arithmetic is that of
 PEFT's lora.Linear4bit on bitsandbytes: W is dequantized to the compute dtype, once in forward and again in backward.
 Weights are read from their modules each time and never kept: under ZeRO-3 what was gathered for forward is released
 after it, and backward reads what was gathered again.
@@ -18,6 +19,7 @@ import torch
 from qlora_ray.model.adapter import ADAPTER_NAME
 from qlora_ray.model.dora import Magnitude, is_dora
 from qlora_ray.model.dropout import NOTHING, Drop
+from qlora_ray.model.ops_plain import Placed
 
 
 @cache
@@ -39,6 +41,7 @@ class Member:
     base: torch.nn.Module  # bitsandbytes Linear4bit
     lora: torch.nn.Module | None  # peft Linear4bit
     magnitude: Magnitude | None = None  # of DoRA
+    factor: float = 1.0  # of all that it gives
 
     @property
     def rank(self) -> int:
@@ -65,6 +68,14 @@ class Member:
         magnitude = [self.magnitude.parameter] if self.magnitude else []
         return [self.a, self.b, *magnitude] if self.lora else []
 
+    def gain(self) -> torch.Tensor | None:
+        """What each row of [W, s B] is multiplied by: (n,) float32; None without DoRA."""
+        if self.magnitude is None:
+            return None
+        weight = self.base.weight
+        lengths = ops_for(weight.device).row_lengths(weight, self.a.data, self.b.data, self.scale)
+        return self.magnitude.gain(lengths)
+
 
 @dataclass
 class Turn:
@@ -76,12 +87,7 @@ class Turn:
 
     def of_rows(self, rows: slice, device: torch.device) -> "Turn":
         """The same for a slice of the rows."""
-        drop = self.drop
-        if drop.probability:
-            all_rows = drop.numbers
-            numbers = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
-            drop = replace(drop, numbers=numbers if all_rows is None else all_rows[rows])
-        return replace(self, drop=drop, given=None)
+        return replace(self, drop=self.drop.of_rows(rows, device), given=None)
 
 
 def why_not(module: torch.nn.Module) -> str | None:
@@ -107,13 +113,13 @@ def why_not(module: torch.nn.Module) -> str | None:
     return "its LoRA is not in the compute dtype" if len(dtypes) > 1 else None
 
 
-def member(module: torch.nn.Module) -> Member:
+def member(module: torch.nn.Module, factor: float = 1.0) -> Member:
     """The layer, taken out of its LoRA if it has one."""
     from peft.tuners.lora import Linear4bit
 
     if not isinstance(module, Linear4bit):
-        return Member(module, None)
-    return Member(module.get_base_layer(), module, Magnitude(module) if is_dora(module) else None)
+        return Member(module, None, factor=factor)
+    return Member(module.get_base_layer(), module, Magnitude(module) if is_dora(module) else None, factor)
 
 
 class Group:
@@ -131,6 +137,7 @@ class Group:
         self.rows = [m.base.out_features for m in members]
         self.inputs = members[0].base.in_features
         self.rank = sum(m.rank for m in members)
+        self.factor = members[0].factor
         self.products = [[m] for m in members] if apart else [members]
         self.hold_weights = False  # dequantized ones, between steps: the same values for more memory
         self.held: list[torch.Tensor] = []
@@ -164,9 +171,9 @@ class Group:
         for number, weight in enumerate(self._weights(buffer, turn)):
             out, bias = y[:, row : row + len(weight)], self._bias(self.products[number])
             if bias is None:
-                torch.mm(buffer, weight.t(), out=out)
+                out.addmm_(buffer, weight.t(), beta=0, alpha=self.factor)
             else:
-                torch.addmm(bias, buffer, weight.t(), out=out)
+                torch.addmm(bias, buffer, weight.t(), beta=self.factor, alpha=self.factor, out=out)
             row += len(weight)
         return y
 
@@ -217,15 +224,13 @@ class Group:
             weight, row = whole[:rows], 0
             for m in members:
                 part = weight[row : row + m.base.out_features]
-                if is_new:
-                    ops_for(like.device).dequantize(m.base.weight, part[:, : self.inputs])
-                if self.rank:
-                    b = m.b.data if m.lora else None
-                    ops_for(like.device).place(b, m.scale if m.lora else 0.0, column, part[:, self.inputs :])
                 if count == len(turn.gains):
-                    turn.gains.append(m.magnitude.gain(part[:, : self.inputs]) if m.magnitude else None)
-                if (gain := turn.gains[count]) is not None:
-                    part.mul_(gain[:, None])
+                    turn.gains.append(m.gain())
+                if is_new:
+                    ops_for(like.device).dequantize(m.base.weight, turn.gains[count], part[:, : self.inputs])
+                if self.rank:
+                    b = Placed(m.b.data, m.scale, column, turn.gains[count]) if m.lora else None
+                    ops_for(like.device).place(b, part[:, self.inputs :])
                 row, column, count = row + m.base.out_features, column + m.rank, count + 1
             if self.hold_weights and is_new:
                 self.held.append(whole)
@@ -246,7 +251,7 @@ class Single:
     """
 
     def __init__(self, only: Member, held_by: Group | None = None):
-        self.member, self.members = only, [only]
+        self.member, self.members, self.factor = only, [only], only.factor
         self.shape = (only.base.out_features, only.base.in_features)
         self.room = -(-only.rank // 8) * 8  # columns beside dy (M, N); rows stay aligned to 16 bytes
         self.hold_weights = False
@@ -270,26 +275,29 @@ class Single:
     def forward(self, x: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(M, N), and x A^T (M, R) for backward."""
         weight, bias = self._weight(x, turn)[: self.shape[0]], self.member.base.bias
-        y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        if bias is None:
+            y = _scaled_product(self.factor, x, weight.t())
+        else:
+            y = torch.addmm(bias, x, weight.t(), beta=self.factor, alpha=self.factor)
         if not self.member.lora:
             return y, None
         z = x.new_empty(x.shape[0], self.member.rank)
         _lora_in(x, self.member.a.data, turn.drop, z)
-        return y.addmm_(z, self._b(turn).t(), alpha=self.member.scale), z
+        return y.addmm_(z, self._b(turn).t(), alpha=self.member.scale * self.factor), z
 
     def input_gradient(self, buffer: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradient of x (M, K); and s dy B (M, R), written beside dy. buffer (M, N + room) holds dy."""
         rows, rank, weight = self.shape[0], self.member.rank, self._weight(buffer, turn)
         dy, dz = buffer[:, :rows], buffer[:, rows : rows + rank]
         if rank:
-            torch.addmm(dz, dy, self._b(turn), beta=0, alpha=self.member.scale, out=dz)
+            torch.addmm(dz, dy, self._b(turn), beta=0, alpha=self.member.scale * self.factor, out=dz)
         if rank and turn.drop.probability:  # what the LoRA adds has a mask of its own
-            dx = torch.mm(dy, weight[:rows])
+            dx = _scaled_product(self.factor, dy, weight[:rows])
             _add_lora_back(dz, self.member.a.data, turn.drop, dx)
             return dx, dz
         if rank:
-            weight[rows:] = self.member.a.data
-        return torch.mm(buffer[:, : rows + rank], weight), dz if rank else None
+            torch.mul(self.member.a.data, 1 / self.factor, out=weight[rows:])  # dz has the factor already
+        return _scaled_product(self.factor, buffer[:, : rows + rank], weight), dz if rank else None
 
     def parameter_gradients(
         self, dy: torch.Tensor, dz: torch.Tensor | None, x: torch.Tensor, z: torch.Tensor | None, turn: Turn
@@ -302,9 +310,9 @@ class Single:
 
     def backward(self, dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor | None, turn: Turn):
         """Gradients of x (M, K) and of what is trained, of a dy (M, N) without room."""
-        dx, dz = torch.mm(dy, self._weight(dy, turn)[: self.shape[0]]), None
+        dx, dz = _scaled_product(self.factor, dy, self._weight(dy, turn)[: self.shape[0]]), None
         if self.member.lora:
-            dz = _scaled_product(self.member.scale, dy, self._b(turn))
+            dz = _scaled_product(self.member.scale * self.factor, dy, self._b(turn))
             _add_lora_back(dz, self.member.a.data, turn.drop, dx)
         return dx, self.parameter_gradients(dy, dz, x, z, turn)
 
@@ -319,11 +327,9 @@ class Single:
             turn.gains[:] = [None]  # weights with gains are never held
             return held
         weight = like.new_empty(self.shape[0] + self.member.rank, self.shape[1])
-        ops_for(like.device).dequantize(self.member.base.weight, weight[: self.shape[0]])
         if not turn.gains:
-            turn.gains.append(self.member.magnitude.gain(weight[: self.shape[0]]) if self.member.magnitude else None)
-        if (gain := turn.gains[0]) is not None:
-            weight[: self.shape[0]].mul_(gain[:, None])
+            turn.gains.append(self.member.gain())
+        ops_for(like.device).dequantize(self.member.base.weight, turn.gains[0], weight[: self.shape[0]])
         if self.hold_weights:
             self._held = weight
         return weight
@@ -337,13 +343,13 @@ def _gradients_of_rows(
     m: Member, dy: torch.Tensor, z: torch.Tensor, gain: torch.Tensor | None, given: torch.Tensor | None
 ) -> list[torch.Tensor]:
     """Of B, and with DoRA of the magnitude: dy and given (M, n), z (M, r)."""
-    of_b = _scaled_product(m.scale, dy.t(), z)
+    of_b = _scaled_product(m.scale * m.factor, dy.t(), z)
     if m.magnitude is None:
         return [of_b]
     assert gain is not None and given is not None, "a magnitude's gradient needs what its projection gave"
     dots = ops_for(dy.device).column_dots(dy, given)
     if m.base.bias is not None:
-        dots -= m.base.bias.float() * dy.float().sum(0)
+        dots -= m.factor * m.base.bias.float() * dy.float().sum(0)
     return [of_b.mul_(gain[:, None]), m.magnitude.gradient(dots)]
 
 

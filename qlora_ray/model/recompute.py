@@ -40,6 +40,8 @@ class LayerShape:
     element_bytes: int
     adapted: tuple[int, int, int, int] = (3, 1, 2, 1)  # projections with a LoRA among q k v, o, gate up, down
     has_head_norms: bool = False  # queries and keys are kept before their norm, too
+    has_gate: bool = True
+    drops: bool = False  # values of what attention and MLP give: their gradient then lies apart
     norms_after: int = 0  # of what attention and MLP give: each keeps what it reads
     is_dora: bool = False  # lengths learn from what projections give, which is kept, or copied in backward
     has_whole_logits: bool = False  # the output layer is not fused with its loss
@@ -79,9 +81,14 @@ class LayerShape:
         return (Keep.PRODUCTS, Keep.ATTENTION, Keep.INPUT), (Keep.ALL,)
 
     @property
+    def gate_and_up(self) -> int:
+        """Outputs of the MLP's first projections."""
+        return self.inner * (1 + self.has_gate)
+
+    @property
     def num_weights(self) -> int:
-        """Of the seven frozen projections."""
-        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.inner)
+        """Of the frozen projections."""
+        return self.hidden * (2 * self.queries + 2 * self.keys + self.gate_and_up + self.inner)
 
     def kept_bytes(self, level: Keep) -> int:
         """Between forward and backward, for each token."""
@@ -94,7 +101,7 @@ class LayerShape:
             elements += self.hidden * (2 if self.is_dora else self.norms_after)
             elements += 4 * self.keys * self.has_shared_prompts  # at most: all but the answers comes twice
         if level < Keep.ATTENTION:
-            elements += 2 * self.inner
+            elements += self.gate_and_up
         if level < Keep.PRODUCTS:
             elements += self.hidden + of_qkv + (0 if self.is_sliced else self.hidden + of_gate_up)
         return elements * self.element_bytes
@@ -109,7 +116,7 @@ class LayerShape:
         if not self.is_sliced:
             return self.kept_bytes(Keep.ALL) - self.kept_bytes(level)
         of_qkv = self.adapted[0] * self.rank
-        gate_up = 2 * self.inner if level < Keep.ATTENTION else 0
+        gate_up = self.gate_and_up if level < Keep.ATTENTION else 0
         whole = self.kept_bytes(Keep.ATTENTION) + (self.hidden + of_qkv + gate_up) * self.element_bytes
         return whole - self.kept_bytes(level)
 
@@ -120,7 +127,7 @@ class LayerShape:
             4 * self.queries + 2 * self.keys * self.key_copies + expanded - self.hidden
         )  # dq in float32 among them
         weights = (4 if self.norms_after == 2 or self.is_dora else 3) * self.inner * (self.hidden + 2 * self.rank)
-        of_slice = SLICE_ROWS * ((3 + 2 * self.is_dora) * self.inner + 4 * self.hidden) + weights
+        of_slice = SLICE_ROWS * (self.inner + self.gate_and_up * (1 + self.is_dora) + 4 * self.hidden) + weights
         return max(num_tokens * attention, of_slice) * self.element_bytes
 
     def passing_bytes(self, num_tokens: int) -> int:
@@ -128,12 +135,12 @@ class LayerShape:
         if self.is_sliced:
             return self._passing_slice_bytes(num_tokens)
         weight = self.inner * (self.hidden + 2 * self.rank)
-        copied = 2 * self.inner * self.is_dora
-        return (num_tokens * (self.hidden + self.inner + copied) + weight) * self.element_bytes
+        apart = self.gate_and_up * self.is_dora + self.hidden * self.drops
+        return (num_tokens * (self.hidden + self.inner + apart) + weight) * self.element_bytes
 
     def repeated_flops(self, level: Keep, length: int) -> float:
         """Computed a second time, for each token."""
-        weights = 2.0 * self.hidden * 2 * self.inner if level >= Keep.ATTENTION else 0.0
+        weights = 2.0 * self.hidden * self.gate_and_up if level >= Keep.ATTENTION else 0.0
         if level >= Keep.INPUT:
             weights += 2.0 * length * self.queries
         if level >= Keep.PARKED:

@@ -154,7 +154,7 @@ class Stack:
         if at_a_time >= num_experts or each % state.blocksize:  # else a scale is of two experts
             assert weight.data.numel() * 2 >= num_experts * each, "not gathered"
             whole = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
-            ops_for(weight.device).dequantize(weight, whole.flatten(0, 1))
+            ops_for(weight.device).dequantize(weight, None, whole.flatten(0, 1))
             yield 0, num_experts, whole
             return
         scales = _scales(state)
@@ -248,7 +248,7 @@ class Experts:
         if self.clamp:
             ops.clamped_glu(up, self.clamp, out)
         else:
-            ops.glu(up, False, out)
+            ops.activate(up, False, out)
         return out
 
     def gate_backward(self, dh: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -258,7 +258,7 @@ class Experts:
             return (
                 up,
                 dh,
-                ops.clamped_glu_backward(dh, up, self.clamp) if self.clamp else ops.glu_backward_with_dots(dh, up),
+                ops.clamped_glu_backward(dh, up, self.clamp) if self.clamp else ops.activate_backward_with_dots(dh, up),
             )
         with torch.enable_grad():
             leaf = up.detach().requires_grad_()

@@ -73,9 +73,10 @@ def through_mlp(layer: FusedLayer, kept: Kept, buffer: torch.Tensor) -> tuple[li
 def _part(kept: Kept, rows: slice) -> Kept:
     """What is kept of some rows."""
     names = ("x1", "gate_up", "z_down", "given2")
-    cut = {name: None if (whole := getattr(kept, name)) is None else whole[rows] for name in names}
+    cut: dict[str, Any] = {name: None if (whole := getattr(kept, name)) is None else whole[rows] for name in names}
     return replace(kept, x=None, n2=None, places=None, slices=(), **cut,
-                   turns=tuple(turn.of_rows(rows, kept.x1.device) for turn in kept.turns))  # fmt: skip
+                   turns=tuple(turn.of_rows(rows, kept.x1.device) for turn in kept.turns),
+                   drops=tuple(drop.of_rows(rows, kept.x1.device) for drop in kept.drops))  # fmt: skip
 
 
 @contextmanager

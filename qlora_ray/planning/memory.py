@@ -17,7 +17,7 @@ NUM_SLOTS = 3  # of model/ring.py
 BYTES_PER_WEIGHT = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 # bf16 matrix products, FLOP/s: H200 measured (8192^3, random data), the others their datasheets' dense rate x 0.8.
 PRODUCT_FLOPS = {"H200": 795e12, "H100": 795e12, "A100": 250e12, "L40S": 290e12, "RTX-4090": 130e12}
-BESIDE_LAYERS = {"lm_head", "embed_tokens", "model.norm"}  # trained whole, they leave decoder layers fused
+BESIDE_LAYERS = {"lm_head", "embed_tokens", "model.norm", "ln_f"}  # trained whole, they leave decoder layers fused
 SHARE_OF_FLOOR = 0.69  # of the products' time, measured on an H200: benchmarks/README.md
 SHARE_OF_FLOOR_NOT_FUSED = 0.42  # the same where projections alone are fused: a Qwen3-8B shape on an H100, all again
 SAME_INPUT = re.compile(r"(^|\.)(q|k|v|gate|up)_proj$")  # of layers that read one tensor, and no name says so else
@@ -74,20 +74,21 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
     model = config.model
     family = FAMILIES.get(base.model_type)
     rank = max(model.lora_r, *model.rank_pattern.values(), 0)
-    first = {name.split(".")[-1]: (rows, columns) for name, rows, columns in base.linear_shapes if ".0." in name}
+    widths = {  # of outputs, or of what o_proj reads: a weight may be stored either way round
+        name.partition(".0.")[2]: rows * columns // max(1, base.hidden_size)
+        for name, rows, columns in base.linear_shapes if ".0." in name
+    }  # fmt: skip
     has_whole_logits = bool(model.new_tokens) or "lm_head" in model.modules_to_save
     can_fuse = config.quantization.type != "none" and not (model.lora_variant == "dora" and model.lora_dropout)
     can_fuse = can_fuse and not set(model.modules_to_save) - BESIDE_LAYERS
-    is_routed = base.experts is not None
-    read = (
-        () if family is None else ((*family.qkv, "o_proj") if is_routed else (*family.qkv, "o_proj", *family.gate_up))
-    )
     can_fuse = can_fuse and not (base.experts and not base.experts.num_packed)
-    if family is None or not can_fuse or not set(read) <= first.keys():
+    groups = () if family is None else family.projections[:2] if base.experts else family.projections
+    if family is None or not can_fuse or not {name for names in groups for name in names} <= widths.keys():
         return _plain_shape(base, rank, element_bytes, has_whole_logits)
-    queries, parts, key_heads = first["o_proj"][1], config.training.sequence_parallel, base.num_key_heads or 1
+    qkv, queries, *of_mlp = (sum(widths[name] for name in names) for names in groups)
+    parts, key_heads = config.training.sequence_parallel, base.num_key_heads or 1
     shape: dict[str, Any] = dict(
-        hidden=first["o_proj"][0], queries=queries, keys=(sum(first[name][0] for name in family.qkv) - queries) // 2,
+        hidden=base.hidden_size, queries=queries, keys=(qkv - queries) // 2, drops=any(family.drops),
         rank=rank, element_bytes=element_bytes, has_head_norms=bool(family.norm_of_heads),
         norms_after=family.num_norms_after, is_dora=model.lora_variant == "dora", has_whole_logits=has_whole_logits,
         row_parts=parts, key_copies=math.lcm(key_heads, parts) // key_heads,
@@ -99,8 +100,8 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
             inner=max(shared, default=0), adapted=(len(family.qkv), 1, 0, 0), num_experts=sizes.num_experts,
             num_per_token=sizes.num_per_token, up=sizes.up, expert_inner=sizes.inner, **shape,
         )  # fmt: skip
-    inner = sum(first[name][0] for name in family.gate_up) // 2
-    return LayerShape(inner=inner, adapted=(len(family.qkv), 1, len(family.gate_up), 1), **shape)
+    up, inner = of_mlp
+    return LayerShape(inner=inner, has_gate=up > inner, adapted=(len(family.qkv), 1, len(family.gate_up), 1), **shape)
 
 
 def _plain_shape(base: BaseFacts, rank: int, element_bytes: int, has_whole_logits: bool) -> PlainShape:

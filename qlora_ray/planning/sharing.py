@@ -46,11 +46,13 @@ def _why_not(config: Config, base: ModelFacts, layer: LayerShape | PlainShape) -
         return f"those of {base.model_type} models are not (fused are {', '.join(FAMILIES)})"
     if base.experts:
         return f"those of mixtures of experts ({base.model_type}) attend to whole rows"
+    if not family.rotates:
+        return f"{base.model_type} models have learned positions, of whole rows"
     if config.quantization.type == "none":
         return "quantization.type=none leaves them to PEFT"
     if not isinstance(layer, LayerShape):
         return "model.lora_variant, model.lora_dropout or model.modules_to_save leave them to PEFT"
-    beside = base.adapted_layers.keys() - {*family.qkv, "o_proj", *family.gate_up, "down_proj"}
+    beside = base.adapted_layers.keys() - {*family.qkv, family.out, *family.gate_up, family.down}
     if beside:
         return f"{', '.join(sorted(beside))} is adapted beside them (model.target_modules)"
     if max(base.adapted_layers.values(), default=0) < base.num_layers:

@@ -23,9 +23,10 @@ from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, trainable
 from qlora_ray.model.balance import balance
 from qlora_ray.model.base import count_bytes
 from qlora_ray.model.facts import read_facts
-from qlora_ray.model.fused import fuse, is_fused
+from qlora_ray.model.fused import fuse, fused_layers, is_fused
 from qlora_ray.model.homes import Away
 from qlora_ray.model.hub import local_folder
+from qlora_ray.model.layer import own_dropout
 from qlora_ray.model.load import Source
 from qlora_ray.model.plain import plain_layers
 from qlora_ray.model.ring import Ring, make_ring
@@ -216,6 +217,11 @@ def share_rows(model: Any, size: int, what_is_fused: str, team: Team) -> None:
         raise ConfigError(
             f"training.sequence_parallel={size}: only fused layers attend to rows that workers share, and not all are "
             f"({what_is_fused}). Set it to 1."
+        )
+    if size > 1 and any(own_dropout(layer.attention) for layer in fused_layers(model)):
+        raise ConfigError(
+            f"training.sequence_parallel={size}: the base's config has dropout of attention, which each worker would "
+            "draw for its own heads as if they were all. Set attention_dropout to 0 in its config.json, or use 1."
         )
     model.row_group = make_row_group(team.rank, team.size, size)
 

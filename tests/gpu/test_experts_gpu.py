@@ -91,7 +91,7 @@ def test_row_steps_of_experts_are_those_of_plain_pytorch():
         ops = ops_for(torch.device(device))
         ops.sum_of_rows(rows.to(device, dtype), places.to(device), scores.to(device), out)
         dh, up = grad.to(device, dtype), gate_up.to(device, dtype)
-        made = [out, ops.glu_backward_with_dots(dh, up), dh, up]
+        made = [out, ops.activate_backward_with_dots(dh, up), dh, up]
         dh, up, out = grad.to(device, dtype), gate_up.to(device, dtype), torch.empty_like(dh)
         ops.clamped_glu(up, Clamp(1.702, 1.0), out)
         outcomes.append([*made, out, ops.clamped_glu_backward(dh, up, Clamp(1.702, 1.0)), dh, up])

@@ -6,7 +6,7 @@ import torch
 from qlora_ray.model.families import FAMILIES
 from qlora_ray.model.fused import keep
 from qlora_ray.model.norm import Norm
-from qlora_ray.model.ops_plain import Angles
+from qlora_ray.model.ops_plain import Angles, Placed
 from qlora_ray.model.recompute import Choice, Keep
 from tests import fused_models
 from tests.integration import tiny_models
@@ -38,26 +38,61 @@ def test_dequantized_weights_are_bitsandbytes_bit_for_bit(dtype, quant_type, dou
         random(1536, 4096, dtype=dtype) * 0.02, requires_grad=False, quant_type=quant_type,
         compress_statistics=double_quant,
     ).to("cuda")  # fmt: skip
-    ours, theirs = (torch.full((1536, 4096 + 48), 7.0, device="cuda", dtype=dtype) for _ in range(2))
-    ops_triton.dequantize(weight, ours[:, :4096])
-    ops_plain.dequantize(weight, theirs[:, :4096])
-    assert torch.equal(ours, theirs)
+    for gain in (None, torch.rand(1536, device="cuda") + 0.5):
+        ours, theirs = (torch.full((1536, 4096 + 48), 7.0, device="cuda", dtype=dtype) for _ in range(2))
+        ops_triton.dequantize(weight, gain, ours[:, :4096])
+        ops_plain.dequantize(weight, gain, theirs[:, :4096])
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows, columns, rank", [(1536, 4096, 16), (1000, 1088, 8), (17, 14336, 64)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_lengths_of_rows_with_their_lora(dtype, rows, columns, rank, double_quant):
+    from bitsandbytes.nn import Params4bit
+
+    from qlora_ray.model import ops_plain, ops_triton
+
+    weight = Params4bit(
+        random(rows, columns, dtype=dtype) * 0.02, requires_grad=False, quant_type="nf4",
+        compress_statistics=double_quant,
+    ).to("cuda")  # fmt: skip
+    a, b = random(rank, columns, dtype=dtype) * 0.1, random(rows, rank, dtype=dtype) * 0.1
+    ours, plain = (ops.row_lengths(weight, a, b, 2.0) for ops in (ops_triton, ops_plain))
+    assert (ours - plain).norm() < 1e-5 * plain.norm()
+    assert torch.equal(ours, ops_triton.row_lengths(weight, a, b, 2.0))  # the same bits each time
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("has_gain", [False, True])
+def test_place_of_b_among_the_columns_of_a_group(dtype, has_gain):
+    from qlora_ray.model import ops_plain, ops_triton
+
+    b, gain = random(1000, 16, dtype=dtype), torch.rand(1000, device="cuda") if has_gain else None
+    for placed in (Placed(b, 2.0, 16, gain), None):
+        ours, plain = (torch.full((1000, 48), 7.0, device="cuda", dtype=dtype) for _ in range(2))
+        ops_triton.place(placed, ours)
+        ops_plain.place(placed, plain)
+        assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [4096, 3584, 96])
-@pytest.mark.parametrize("plus_one, rounds_first", [(False, True), (True, False), (False, False)])
-def test_norm_and_its_gradient(dtype, width, plus_one, rounds_first):
+@pytest.mark.parametrize(
+    "kind", [{"rounds_first": True}, {"plus_one": True}, {}, {"centers": True}, {"centers": True, "has_bias": True}]
+)
+def test_norm_and_its_gradient(dtype, width, kind):
     from qlora_ray.model import ops_plain, ops_triton
 
     x, added, weight = random(70, width, dtype=dtype), random(70, width, dtype=dtype), random(width, dtype=dtype)
-    norm = Norm(weight, 1e-5, plus_one, rounds_first)
+    bias = random(width, dtype=dtype) if "has_bias" in kind else None
+    norm = Norm(weight, 1e-5, bias=bias, **{name: value for name, value in kind.items() if name != "has_bias"})
     outcomes = []
     for ops in (ops_triton, ops_plain):
         total, out = added.clone(), torch.zeros(70, width + 16, device="cuda", dtype=dtype)
-        ops.rms_norm(x, total, norm, out[:, :width])
+        ops.norm_rows(x, total, norm, out[:, :width])
         back = torch.zeros(70, width + 24, device="cuda", dtype=dtype)
-        ops.rms_norm_backward(out[:, :width], total, norm, x, back[:, :width])
+        ops.norm_rows_backward(out[:, :width], total, norm, x, back[:, :width])
         outcomes.append((out, total, back))
     for ours, plain in zip(*outcomes, strict=True):
         assert_close(ours, plain, dtype)
@@ -108,18 +143,35 @@ def test_rotation_and_its_gradient(dtype, heads, few, size, share, interleaved, 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("is_gelu", [False, True])
-def test_gated_activation_and_its_gradient(dtype, is_gelu):
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_activation_and_its_gradient(dtype, is_gelu, is_gated):
     from qlora_ray.model import ops_plain, ops_triton
 
-    gate_up, grad = random(70, 2 * 1000, dtype=dtype), random(70, 1000, dtype=dtype)
+    read, grad = random(70, (1 + is_gated) * 1000, dtype=dtype), random(70, 1000, dtype=dtype)
     outcomes = []
     for ops in (ops_triton, ops_plain):
-        out, h, back = torch.zeros_like(grad), grad.clone(), gate_up.clone()
-        ops.glu(gate_up, is_gelu, out)
-        ops.glu_backward(h, back, is_gelu)
+        out, h, again, back, apart = torch.zeros_like(grad), grad.clone(), grad.clone(), read.clone(), read * 0
+        ops.activate(read, is_gelu, out)
+        ops.activate_backward(h, back, is_gelu, back)
+        ops.activate_backward(again, read, is_gelu, apart)
+        assert torch.equal(back, apart) and torch.equal(h, again)
         outcomes.append((out, h, back))
     for ours, plain in zip(*outcomes, strict=True):
         assert_close(ours, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows, width", [(300, 4096), (70, 1000), (8191, 250)])
+def test_dropped_values(dtype, rows, width):
+    from qlora_ray.model import ops_plain, ops_triton
+    from qlora_ray.model.dropout import drop_of
+
+    x, drop = random(rows, width, dtype=dtype), drop_of(0.1, 2**40 + 3, 17)
+    ours, plain = (torch.full((rows, width + 16), 7.0, device="cuda", dtype=dtype) for _ in range(2))
+    ops_triton.drop_values(x, drop, ours[:, :width])
+    ops_plain.drop_values(x, drop, plain[:, :width])
+    assert torch.equal(ours == 0, plain == 0)
+    assert_close(ours, plain, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -188,7 +240,7 @@ def test_gradients_are_those_of_peft_in_float64(folders, family):
     assert fused_models.error(gradients, exact) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2", "granite"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2", "granite", "gpt2"])
 def test_places_without_a_label_are_left_out_where_they_cannot_matter(folders, family):
     model = fused_models.build(folders[family], torch.float32, "cuda")
     nats, gradients = fused_models.nats_and_gradients(model, fused_models.with_places(tiny_models.batch()))
@@ -208,7 +260,7 @@ def test_gradients_with_dora_are_those_of_peft_in_float64(folders, family):
     assert fused_models.error(gradients, exact) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3", "gpt2"])
 def test_gradients_with_dropout_are_those_of_peft_with_the_same_masks(folders, family):
     torch.manual_seed(7)
     model = fused_models.build(folders[family], torch.float32, "cuda", lora_dropout=0.3)
@@ -232,7 +284,7 @@ def test_rounding_in_16_bit_is_no_worse_than_pefts(folders, family, dtype):
 
 @pytest.mark.parametrize("level", Keep)
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2", "gpt2"])
 def test_what_is_kept_for_backward_changes_no_bit(folders, family, variant, level):
     model = fused_models.build(folders[family], torch.bfloat16, "cuda", lora_variant=variant)
     nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
@@ -241,6 +293,20 @@ def test_what_is_kept_for_backward_changes_no_bit(folders, family, variant, leve
         again, others = fused_models.nats_and_gradients(model, tiny_models.batch())
         assert again == nats
         assert all(torch.equal(gradients[name], others[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("level", Keep)
+@pytest.mark.parametrize("batch", [tiny_models.batch, fused_models.packed_batch])
+@pytest.mark.parametrize("family, own", fused_models.OWN_DROPOUT.items())
+def test_dropout_of_the_base_itself_is_drawn_again_as_it_was(tmp_path, family, own, batch, level):
+    model = fused_models.build(tiny_models.save(family, tmp_path, **own), torch.bfloat16, "cuda", lora_dropout=0.3)
+    found = []
+    for one in (Keep.ALL, level):
+        keep(model, Choice((one,) * 2))
+        torch.manual_seed(7)
+        found.append(fused_models.nats_and_gradients(model, batch()))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], value) for name, value in found[1][1].items())
 
 
 @pytest.mark.bites("model.attention.FLASH")
@@ -273,7 +339,7 @@ def test_samples_of_a_row_are_kept_apart_by_flash_attention_and_without_it(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3", "gpt2"])
 def test_packed_samples_are_those_in_rows_of_their_own(folders, family, dtype):
     model = fused_models.build(folders[family], dtype, "cuda")
     packed = fused_models.packed_batch()

@@ -29,13 +29,13 @@ def test_rows_beyond_2_31_elements_are_normalized_as_alone():
 
     x, weight = wide(), torch.rand(HEADS * SIZE, dtype=torch.bfloat16, device="cuda")
     norm, out = Norm(weight, 1e-6, plus_one=False, rounds_first=True), torch.empty_like(x)
-    ops_triton.rms_norm(x, None, norm, out)
+    ops_triton.norm_rows(x, None, norm, out)
     alone = torch.empty_like(x[TAIL])
-    ops_triton.rms_norm(x[TAIL].clone(), None, norm, alone)
+    ops_triton.norm_rows(x[TAIL].clone(), None, norm, alone)
     assert torch.equal(out[TAIL], alone)
     back = torch.empty_like(x)
-    ops_triton.rms_norm_backward(out, x, norm, None, back)
-    ops_triton.rms_norm_backward(out[TAIL].clone(), x[TAIL].clone(), norm, None, alone)
+    ops_triton.norm_rows_backward(out, x, norm, None, back)
+    ops_triton.norm_rows_backward(out[TAIL].clone(), x[TAIL].clone(), norm, None, alone)
     assert torch.equal(back[TAIL], alone)
 
 
@@ -63,8 +63,8 @@ def test_wide_rows_beyond_2_31_elements_pass_the_activation_as_alone():
 
     gate_up = wide()
     out, alone = (gate_up.new_empty(len(part), HEADS * SIZE // 2) for part in (gate_up, gate_up[TAIL]))
-    ops_triton.glu(gate_up, False, out)
-    ops_triton.glu(gate_up[TAIL].clone(), False, alone)
+    ops_triton.activate(gate_up, False, out)
+    ops_triton.activate(gate_up[TAIL].clone(), False, alone)
     assert torch.equal(out[TAIL], alone)
 
 

@@ -112,6 +112,12 @@ def test_experts_in_4_bits_end_with_the_same_bits_for_any_workers_and_after_a_re
     check(cases, tmp_path)
 
 
+@pytest.mark.timeout(900)
+def test_a_base_with_dropout_of_its_own_ends_with_the_same_bits_for_any_workers_and_after_a_resume(tmp_path):
+    base = tiny_models.save("gpt2", tmp_path / "gpt2")  # 0.1 of embeddings, attention and what layers add
+    check([Case(5, stage, True, base=base) for stage in (0, 3)], tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_small_number_of_records_stage_and_validation_trains_and_resumes(tmp_path):

@@ -81,6 +81,25 @@ def test_families_whose_layers_are_not_fused_have_a_plain_shape(tmp_path):
     assert isinstance(memory.layer_shape(Config(), gemma, 2), PlainShape)
 
 
+def test_widths_of_a_gpt2_are_known_though_its_files_hold_weights_turned(tmp_path):
+    from qlora_ray.model.facts import read_facts
+
+    facts = read_facts(tiny_models.save("gpt2", tmp_path))
+    shape = memory.layer_shape(Config.model_validate({"model": {"lora_r": 8}}), facts, 2)
+    assert shape == LayerShape(
+        hidden=64,
+        inner=256,
+        queries=64,
+        keys=64,
+        rank=8,
+        element_bytes=2,
+        adapted=(1, 1, 1, 1),
+        has_gate=False,
+        drops=True,
+    )
+    assert isinstance(shape, LayerShape) and shape.num_weights == 12 * 64**2
+
+
 GPT2_MEDIUM = PlainShape(hidden=1024, whole_bytes=35_000, num_weights=12 * 1024**2, widest=4096, element_bytes=2)
 
 

@@ -53,6 +53,16 @@ def test_gradients_by_slices_are_those_of_all_rows_at_once(folders, family, more
     assert fused_models.error(by_slices[1], at_once[1]) < 1e-5
 
 
+@pytest.mark.parametrize("level", [Keep.ALL, Keep.PARKED, Keep.INPUT])
+def test_dropout_of_the_base_itself_has_the_same_masks_by_slices(tmp_path, level, short, monkeypatch):
+    folder = tiny_models.save("gpt2", tmp_path, **fused_models.OWN_DROPOUT["gpt2"])
+    by_slices = gradients(folder, level)
+    monkeypatch.setattr(slices, "LONG_ROW", 24)
+    at_once = gradients(folder)
+    assert by_slices[0] == pytest.approx(at_once[0], rel=1e-6)
+    assert fused_models.error(by_slices[1], at_once[1]) < 1e-5
+
+
 @pytest.mark.parametrize("family", FEW)
 @pytest.mark.parametrize("more", [{}, DORA], ids=["lora", "dora"])
 def test_what_is_kept_of_long_rows_changes_no_bit(folders, family, more, short):

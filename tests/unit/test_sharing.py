@@ -61,6 +61,7 @@ def test_config_refuses_what_workers_cannot_share(sections, said):
     ("changes", "sections", "said"),
     [
         ({"model_type": "falcon"}, {}, "those of falcon models are not"),
+        ({"model_type": "gpt2"}, {}, "gpt2 models have learned positions, of whole rows"),
         ({"model_type": "mixtral", "experts": ExpertSizes(4, 2, 8, 8, 8, 2, 100, 100)}, {},
          "those of mixtures of experts (mixtral) attend to whole rows"),
         ({}, {"quantization": {"type": "none"}}, "quantization.type=none leaves them to PEFT"),
