@@ -114,10 +114,15 @@ OUT_OF_ZERO = Patch(
 
 
 def keep_out_of_zero(model: torch.nn.Module) -> None:
-    """Have ZeRO-3 not see what is frozen; modules read it as ever. Call it when the trained ones are flat."""
+    """Have ZeRO-3 not see what is frozen; modules read it as ever. Call it when the trained ones are flat.
+
+    The smallest stays: transformers asks a model's first parameter for its device.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    smallest = min(frozen, key=torch.Tensor.numel, default=None)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and not parameter.requires_grad:
+            if parameter is not None and not parameter.requires_grad and parameter is not smallest:
                 del module._parameters[name]
                 module.__dict__[name] = parameter
 
