@@ -20,6 +20,7 @@ from qlora_ray.model.stash import HostStash
 from qlora_ray.planning.plan import Plan, choose_recomputation
 from qlora_ray.worker import deepspeed_patches as patches
 
+SHARE_OF_MEASURED = 0.97  # of a budget, where a layer is not fused: one row tells what it keeps, and not its buffers
 SHARE_OF_FREE_MEMORY = 0.9  # that recompute=auto fills: the rest is for the allocator's rounding and libraries
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def keep_what_fits(
         least = torch.tensor([budget, on_host], dtype=torch.float64, device=device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         budget, on_host = least.tolist()
-    room = Room(budget, on_host)
+    room = Room(budget if fused else SHARE_OF_MEASURED * budget, on_host)
     choice = choose_recomputation(plan, len(fused or plain), model.config.vocab_size, room)
     parked = host_bytes(plan.layer_shape, choice, plan.tokens_per_micro_batch)
     if parked > room.host_bytes:

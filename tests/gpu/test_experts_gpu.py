@@ -90,9 +90,10 @@ def test_row_steps_of_experts_are_those_of_plain_pytorch():
         out = torch.empty(100, 1100, device=device, dtype=dtype)
         ops = ops_for(torch.device(device))
         ops.sum_of_rows(rows.to(device, dtype), places.to(device), scores.to(device), out)
-        dh, up = grad.to(device, dtype), gate_up.to(device, dtype)
+        dh, up = (value.to(device, dtype, copy=True) for value in (grad, gate_up))
         made = [out, ops.activate_backward_with_dots(dh, up), dh, up]
-        dh, up, out = grad.to(device, dtype), gate_up.to(device, dtype), torch.empty_like(dh)
+        dh, up = (value.to(device, dtype, copy=True) for value in (grad, gate_up))
+        out = torch.empty_like(dh)
         ops.clamped_glu(up, Clamp(1.702, 1.0), out)
         outcomes.append([*made, out, ops.clamped_glu_backward(dh, up, Clamp(1.702, 1.0)), dh, up])
     errors = [error(one, other) for one, other in zip(*outcomes, strict=True)]

@@ -72,17 +72,19 @@ def test_masks_of_a_slice_are_those_of_all_rows():
     from qlora_ray.model import ops_triton
 
     x, a = torch.randn(512, 256, device="cuda"), torch.randn(16, 256, device="cuda")
+    drop = Drop(0.3, 77)
+    within, behind = (drop.of_rows(slice(256, stop), x.device) for stop in (384, 512))
     whole, part = torch.empty(512, 16, device="cuda"), torch.empty(128, 16, device="cuda")
-    ops_triton.lora_in(x, a, Drop(0.3, 77), whole)
-    ops_triton.lora_in(x[256:384], a, Drop(0.3, 77, first_row=256), part)
+    ops_triton.lora_in(x, a, drop, whole)
+    ops_triton.lora_in(x[256:384], a, within, part)
     assert torch.equal(whole[256:384], part)
     dz, dx, dx_part = whole.clone(), torch.zeros_like(x), torch.zeros_like(x[:128])
-    ops_triton.add_lora_back(dz, a, Drop(0.3, 77), dx)
-    ops_triton.add_lora_back(dz[256:384], a, Drop(0.3, 77, first_row=256), dx_part)
+    ops_triton.add_lora_back(dz, a, drop, dx)
+    ops_triton.add_lora_back(dz[256:384], a, within, dx_part)
     assert torch.equal(dx[256:384], dx_part)
-    of_slices = ops_triton.lora_in_gradient(dz[:256], x[:256], Drop(0.3, 77))
-    of_slices += ops_triton.lora_in_gradient(dz[256:], x[256:], Drop(0.3, 77, first_row=256))
-    whole_gradient = ops_triton.lora_in_gradient(dz, x, Drop(0.3, 77))
+    of_slices = ops_triton.lora_in_gradient(dz[:256], x[:256], drop)
+    of_slices += ops_triton.lora_in_gradient(dz[256:], x[256:], behind)
+    whole_gradient = ops_triton.lora_in_gradient(dz, x, drop)
     assert (of_slices - whole_gradient).norm() < 1e-5 * whole_gradient.norm()
 
 
