@@ -170,7 +170,7 @@ def train_with_trl(arguments: argparse.Namespace, recomputes: bool) -> dict:
         output_dir=str(Path(arguments.folder) / "trl"), max_steps=arguments.steps, learning_rate=RATE,
         per_device_train_batch_size=arguments.pairs, precompute_ref_log_probs=True, max_length=4 * arguments.length,
         use_liger_kernel=has_liger, gradient_checkpointing=recomputes, bf16=cuda, use_cpu=not cuda,
-        logging_steps=product.EVERY, save_strategy="no", report_to=[], disable_tqdm=True,
+        logging_steps=max(1, arguments.steps // 5), save_strategy="no", report_to=[], disable_tqdm=True,
     )  # fmt: skip
     if cuda:
         torch.cuda.reset_peak_memory_stats()
