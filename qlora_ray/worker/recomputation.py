@@ -20,7 +20,7 @@ from qlora_ray.model.stash import HostStash
 from qlora_ray.planning.plan import Plan, choose_recomputation
 from qlora_ray.worker import deepspeed_patches as patches
 
-SHARE_OF_MEASURED = 0.97  # of a budget, where a layer is not fused: one row tells what it keeps, and not its buffers
+SHARE_OF_MEASURED = 0.94  # of a budget, where no layer is fused: one row tells what a layer keeps, not what passes by
 SHARE_OF_FREE_MEMORY = 0.9  # that recompute=auto fills: the rest is for the allocator's rounding and libraries
 logger = logging.getLogger(__name__)
 
