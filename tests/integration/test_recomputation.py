@@ -15,10 +15,10 @@ from qlora_ray.worker import recomputation
 from tests import fused_models
 from tests.integration import engines, tiny_models
 
-FAMILIES = ("gpt_neox", "opt", "falcon", "gemma2", "mixtral")
+FAMILIES = ("gpt_neox", "opt", "falcon", "gemma2", "olmoe")
 OWN_DROPOUT = {  # of the base itself, drawn from torch's generator
     "gpt_neox": {"hidden_dropout": 0.1, "attention_dropout": 0.1}, "opt": {"dropout": 0.1, "attention_dropout": 0.1},
-    "falcon": {"hidden_dropout": 0.1}, "gemma2": {"attention_dropout": 0.1}, "mixtral": {"attention_dropout": 0.1},
+    "falcon": {"hidden_dropout": 0.1}, "gemma2": {"attention_dropout": 0.1}, "olmoe": {"attention_dropout": 0.1},
 }  # fmt: skip
 CHOICES = [(Keep.ALL, Keep.ALL), (Keep.INPUT, Keep.ALL), (Keep.ALL, Keep.INPUT), (Keep.HOST, Keep.HOST)]
 
@@ -53,7 +53,7 @@ def trained(config: Config, folder, levels: tuple[Keep, ...], shelf: Shelf | Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_each_layer_keeps_changes_no_bit(family, stage, tmp_path, process_group):
     base = tiny_models.save(family, tmp_path / "base", **OWN_DROPOUT[family])
-    dropout = {"lora_dropout": 0.1} if family != "mixtral" else {}  # PEFT has none for experts
+    dropout = {"lora_dropout": 0.1} if family != "olmoe" else {}  # PEFT has none for experts
     config = tiny_models.make_config(
         base, model=dropout, training={"recompute": "all"}, deepspeed={"zero_stage": stage}
     )
