@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict] = {
     "qwen2_moe": {"qkv_bias": True},
     "gpt_oss": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 0.5},
     "glm4_moe": {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.7},
-    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}, "opt": {"dropout": 0.0},
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }  # fmt: skip
 OWN_DROPOUT: dict[str, dict] = {  # of the base itself
     "gpt2": {"attn_pdrop": 0.2, "embd_pdrop": 0.2, "resid_pdrop": 0.2},

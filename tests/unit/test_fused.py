@@ -127,7 +127,7 @@ def test_what_a_gpt2_may_have_of_its_own_is_computed_or_left_to_peft(tmp_path, m
     assert fused_models.error(gradients, exact) < 1e-5
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", sorted({*PLAIN} - {"opt"}))  # which draws dropout of its own from the same generator
 def test_projections_outside_fused_layers_have_a_mask_each(folders, family):
     model = fused_models.build(folders[family], torch.float32, lora_dropout=0.3)
     torch.manual_seed(7)
