@@ -23,6 +23,7 @@ def test_a_base_in_shares_and_one_whole_on_each_worker_give_one_adapter(tmp_path
         *jobs(mixtral), *jobs(EMBEDDED, model={"modules_to_save": ["norm"], "new_tokens": ["<new>"]}),
     )  # fmt: skip
     for shared, whole in zip(left[::2], left[1::2], strict=True):
-        assert not any(held.shares for held in whole) and all(held.shares for held in shared)
+        # One small parameter stays with ZeRO-3, for transformers to ask for the device.
+        assert all(len(held.shares) == 1 for held in whole) and all(len(held.shares) > 1 for held in shared)
         assert len({held.adapter for held in shared + whole}) == 1 and not any(held.error for held in shared + whole)
         assert [held.losses for held in shared] == [held.losses for held in whole]
