@@ -226,7 +226,7 @@ def door_config(run):
     return yaml.safe_load((run / "config.yaml").read_text())
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_reference_computed_anew_and_a_kill_end_with_the_same_bits(num_workers, storage, tmp_path):
     """In a storage path of its own nothing is cached; after the kill the reference is read."""
     name = f"killed-{num_workers}"

@@ -20,6 +20,7 @@ def settings(storage, name, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_and_resumed_run_has_the_bits_of_one_that_was_not_and_goes_on_with_whole_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

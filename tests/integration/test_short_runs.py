@@ -105,6 +105,7 @@ def test_run_of_a_few_records_ends_with_the_same_bits_for_any_workers_and_after_
     check(FEW, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_experts_in_4_bits_end_with_the_same_bits_for_any_workers_and_after_a_resume(tmp_path):
     bases = [tiny_models.save(family, tmp_path / family) for family in ("qwen2_moe", "gpt_oss")]
@@ -112,6 +113,7 @@ def test_experts_in_4_bits_end_with_the_same_bits_for_any_workers_and_after_a_re
     check(cases, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_base_with_dropout_of_its_own_ends_with_the_same_bits_for_any_workers_and_after_a_resume(tmp_path):
     base = tiny_models.save("gpt2", tmp_path / "gpt2")  # 0.1 of embeddings, attention and what layers add
