@@ -16,7 +16,7 @@ from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import Patch
 from qlora_ray.model.architecture import dense_config, load_filled
-from qlora_ray.model.experts import packed_while_loading
+from qlora_ray.model.experts import misshapen_stacks, packed_while_loading
 from qlora_ray.model.facts import has_mxfp4, loadable_folder, packed_weights, stored_quantization
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.own_code import refuse_unread_code
@@ -79,6 +79,7 @@ def load_base(
             loadable_folder(folder, key), model.trust_remote_code, model.factory, quantization_config=four_bit,
             dtype=dtype, device_map={"": device}, **({"config": dense_config(folder)} if is_mxfp4 else {}),
         )  # fmt: skip
+    found["mismatched_keys"] = {*found["mismatched_keys"], *misshapen_stacks(base)}
     refuse_unfilled(key, base, found)
     base.name_or_path = base_model_path(model.base_model)  # which PEFT writes down: not where it lies here
     _keep_weights_trainable_on_cpu(base)

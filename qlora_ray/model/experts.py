@@ -123,6 +123,21 @@ def packed_stacks(model: torch.nn.Module) -> list[str]:
     return sorted(name.removeprefix("base_model.model.").replace(".base_layer", "") for name in names)
 
 
+def misshapen_stacks(model: torch.nn.Module) -> set[tuple[str, torch.Size, torch.Size]]:
+    """Packed stacks that are not of as many experts as the config says: name, shape, shape that it should have.
+
+    transformers does not look at the shape of what is packed while it loads.
+    """
+    found = set()
+    for owner, module in modules_of_stacks(model).items():
+        for name in stack_names(module):
+            state = getattr(module._parameters[name], "quant_state", None)
+            if state is not None and state.shape[0] != module.num_experts:
+                wanted = torch.Size((int(module.num_experts), *state.shape[1:]))  # type: ignore[arg-type]
+                found.add((f"{owner}.{name}", state.shape, wanted))
+    return found
+
+
 def to_be_packed(stack: torch.Tensor, quantization: Any) -> torch.nn.Parameter:
     """A stack as a parameter that packs itself on its way to a device, as `quantization` (BitsAndBytesConfig) says."""
     from bitsandbytes.nn import Params4bit
