@@ -9,7 +9,7 @@ from qlora_ray.planning.memory import SHARE_OF_MEMORY, Sizes
 
 
 def decide(config: Config, known: Sizes, num_tokens: int, worker_gib: float | None) -> tuple[Sizes, str]:
-    """The sizes as the base will be held, for GPUs of so many GiB (None: not known, or CPUs); and why, in a few words.
+    """The sizes as the base will be held, for GPUs of so many GiB (None: not known, or CPUs); and why, where decided.
 
     Layers that keep the least must fit beside a whole base, while it loads too; the rest is for activations either way.
     """
@@ -21,7 +21,7 @@ def decide(config: Config, known: Sizes, num_tokens: int, worker_gib: float | No
     if asked != "auto":
         return replace(known, shares_base=asked == "world"), f"deepspeed.share_base={asked}"
     if worker_gib is None:
-        return known, "what memory a worker has is not known"
+        return known, ""
     whole = replace(known, shares_base=False)
     room = SHARE_OF_MEMORY * min(worker_gib, config.training.memory_budget_gib or worker_gib)
     forecast = memory.memory_gib(whole, num_tokens, memory.all_layers(whole, Keep.HOST))
