@@ -98,7 +98,8 @@ def modules_of(path: Path) -> set[Path]:
     found = set()
     for name in imports(path):
         whole = PACKAGE / name.replace(".", "/")
-        found |= {one for one in (whole.with_suffix(".py"), whole.parent.with_suffix(".py")) if one.is_file()}
+        places = (whole.with_suffix(".py"), whole.parent.with_suffix(".py"), whole.parent / "__init__.py")
+        found |= set([place for place in places if place.is_file()][:1])
     return found - {path}
 
 
