@@ -13,8 +13,9 @@ import statistics
 import time
 from pathlib import Path
 
+from benchmarks.bases import build_base
 from benchmarks.memory import facts_of
-from benchmarks.throughput import LEARNING_RATE, RANK, SEED, SHAPES, build_base
+from benchmarks.shapes import LEARNING_RATE, RANK, SEED, SHAPES
 
 ROWS = ((4, 2048), (2, 4096), (1, 8192))  # rows x tokens: as many tokens each
 MEAN_LOG_LENGTH, SPREAD_LOG_LENGTH = 5.6, 0.9  # of samples, in tokens
