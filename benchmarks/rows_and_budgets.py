@@ -29,7 +29,8 @@ def build(shape: dict, device: str):
     from qlora_ray.data.stats import DataStats
     from qlora_ray.model.adapter import add_adapter
     from qlora_ray.model.fused import fuse
-    from qlora_ray.planning.plan import Hardware, make_plan
+    from qlora_ray.planning.hardware import Hardware
+    from qlora_ray.planning.plan import make_plan
     from qlora_ray.worker.engine import Engine
 
     config = Config.model_validate(
