@@ -62,6 +62,7 @@ def check_workers_fit(config: Config, resources: dict[str, float], hardware: Har
 
 
 def compute_dtype_of(config: Config, use_gpu: bool, hardware: Hardware) -> str:
+    """dtype of activations and products: as asked, else what the workers compute fastest in."""
     if config.quantization.compute_dtype != "auto":
         return config.quantization.compute_dtype
     if not use_gpu:

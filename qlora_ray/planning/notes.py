@@ -10,6 +10,7 @@ FEW_STEPS = 10  # an epoch of fewer is worth a word
 
 
 def notes_of(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: int, use_gpu: bool) -> tuple[str, ...]:
+    """What the base and the data make of the config that the user may not expect."""
     notes, is_quantized, experts = [], config.quantization.type != "none", base.experts
     if experts and is_quantized and experts.num_packed < experts.num_parameters:
         share = (experts.num_parameters - experts.num_packed) / base.num_parameters

@@ -17,6 +17,7 @@ def may_hold_weights(config: Config, known: Sizes) -> bool:
 
 
 def recompute_of(config: Config, use_gpu: bool, known: Sizes) -> str:
+    """all, none or auto, as Plan.recompute has it. Raises ConfigError where what was asked for cannot be."""
     asked = config.training.recompute
     passes = known.offload != "none" and isinstance(known.layer, PlainShape)
     if passes and asked == "none":

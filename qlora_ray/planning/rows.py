@@ -22,10 +22,12 @@ def layout(config: Config, base: BaseFacts) -> Layout:
 
 
 def keeps_apart(config: Config, base: BaseFacts) -> bool:
+    """Whether attention keeps the samples of a row apart, so that a row may hold several."""
     return base.model_type in PACKED_MODEL_TYPES and not rope_depends_on_rows(config, base)
 
 
 def rope_depends_on_rows(config: Config, base: BaseFacts) -> bool:
+    """Whether rows may be so long that RoPE changes with what else a row holds."""
     return base.rope_limit is not None and config.training.max_length > base.rope_limit.num_tokens
 
 

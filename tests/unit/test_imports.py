@@ -98,8 +98,8 @@ def modules_of(path: Path) -> set[Path]:
     found = set()
     for name in imports(path):
         whole = PACKAGE / name.replace(".", "/")
-        places = (whole.with_suffix(".py"), whole.parent.with_suffix(".py"), whole.parent / "__init__.py")
-        found |= set([place for place in places if place.is_file()][:1])
+        files = [place for one in (whole, whole.parent) for place in (one.with_suffix(".py"), one / "__init__.py")]
+        found |= set([file for file in files if file.is_file()][:1])
     return found - {path}
 
 
