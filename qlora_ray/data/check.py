@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from qlora_ray.config import Config
 from qlora_ray.data.formats import FORMATS, load_function
-from qlora_ray.data.mask import CALL, NAME, THOUGHT, TOLD, TOOLS
+from qlora_ray.data.missing import CALL, NAME, THOUGHT, TOLD, TOOLS
 from qlora_ray.data.pairs import convert
 from qlora_ray.data.read import BLANK, DamagedFile, cut, place_unit, read
 from qlora_ray.data.samples import INLINE_BYTES
