@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,8 @@ def test_attention_of_long_rows_is_parked_where_the_host_has_room():
     assert {Keep.PARKED, Keep.HOST} <= set(of_rows(131072, 18, 40).levels)
     assert Keep.HOST in of_rows(131072, 16.5, 32).levels
     assert Keep.PARKED not in of_rows(8192, 5, 1000).levels  # to compute it again is faster
+    part = replace(LLAMA_8B, row_parts=4).of_rows(32768)  # which attends to a row of 131,072
+    assert part.parks and not LLAMA_8B.of_rows(32768).parks
 
 
 def test_what_the_host_has_no_room_for_stays_on_the_gpu():
