@@ -117,7 +117,7 @@ def long_row(count: int) -> dict:
     return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("model", [{}, {"lora_dropout": 0.1}, {"lora_variant": "dora"}], ids=["lora", "dropout", "dora"])
+@pytest.mark.parametrize("model", [{}, {"lora_dropout": 0.1}, {"lora_variant": "dora"}])
 def test_slices_on_and_off_have_the_same_bits(folder, model, monkeypatch):
     """Of the last layer's MLP: kernels behind it, of attention, may add in another order each time."""
     found = []
