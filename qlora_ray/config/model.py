@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -54,7 +54,7 @@ class ModelConfig(Section):
     need not pack again. auto: where they take a GiB or more, and it is a folder with twice that free."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only with a pinned `revision`."""
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: dict[str, str | bool | int | float] | None = None
     """RoPE for rows longer than the base was trained on, as transformers' config has it: {rope_type: yarn, factor: 4},
     or linear, or llama3. It becomes part of the base's config, in training and wherever the adapter is used. See
     docs/bases.md."""
