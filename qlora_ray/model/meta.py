@@ -46,7 +46,7 @@ def model_facts(folder: str, model: ModelConfig, new_tokens: NewTokens) -> Model
         check_tokens(start, new_tokens)
     wrapped = _wrap(base, model, new_tokens)
     if start:
-        check_base(start, folder)
+        check_base(start, folder, model)
         check_tensors(start, _names_of_peft(wrapped), model)
     experts = expert_sizes(base, packs_experts(folder))
     context = rope.context_length(facts.context_length, model.rope_scaling)

@@ -14,6 +14,7 @@ from qlora_ray.inference import merge
 from qlora_ray.inference.load import load
 from qlora_ray.model.base import load_base
 from qlora_ray.model.card import render
+from qlora_ray.model.facts import read_facts
 from qlora_ray.model.meta import model_facts
 from qlora_ray.model.record import FILE, open_adapter
 from tests import fused_models
@@ -129,5 +130,11 @@ def test_adapter_and_merged_model_keep_the_scaling(folders, style, tmp_path):
     assert tiny_models.difference(ours, others) > 1e-3
 
 
-def test_embedded_base_takes_it(tmp_path):
-    assert facts(base_model_path("embedded"), KINDS["linear"]).takes_rope_scaling
+def test_adapter_is_not_gone_on_with_on_a_base_without_its_scaling(tmp_path):
+    base = base_model_path("embedded")
+    adapter = adapters.trained(tmp_path / "run", base, rope_scaling=KINDS["linear"], steps=1)
+    model = tiny_models.make_config(base, model={"start_from": str(adapter)}).model
+    with pytest.raises(ConfigError, match="was trained with model.rope_scaling=.*linear.* Give the same"):
+        model_facts(base, model, {})
+    again = model.model_copy(update={"rope_scaling": KINDS["linear"]})
+    assert model_facts(base, again, {}).context_length == 4 * read_facts(base).context_length
