@@ -87,7 +87,8 @@ class Turn:
 
     def of_rows(self, rows: slice, device: torch.device) -> "Turn":
         """The same for a slice of the rows."""
-        return replace(self, drop=self.drop.of_rows(rows, device), given=None)
+        given = None if self.given is None else self.given[rows]
+        return replace(self, drop=self.drop.of_rows(rows, device), given=given)
 
 
 def why_not(module: torch.nn.Module) -> str | None:
