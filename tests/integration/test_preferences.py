@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_ray import evaluate, train
-from qlora_ray.config import Config, TrainingConfig
+from qlora_ray.config import Config, TrainingConfig, base_model_path
 from qlora_ray.data.order import NO_ROW
 from qlora_ray.data.rows import Rows
 from qlora_ray.data.tokenize import IGNORE_INDEX, Sample
@@ -259,19 +259,51 @@ def test_run_from_an_adapter_measures_from_it_and_finds_it_again_once_the_cache_
     assert reference_file(tmp_path).read_bytes() == before
 
 
+SINGLE, PAIR = {"instruction": "x", "output": "y"}, {"prompt": "x", "chosen": "a", "rejected": "b"}
+LABELLED = {"prompt": "x", "completion": "y", "label": True}
+
+
+def turns(asked: str, said: str) -> list[dict]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+
 @pytest.mark.parametrize(
-    ("records", "objective", "told"),
+    ("objective", "record", "told"),
     [
-        ([{"instruction": "x", "output": "y"}], "dpo", "no `chosen`: training.objective asks for pairs"),
-        ([{"prompt": "x", "chosen": "a", "rejected": "b"}], "sft", "training.objective=sft takes single answers"),
-        ([{"prompt": "x", "chosen": "a", "rejected": "a"}], "dpo", "chosen and rejected are the same"),
-        ([{"prompt": "x", "chosen": "a"}], "orpo", "no `rejected`"),
+        ("dpo", SINGLE, "no `chosen`: training.objective asks for pairs"),
+        ("dpo", LABELLED, "no `chosen`: training.objective asks for pairs of answers, chosen and rejected; an answer"),
+        ("dpo", {**PAIR, "rejected": "a"}, "chosen and rejected are the same"),
+        ("dpo", {"chosen": turns("x", "a"), "rejected": turns("y", "b")}, "different prompts"),
+        ("dpo", {**PAIR, "chosen": 3}, "`chosen` is neither a text nor turns"),
+        ("simpo", {**PAIR, "chosen": " "}, "`chosen` is empty"),
+        ("orpo", {"prompt": "x", "chosen": "a"}, "no `rejected`"),
+        ("ipo", {"prompt": "x", "rejected": "a"}, "no `chosen`"),
+        ("cpo", {**PAIR, "rejected": None}, "no `rejected`"),
+        ("kto", SINGLE, "`label` is not there"),
+        ("kto", PAIR, "a pair of answers: training.objective=kto takes single ones with a label; set dpo"),
+        ("kto", {**LABELLED, "label": "good"}, "`label` is neither true nor false"),
+        ("kto", {**LABELLED, "completion": ""}, "`completion` is empty"),
+        ("kto", LABELLED, "all 2 answers are desirable (label: true)"),
+        ("kto", {**LABELLED, "label": False}, "all 2 answers are undesirable (label: false)"),
+        ("sft", PAIR, "training.objective=sft takes single answers; set dpo"),
+        ("sft", LABELLED, "training.objective=sft takes single answers; set kto"),
+        ("sft", {**SINGLE, "kto_tag": False}, "training.objective=sft takes single answers; set kto"),
     ],
 )
-def test_records_of_another_kind_are_refused_before_ray_starts(records, objective, told, tmp_path, refused):
-    (tmp_path / "records.json").write_text(json.dumps(records))
+def test_records_of_another_kind_are_refused_before_ray_starts(objective, record, told, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("ray.init", None)
+    (tmp_path / "records.json").write_text(json.dumps([record, record]))
     more = [f"data.train_file={tmp_path}/records.json", f"training.objective={objective}", "training.rpo_alpha=0"]
     assert told in refused(train, "-c", "configs/dpo.yaml", f"ray.storage_path={tmp_path}", *more)
+
+
+def test_objective_is_not_gone_on_to_from_an_adapter_of_another_rank_or_base(trained, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("ray.init", None)
+    more = ["-c", "configs/dpo.yaml", f"ray.storage_path={tmp_path}", f"model.start_from={trained}"]
+    assert "model.lora_r=16" in refused(train, *more)
+    other = tiny_models.save("llama", tmp_path / "base")
+    told = refused(train, *more, "model.lora_r=8", f"model.base_model={other}")
+    assert str(other) in told and base_model_path("embedded") in told
 
 
 def test_labels_are_of_answers_alone(tmp_path):
