@@ -20,11 +20,8 @@ import time
 from pathlib import Path
 
 from benchmarks.long_rows import resident_gib
+from benchmarks.throughput import SHAPES
 
-SHAPE = dict(model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-             num_attention_heads=64, num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0)  # fmt: skip
-TINY = dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=2048)  # fmt: skip
 SEED, RANK, LEARNING_RATE = 0, 16, 2e-4
 TIMED_SLABS = 8
 BEGAN = time.perf_counter()
@@ -37,7 +34,7 @@ def say(text: str) -> None:
 
 def shape_of(arguments) -> dict:
     """The base's config, with as many layers as are asked for."""
-    return {**(TINY if arguments.tiny else SHAPE), "num_hidden_layers": arguments.layers}
+    return {**SHAPES["tiny" if arguments.tiny else "llama-70b"], "num_hidden_layers": arguments.layers}
 
 
 def build(arguments, away):
