@@ -20,7 +20,8 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.throughput import SHAPES, save_checkpoint
+from benchmarks.bases import save_checkpoint
+from benchmarks.shapes import SHAPES
 
 GIB = 2**30
 CACHED = {"files": False, "writes": True, "cache": True}  # model.cache_quantized

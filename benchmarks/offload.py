@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from benchmarks.long_rows import resident_gib
-from benchmarks.throughput import SHAPES
+from benchmarks.shapes import SHAPES
 
 SEED, RANK, LEARNING_RATE = 0, 16, 2e-4
 TIMED_SLABS = 8

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import facts_of, num_lora_parameters
-from benchmarks.throughput import SHAPES
+from benchmarks.shapes import SHAPES
 from qlora_ray import plan
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
@@ -162,6 +162,12 @@ def test_no_speed_is_told_of_mixtures_of_experts_whose_products_nobody_has_measu
     config = Config.model_validate({"model": {"base_model": tiny_models.save("mixtral", tmp_path)}})
     speeds = re.findall(r"(?m)^ *\d+ +\d+\.\d\d +(\S+)", table.answer(config, 80, "H100"))
     assert speeds and set(speeds) == {"-"}
+
+
+def test_no_speed_is_told_where_launches_take_longer_than_products():
+    told = table.answer(Config.model_validate({}), 80, "H100")
+    assert set(re.findall(r"(?m)^ *\d+ +\d+\.\d\d +(\S+)", told)) == {"-"}
+    assert "embedded: 3.5 M parameters" in told and "launching them takes longer" in told
 
 
 def test_plan_door_refuses_a_base_that_is_not_there(capsys):
