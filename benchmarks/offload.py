@@ -93,7 +93,7 @@ def away_of(arguments):
 
         def __init__(self, file=None):
             super().__init__(file)
-            self._known = {}
+            self._known = {}  # by the address on the GPU
 
         def put(self, values):
             if self.is_on_disk or not values.is_cuda:
@@ -103,11 +103,14 @@ def away_of(arguments):
             return self._known[values.data_ptr()]
 
     class Cold(DiskFile):
-        """Has the system forget what was read."""
+        """Has the system forget what was read, and once all is written that."""
 
         def read_into(self, out, start):
             super().read_into(out, start)
-            os.posix_fadvise(self._file.fileno(), start, out.numel(), os.POSIX_FADV_DONTNEED)
+            self.forget(start, out.numel())
+
+        def forget(self, start=0, num_bytes=0):
+            os.posix_fadvise(self._file.fileno(), start, num_bytes, os.POSIX_FADV_DONTNEED)
 
     if arguments.case == "whole":
         return None
@@ -163,6 +166,7 @@ def measure(arguments) -> dict:
     ring = make_ring(model, away, device) if away else None
     if arguments.case == "disk":
         os.fsync(away._file._file.fileno())
+        away._file.forget()
     say(f"{len(ring.slabs)} slabs of {ring.slabs[0].num_bytes / 1e6:,.0f} MB are there" if ring else "all stays")
     keep(model, Choice((Keep.HOST,) * len(fused_layers(model))))
     num_trainable = sum(parameter.numel() for parameter in trainable(model).values())
