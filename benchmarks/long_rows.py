@@ -56,7 +56,7 @@ def measure(name: str, num_layers: int | None, length: int, keep_level: str, mos
     keep(model, choice)
     print(f"{time.perf_counter() - began:.0f} s: built, {choice}, {room}", file=sys.stderr, flush=True)
     ids = torch.randint(3, shape["vocab_size"], (1, length), generator=torch.Generator().manual_seed(0)).cuda()
-    before = _resident_gib()
+    before = resident_gib()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(1 if length * facts.num_layers > ONCE_FROM else 2):
@@ -77,12 +77,12 @@ def measure(name: str, num_layers: int | None, length: int, keep_level: str, mos
         "floor_share": length / seconds[-1] / floor_tokens_per_second(shape, length),
         "peak_gib": peak, "forecast_gib": predicted, "error": predicted / peak - 1,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-        "host_gib": _resident_gib() - before, "host_forecast_gib": parked, "loss": float(nats) / length,
+        "host_gib": resident_gib() - before, "host_forecast_gib": parked, "loss": float(nats) / length,
         "is_finite": is_finite, "seconds": time.perf_counter() - began, "device": torch.cuda.get_device_name(),
     }  # fmt: skip
 
 
-def _resident_gib() -> float:
+def resident_gib() -> float:
     """Of this process now: what was pinned stays until it ends."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 2**20

@@ -37,7 +37,7 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     each = 2 if config.training.prefers else 1  # rows of tokens
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     num_tokens = config.training.batch_size * each * of_worker
-    known, why_shared = holding.decide(config, known, num_tokens, gib)
+    known, why_shared = holding.decide(config, known, num_tokens, gib, workers)  # on one node: others are not known
     refuse_sharing(config, base, known.layer, length)
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
@@ -53,7 +53,7 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
         *([shown_sharing(config, known.layer, base.num_layers, length)] if is_shared else []),
         f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",
     ]
-    lines[2:2] = filter(None, [holding.shown(known.shares_base, why_shared)])
+    lines[2:2] = filter(None, [holding.shown(known.shares_base, known.num_of_node is not None, why_shared)])
     if passing := offload.passing(known, num_tokens, length, gib, gpu):
         lines.insert(2, f"base on {'disk' if passing.disk_bytes else 'host'}: {passing}")
     is_unknown = False

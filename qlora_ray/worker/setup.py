@@ -249,7 +249,7 @@ def check_same_loss(before: float, after: float, plan: Plan) -> None:
 def check_same_weights(sources: list[Source], seed: int, team: Team, ring: Ring | None = None) -> None:
     """Raise GuardError where the workers do not hold together what the files hold: of a layer in 4 bits and another.
 
-    Those are chosen by seed; rank 0 reads and packs them anew. Every worker must call this.
+    Those are chosen by seed; the first of those that hold one reads and packs it anew. Every worker must call this.
     """
     generator = random.Random(seed)
     packed = [one for one in sources if hasattr(one.parameter, "quant_state")]
@@ -258,8 +258,8 @@ def check_same_weights(sources: list[Source], seed: int, team: Team, ring: Ring 
         if ring:
             ring.bring(source.parameter)
         whole = patches.whole_of(source.parameter)
-        is_held = team.gather(team.rank > 0 or source.is_held(whole))[0]
-        if not is_held:
+        is_other = patches.rank_among_holders(source.parameter, team.rank) > 0
+        if not all(team.gather(is_other or source.is_held(whole))):
             raise GuardError(
                 f"{source.name}: what the workers hold together is not what the base's files give. Likely cause: "
                 "packed 4-bit bytes were cast (bnb_4bit_quant_storage must be uint8), a DeepSpeed option re-quantizes "

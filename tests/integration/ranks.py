@@ -28,6 +28,7 @@ class Job:
     place: str = ""  # of run and cache, where jobs share it
     takes_as_long: bool = False  # the rows: by slices of 16 tokens, with attention parked
     rows: list[list[int]] = dataclasses.field(default_factory=list)  # lengths of the samples of each; []: a batch's two
+    num_nodes: int = 1  # that the workers seem to live on
     fault: str = (
         ""  # "flip": the last worker holds a wrong byte of each weight; "cast": all hold packed bytes as numbers
     )
@@ -97,6 +98,7 @@ def work(folder: Path, job: Job) -> Held:
     from tests.integration import engines, tiny_models
 
     rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ["NODE_RANK"] = str(rank * job.num_nodes // size)
     base.begins_whole = (lambda *_: True) if job.is_loaded_whole else begins_whole
     keep = deepspeed_patches.Shares.keep
 
@@ -123,7 +125,8 @@ def work(folder: Path, job: Job) -> Held:
         share = getattr(parameter, "ds_tensor", None)
         if "lora" in name or share is None:
             continue
-        held = max(0, min(share.numel(), parameter.ds_numel - rank * share.numel()))
+        place = deepspeed_patches.rank_among_holders(parameter, rank)
+        held = max(0, min(share.numel(), parameter.ds_numel - place * share.numel()))
         shares[name] = f"{share.dtype} {tuple(parameter.ds_shape)} {share.numel()} {digest(share[:held])}"
         persistent += [name] * parameter.ds_persist
         state = getattr(parameter, "quant_state", None)
