@@ -15,13 +15,26 @@ os.environ.update(
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SLOW_SECONDS = 900  # instead of pyproject's timeout: a slow test is one of many runs
+# Instead of pyproject's timeout, with room for a machine twice as slow: a slow test is one of many runs, and so may be
+# the fixtures of a module that starts runs, which is one that imports a helper for it.
+SLOW_SECONDS, RUNS_SECONDS = 900, 600
+HELPERS = {"door", "many_runs", "ranks", "ray_nodes", "sweeps"}
 
 
-def pytest_collection_modifyitems(items):
+def starts_runs(item: pytest.Item) -> bool:
+    return not HELPERS.isdisjoint(vars(item.module))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+        if not item.get_closest_marker("timeout"):
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+            elif starts_runs(item):
+                item.add_marker(pytest.mark.timeout(RUNS_SECONDS))
+        if config.pluginmanager.hasplugin("xdist"):  # runs one after the other, and beside them all other files
+            item.add_marker(pytest.mark.xdist_group("runs" if starts_runs(item) else item.module.__name__))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

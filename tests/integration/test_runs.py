@@ -122,17 +122,6 @@ def test_one_worker_that_loads_the_base_whole_gives_the_bits_of_two_that_load_th
     assert ["base model: loaded, each worker its share" in log for log in logs] == [True, False]
 
 
-def test_one_worker_gives_the_bits_of_two_with_dora(storage):
-    dora = ("model.lora_variant=dora", "training.max_steps=4", "checkpoint.every_steps=2", "evaluation.num_prompts=0")
-    for name, num_workers, accumulation in (("dora-two", 2, 1), ("dora-one", 1, 2)):
-        ended = door.run(*settings(storage, name, num_workers, accumulation, *dora))
-        assert ended.returncode == 0, ended.stderr
-        assert "fused: 4 decoder layers" in (storage / name / "logs" / "worker_0.log").read_text()
-    for file in ("adapter/adapter_model.safetensors", "checkpoints/step_00000004/optimizer.safetensors"):
-        assert door.sha256(storage / "dora-one" / file) == door.sha256(storage / "dora-two" / file), file
-    assert door.losses(storage / "dora-one") == door.losses(storage / "dora-two")
-
-
 def rows_read(run, batch_size: int = BATCH_SIZE) -> tuple[Rows, Order]:
     """The rows that a run of two workers read, and their order."""
     fingerprint = json.loads((run / "manifest.json").read_text())["identity"]["data"]
