@@ -16,13 +16,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Instead of pyproject's timeout, with room for a machine twice as slow: a slow test is one of many runs, and so may be
-# the fixtures of a module that starts runs, which is one that imports a helper for it.
-SLOW_SECONDS, RUNS_SECONDS = 900, 600
-HELPERS = {"door", "many_runs", "ranks", "ray_nodes", "sweeps"}
+# the fixtures of a module that starts processes, which is one that imports a helper for it.
+SLOW_SECONDS, PROCESSES_SECONDS = 900, 600
+RUNS = {f"tests.integration.{helper}" for helper in ("door", "many_runs", "ray_nodes", "sweeps")}
+PROCESSES = {*RUNS, "tests.integration.ranks"}
 
 
-def starts_runs(item: pytest.Item) -> bool:
-    return not HELPERS.isdisjoint(vars(item.module))
+def uses(item: pytest.Item, helpers: set[str]) -> bool:
+    return any(getattr(one, "__name__", None) in helpers for one in vars(item.module).values())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,10 +32,10 @@ def pytest_collection_modifyitems(config, items):
         if not item.get_closest_marker("timeout"):
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
-            elif starts_runs(item):
-                item.add_marker(pytest.mark.timeout(RUNS_SECONDS))
+            elif uses(item, PROCESSES):
+                item.add_marker(pytest.mark.timeout(PROCESSES_SECONDS))
         if config.pluginmanager.hasplugin("xdist"):  # runs one after the other, and beside them all other files
-            item.add_marker(pytest.mark.xdist_group("runs" if starts_runs(item) else item.module.__name__))
+            item.add_marker(pytest.mark.xdist_group("runs" if uses(item, RUNS) else item.module.__name__))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
