@@ -78,7 +78,7 @@ def run(size: int, folder: Path, *jobs: Job) -> list[list[Held]]:
         )
         for rank in range(size)
     ]  # fmt: skip
-    said = [worker.communicate(timeout=300)[0] for worker in workers]
+    said = [worker.communicate(timeout=500)[0] for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), (folder / "0.log").read_text()[-3000:]
     by_worker = [[Held(**held) for held in json.loads(one.splitlines()[-1])] for one in said]
     return list(map(list, zip(*by_worker, strict=True)))
