@@ -20,6 +20,7 @@ PRODUCT_FLOPS = {"H200": 795e12, "H100": 795e12, "A100": 250e12, "L40S": 290e12,
 BESIDE_LAYERS = {"lm_head", "embed_tokens", "model.norm", "ln_f"}  # trained whole, they leave decoder layers fused
 SHARE_OF_FLOOR = 0.69  # of the products' time, measured on an H200: benchmarks/README.md
 SHARE_OF_FLOOR_NOT_FUSED = 0.42  # the same where projections alone are fused: a Qwen3-8B shape on an H100, all again
+LAUNCH_SECONDS = 2e-3  # products of a layer that take less wait for the host: a gpt2-medium layer took 7 ms, not 0.2
 SAME_INPUT = re.compile(r"(^|\.)(q|k|v|gate|up)_proj$")  # of layers that read one tensor, and no name says so else
 
 
@@ -196,10 +197,11 @@ def peak_gib(forecast: dict[str, float]) -> float:
     return sum(value for name, value in forecast.items() if name != "while_loading")
 
 
-def tokens_per_second(sizes: Sizes, length: int, choice: Choice, gpu: str) -> float | None:
-    """Of one worker: what its products take, at the share of their rate reached. None where that is unknown.
+def tokens_per_second(sizes: Sizes, num_tokens: int, length: int, choice: Choice, gpu: str) -> float | None:
+    """Of one worker, for micro-batches of so many tokens: what their products take, at the share of their rate reached.
 
-    It is for mixtures of experts: nothing was measured of how fast these products are.
+    None where that is unknown: for mixtures of experts nothing was measured of how fast these products are, and small
+    layers take the time of Python and launches, not that of products.
     """
     base, layer = sizes.base, sizes.layer
     if gpu not in PRODUCT_FLOPS or base.experts:
@@ -211,7 +213,8 @@ def tokens_per_second(sizes: Sizes, length: int, choice: Choice, gpu: str) -> fl
         width, share = layer.queries, SHARE_OF_FLOOR
     flops += 7.0 * length * base.num_layers * width
     flops += sum(layer.repeated_flops(level, length) for level in choice.levels)
-    return share * PRODUCT_FLOPS[gpu] / flops
+    speed = share * PRODUCT_FLOPS[gpu] / flops
+    return speed if num_tokens / speed >= LAUNCH_SECONDS * base.num_layers else None
 
 
 def all_layers(sizes: Sizes, level: Keep) -> Choice:

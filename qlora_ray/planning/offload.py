@@ -49,7 +49,7 @@ def passing(known: Sizes, num_tokens: int, length: int, gpu_gib: float | None, g
         room = memory.SHARE_OF_MEMORY * gpu_gib - memory.peak_gib(memory.memory_gib(known, num_tokens, leanest))
         num_resident = max(0, min(num_layers, int(room * GIB // slab)))
     count, on_disk = num_layers - num_resident, known.offload == "nvme"
-    speed = memory.tokens_per_second(known, length, leanest, gpu)
+    speed = memory.tokens_per_second(known, num_tokens, length, leanest, gpu)
     return Passing(
         num_layers, num_resident, slab,
         host_bytes=NUM_SLOTS * slab if on_disk else num_layers * slab,

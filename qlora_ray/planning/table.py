@@ -40,9 +40,9 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
     loading = memory.loading_gib(known)
-    active = f" ({base.num_active_parameters / 1e9:.2f} B for a token)" if base.experts else ""
+    active = f" ({shown_count(base.num_active_parameters)} for a token)" if base.experts else ""
     lines = [
-        f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters{active}, "
+        f"{config.model.base_model}: {shown_count(base.num_parameters)} parameters{active}, "
         f"LoRA r={config.model.lora_r}, rows of {row} tokens, ZeRO stage {known.stage}, "
         f"{workers} x {gib:g} GiB ({gpu})",
         f"{base.num_trainable_parameters:,} parameters trained, in {shown_layers(base)}",
@@ -54,12 +54,14 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     lines[2:2] = filter(None, [holding.shown(known.shares_base, why_shared)])
     if passing := offload.passing(known, num_tokens, length, gib, gpu):
         lines.insert(2, f"base on {'disk' if passing.disk_bytes else 'host'}: {passing}")
+    is_unknown = False
     for rows in BATCH_SIZES:
         room = Room((SHARE_OF_MEMORY * gib - resident) * GIB, host_gib * GIB, may_hold_weights(config, known))
         for choice in _choices(known, rows * each * of_worker, room):
             peak = memory.peak_gib(memory.memory_gib(known, rows * each * of_worker, choice))
-            speed = memory.tokens_per_second(known, length, choice, gpu)
+            speed = memory.tokens_per_second(known, rows * each * of_worker, length, choice, gpu)
             shown = f"{workers * speed:,.0f}" if speed else "-"
+            is_unknown |= speed is None
             parked = memory.host_gib(known, rows * each * of_worker, choice)
             on_host = f" ({parked:.1f} GiB on the host)" if of_worker > LONG_ROW else ""
             fits = "" if peak <= SHARE_OF_MEMORY * gib and parked <= host_gib else "  does not fit"
@@ -67,7 +69,14 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     lines += _longest_rows(known, each, config.training.sequence_parallel, gib, host_gib)
     if not _fits(known, each * of_worker, gib) and (way_out := _what_fits(config, base, gib)):
         lines.append(f"one row fits with {way_out}")
+    if is_unknown and not base.experts and gpu in memory.PRODUCT_FLOPS:
+        lines.append("tokens/s is not told where layers are so small that launching them takes longer than their work")
     return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
+
+
+def shown_count(number: int) -> str:
+    """Of parameters, for people."""
+    return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.1f} M"
 
 
 def _longest_rows(known: memory.Sizes, each: int, parts: int, gib: float, host_gib: float) -> list[str]:

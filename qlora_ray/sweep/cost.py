@@ -64,7 +64,7 @@ def _cost(config: Config, one: Config, plan: Plan, steps: int) -> dict[str, str]
     facts = read_facts(local_base(one))
     known = memory.sizes(one, facts, plan.num_trainable_parameters, plan.zero_stage, "bfloat16")
     choice = memory.all_layers(known, memory.Keep.HOST)
-    speed = memory.tokens_per_second(known, one.training.max_length, choice, REFERENCE_GPU)
+    speed = memory.tokens_per_second(known, plan.tokens_per_micro_batch, one.training.max_length, choice, REFERENCE_GPU)
     if speed:
         rows["time"] = f"about {tokens / speed / 3600:.2f} {REFERENCE_GPU} hours at {speed:,.0f} tokens/s each, and "
         rows["time"] += "the start of each trial; on CPUs only a trial can tell"

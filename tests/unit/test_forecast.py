@@ -164,6 +164,12 @@ def test_no_speed_is_told_of_mixtures_of_experts_whose_products_nobody_has_measu
     assert speeds and set(speeds) == {"-"}
 
 
+def test_no_speed_is_told_where_launches_take_longer_than_products():
+    told = table.answer(Config.model_validate({}), 80, "H100")
+    assert set(re.findall(r"(?m)^ *\d+ +\d+\.\d\d +(\S+)", told)) == {"-"}
+    assert "embedded: 3.5 M parameters" in told and "launching them takes longer" in told
+
+
 def test_plan_door_refuses_a_base_that_is_not_there(capsys):
     assert plan.main(["model.base_model=/nowhere"]) == 2
     assert "model.base_model=/nowhere" in capsys.readouterr().err
