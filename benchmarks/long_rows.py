@@ -17,8 +17,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.bases import build_base
 from benchmarks.memory import facts_of, num_lora_parameters
-from benchmarks.throughput import SHAPES, build_base, floor_tokens_per_second, shape_of
+from benchmarks.shapes import SHAPES, floor_tokens_per_second, shape_of
 from qlora_ray.config import make_config
 from qlora_ray.model import host
 from qlora_ray.model.recompute import Keep, Room, choose

@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.throughput import SHAPES, build_base
+from benchmarks.bases import build_base
+from benchmarks.shapes import SHAPES
 from qlora_ray.config import Config
 from qlora_ray.model.facts import BaseFacts
 from qlora_ray.model.recompute import Choice, Keep, Room, choose

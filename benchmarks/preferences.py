@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 
 from benchmarks import product
-from benchmarks.throughput import SHAPES, checkpoint_of, save_checkpoint
+from benchmarks.bases import checkpoint_of, save_checkpoint
+from benchmarks.shapes import SHAPES
 
 NUM_PAIRS, WARMUP = 240, 5
 ONE, APART = ["training.share_prompts=true"], ["training.share_prompts=false"]

@@ -14,7 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.throughput import SHAPES, floor_tokens_per_second, save_chats, save_checkpoint, save_rows
+from benchmarks.bases import save_checkpoint
+from benchmarks.records import save_chats, save_rows
+from benchmarks.shapes import SHAPES, floor_tokens_per_second
 
 STEPS = 25
 

@@ -10,7 +10,7 @@ a step, with the weights (all-gathers); a word among the workers. Rings: (N - 1)
 import argparse
 from dataclasses import dataclass
 
-from benchmarks.throughput import RANK, SHAPES, floor_tokens_per_second
+from benchmarks.shapes import RANK, SHAPES, floor_tokens_per_second
 from qlora_ray.planning.memory import BYTES_PER_WEIGHT, SHARE_OF_FLOOR
 
 GPUS_OF_A_NODE = 8

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from benchmarks import product
-from benchmarks.throughput import save_checkpoint, save_rows
+from benchmarks.bases import save_checkpoint
+from benchmarks.records import save_rows
 
 ROWS, LENGTH, STEPS, WARMUP = 4, 512, 60, 10
 

@@ -44,7 +44,7 @@ def _look(config: Config, num_rows: int, debug: bool) -> dict[str, Any]:
     from qlora_ray.data.work import encoder_of
     from qlora_ray.model.facts import read_facts
     from qlora_ray.planning.early import check_files, local_base
-    from qlora_ray.planning.plan import layout
+    from qlora_ray.planning.rows import layout
 
     check_files(config)
     folder = storage.open_folder(config.ray.storage_path)

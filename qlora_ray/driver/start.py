@@ -19,7 +19,9 @@ from qlora_ray.model.start import copy_weights, open_start
 from qlora_ray.model.start import notes as start_notes
 from qlora_ray.planning import offload
 from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
-from qlora_ray.planning.plan import Hardware, Plan, layout, make_plan, storage_bytes
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import Plan, make_plan, storage_bytes
+from qlora_ray.planning.rows import layout
 from qlora_ray.planning.tokens import check_vocabulary
 from qlora_ray.rundir import directory, names
 from qlora_ray.storage import Folder

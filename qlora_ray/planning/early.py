@@ -14,7 +14,9 @@ from qlora_ray.model.facts import ModelFacts, check_folder, has_mxfp4, read_fact
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.start import check_base, open_start
 from qlora_ray.planning import deepspeed, offload
-from qlora_ray.planning.plan import Hardware, accumulation_of, check_workers_fit, zero_stage
+from qlora_ray.planning.deepspeed import zero_stage
+from qlora_ray.planning.hardware import Hardware, check_workers_fit
+from qlora_ray.planning.rows import accumulation_of
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 

@@ -8,9 +8,11 @@ from qlora_ray.model import host
 from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import LONG_ROW, Choice, Keep, Room, choose
 from qlora_ray.planning import holding, memory, offload
+from qlora_ray.planning.deepspeed import zero_stage
 from qlora_ray.planning.early import as_stored, facts_at_hand
 from qlora_ray.planning.memory import GIB, SHARE_OF_MEMORY
-from qlora_ray.planning.plan import may_hold_weights, shown_layers, zero_stage
+from qlora_ray.planning.plan import shown_layers
+from qlora_ray.planning.recomputation import may_hold_weights
 from qlora_ray.planning.sharing import refuse_sharing, shown_sharing, tokens_of_a_worker
 from qlora_ray.planning.speed import speed_notes
 

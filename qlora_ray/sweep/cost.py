@@ -13,7 +13,8 @@ from qlora_ray.console import console, say_note
 from qlora_ray.model.facts import read_facts
 from qlora_ray.planning import memory
 from qlora_ray.planning.early import local_base
-from qlora_ray.planning.plan import Hardware, Plan
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import Plan
 from qlora_ray.sweep import capacity, screen, space
 
 REFERENCE_GPU = "H100"

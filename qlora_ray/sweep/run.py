@@ -20,7 +20,9 @@ from qlora_ray.data.prepare import prepare
 from qlora_ray.data.spread import run_on_cores, run_on_ray
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
-from qlora_ray.planning.plan import Hardware, Plan, layout, make_plan, storage_bytes
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import Plan, make_plan, storage_bytes
+from qlora_ray.planning.rows import layout
 from qlora_ray.rundir import directory, names
 from qlora_ray.sweep import board, capacity, exploit, page, results, screen, space
 from qlora_ray.sweep.ledger import FILE, Ledger

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import facts_of, num_lora_parameters
-from benchmarks.throughput import SHAPES
+from benchmarks.shapes import SHAPES
 from qlora_ray import plan
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError

@@ -10,7 +10,9 @@ from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.stats import DataStats, Layout
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import exact_facts, refuse_early
-from qlora_ray.planning.plan import Hardware, check_workers_fit, layout, learning_rate_at, make_plan
+from qlora_ray.planning.hardware import Hardware, check_workers_fit
+from qlora_ray.planning.plan import learning_rate_at, make_plan
+from qlora_ray.planning.rows import layout
 
 TINY = base_model_path("embedded")
 FACTS = exact_facts(Config())
