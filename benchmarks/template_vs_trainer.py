@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(ran.stderr[-3000:])
     peer = json.loads(found[0].removeprefix("RESULT "))
     print(json.dumps({
-        "qlora_ray": {name: ours[name] for name in ("tokens_per_second", "peak_gib", "steps")}, "trainer": peer,
+        "qlora_ray": {name: ours[name] for name in ("tokens_per_second", "peak_gib", "phases", "steps", "log")}, "trainer": peer,
         "ours_over_trainer": ours["tokens_per_second"] / peer["tokens_per_second"],
     }, indent=1))  # fmt: skip
 
