@@ -135,12 +135,13 @@ def _row_squares(
 def place(placed: Placed | None, out: torch.Tensor) -> None:
     """Write scale x gain x B into its columns of out (n, R), and 0 into the others."""
     rows, columns = out.shape
-    per_program = 128
+    wide = triton.next_power_of_2(columns)
+    per_program = max(1, min(128, 8192 // wide))
     placed = placed or Placed(out[:, :0], 0.0, 0)
     gain = placed.gain
     _place[(triton.cdiv(rows, per_program),)](
         placed.b, out if gain is None else gain, out, placed.scale, placed.column, placed.b.shape[1], rows, columns,
-        out.stride(0), gain is not None, per_program, triton.next_power_of_2(columns),
+        out.stride(0), gain is not None, per_program, wide,
     )  # fmt: skip
 
 
@@ -678,10 +679,16 @@ def _column_dots(
 def lora_in(x: torch.Tensor, a: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
     """out (M, R) = what is kept of x (M, K), times A^T; a (R, K)."""
     (rows, width), rank = x.shape, a.shape[0]
-    _lora_in[(triton.cdiv(rows, 32),)](
+    at_once = _ranks_at_once(rank)
+    _lora_in[(triton.cdiv(rows, 32), triton.cdiv(rank, at_once))](
         x, a, out, rows, width, rank, x.stride(0), a.stride(0), out.stride(0), *_mask(drop, x), 32, 128,
-        max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=4,
+        at_once, num_warps=4, num_stages=4,
     )  # fmt: skip
+
+
+def _ranks_at_once(rank: int) -> int:
+    """How much of a group's ranks together (three of 128 are 384) a program takes: more would not fit on its core."""
+    return min(64, max(16, triton.next_power_of_2(rank)))
 
 
 def _mask(drop: Drop, beside: torch.Tensor) -> tuple[torch.Tensor | int | float | bool, ...]:
@@ -727,7 +734,7 @@ def _lora_in(
 ):  # fmt: skip
     key = _key(word, which)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there, r = row < rows, tl.arange(0, RANK)
+    there, r = row < rows, tl.program_id(1) * RANK + tl.arange(0, RANK)
     place = x + row.to(tl.int64)[:, None] * stride
     number = _number(numbers, row, rows, GIVEN)
     total = tl.zeros((ROWS, RANK), tl.float32)
@@ -753,9 +760,10 @@ def lora_in_gradient(dz: torch.Tensor, x: torch.Tensor, drop: Drop) -> torch.Ten
     parts = min(16, triton.cdiv(rows, 128))
     each = triton.cdiv(triton.cdiv(rows, parts), 64) * 64
     sums = torch.empty(parts, rank, width, dtype=torch.float32, device=x.device)
-    _lora_in_gradient[(triton.cdiv(width, 128), parts)](
+    at_once = _ranks_at_once(rank)
+    _lora_in_gradient[(triton.cdiv(width, 128), parts, triton.cdiv(rank, at_once))](
         dz, x, sums, rows, width, rank, dz.stride(0), x.stride(0), each, *_mask(drop, x), 64, 128,
-        max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
+        at_once, num_warps=4, num_stages=3,
     )  # fmt: skip
     return sums.sum(0).to(x.dtype)
 
@@ -766,7 +774,7 @@ def _lora_in_gradient(
     GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     key = _key(word, which)
-    part, r = tl.program_id(1), tl.arange(0, RANK)
+    part, r = tl.program_id(1), tl.program_id(2) * RANK + tl.arange(0, RANK)
     first = tl.program_id(0) * COLUMNS
     column = first + tl.arange(0, COLUMNS)
     total = tl.zeros((RANK, COLUMNS), tl.float32)
@@ -794,7 +802,7 @@ def add_lora_back(dz: torch.Tensor, a: torch.Tensor, drop: Drop, dx: torch.Tenso
     (rows, width), rank = dx.shape, a.shape[0]
     _add_lora_back[(triton.cdiv(rows, 64), triton.cdiv(width, 128))](
         dz, a, dx, rows, width, rank, dz.stride(0), a.stride(0), dx.stride(0), *_mask(drop, dx), 64, 128,
-        max(16, triton.next_power_of_2(rank)), num_warps=4,
+        _ranks_at_once(rank), num_warps=4,
     )  # fmt: skip
 
 
@@ -806,16 +814,19 @@ def _add_lora_back(
     key = _key(word, which)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
-    column, r = first + tl.arange(0, COLUMNS), tl.arange(0, RANK)
+    column = first + tl.arange(0, COLUMNS)
     there = (row < rows)[:, None] & (column < width)[None, :]
-    gradient = tl.load(
-        dz + row.to(tl.int64)[:, None] * dz_stride + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :],
-        other=0.0,
-    )  # fmt: skip
-    weight = tl.load(
-        a + r[:, None] * a_stride + column[None, :], mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0
-    )
-    added = tl.dot(gradient, weight, input_precision="ieee")
+    added = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, rank, RANK):
+        r = start + tl.arange(0, RANK)
+        gradient = tl.load(
+            dz + row.to(tl.int64)[:, None] * dz_stride + r[None, :],
+            mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0,
+        )  # fmt: skip
+        weight = tl.load(
+            a + r[:, None] * a_stride + column[None, :], mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0
+        )
+        added = tl.dot(gradient, weight, added, input_precision="ieee")
     keep = _kept(_number(numbers, row, rows, GIVEN), first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
     place = dx + row.to(tl.int64)[:, None] * stride + column[None, :]
     value = tl.load(place, mask=there, other=0.0)
