@@ -252,7 +252,8 @@ class FusedLayer:
         """What the MLP makes of n2, (M, D). Fill in gate_up and z_down."""
         kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2], kept.gate_up)
         h = self._hidden(kept)
-        kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
+        inputs, rank = self.down.inputs, self.down.members[0].rank
+        kept.z_down = h[:, inputs : inputs + rank].clone() if rank else None
         return self.down.forward(h, kept.turns[3])
 
     def _hidden(self, kept: Kept) -> torch.Tensor:

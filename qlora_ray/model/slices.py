@@ -34,7 +34,7 @@ def mlp_part(layer: FusedLayer, kept: Kept, with_graph: bool) -> torch.Tensor:
     if with_graph and layer.keep < Keep.ATTENTION:
         kept.gate_up = like.new_empty(count, sum(layer.gate_up.rows))
     if with_graph and layer.down.rank:
-        kept.z_down = like.new_empty(count, layer.down.rank)
+        kept.z_down = like.new_empty(count, layer.down.members[0].rank)
     if with_graph and layer.keep < Keep.PARKED and layer.keeps_given[1]:
         kept.given2 = like.new_empty(count, layer.down.rows[0])
     with _weights_made_once(layer, kept, layer.down):
