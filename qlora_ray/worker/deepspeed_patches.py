@@ -282,6 +282,11 @@ def take_norm_as_known(optimizer: Any) -> None:
     optimizer._get_norm_groups = lambda: [torch.ones(())]
 
 
+def end_backward(optimizer: Any) -> None:
+    """Have ZeRO-3 lay out gradients for its step, as it does behind a backward pass of its own (OWN_GRADIENTS)."""
+    optimizer.overlapping_partition_gradients_reduce_epilogue()
+
+
 TIMED_GATHERS = Patch(
     "deepspeed", READ_IN, "fetch_sub_module of ZeRO-3's parameter coordinator is timed",
     gains="the seconds of communication that metrics.jsonl and the report tell",

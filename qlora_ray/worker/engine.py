@@ -118,6 +118,8 @@ class Engine:
 
         Every worker must call this.
         """
+        if gradient is not None and self._is_sharded:
+            patches.end_backward(self._engine.optimizer)
         self._sum.add(self._flat.take_gradients() if gradient is None else gradient, num_present)
 
     def step(self, learning_rate: float) -> bool:

@@ -146,8 +146,7 @@ class Graphs:
         self._seen[shape] += 1
         if shape not in self._recorded and self._seen[shape] > BEFORE and len(self._recorded) < MAX_SHAPES:
             self._recorded[shape] = self._record({name: value.clone() for name, value in batch.items()})
-        for name, copy in self._wholes.items():
-            copy.copy_(self._flat.parameters[name].data)
+        self._renew_weights()
         return self._recorded.get(shape)
 
     def _record(self, batch: Batch) -> Recorded:
@@ -175,6 +174,10 @@ class Graphs:
         self._matrices = {name: one.requires_grad_() for name, one in self._flat.split(self._wholes).items()}
         frozen = [one for one in self._model.parameters() if not one.requires_grad and patches.has_shards(one)]
         self._frozen = [(one, patches.whole_of(one)) for one in frozen]
+
+    def _renew_weights(self) -> None:
+        for name, copy in self._wholes.items():
+            copy.copy_(self._flat.parameters[name].data)
 
     def _compute(self, batch: Batch, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with _bare(self._model, self._frozen), self._flat.replaced(self._matrices):
