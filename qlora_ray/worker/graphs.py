@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from qlora_ray.config import Config
 from qlora_ray.data.tokenize import IGNORE_INDEX
+from qlora_ray.libraries import Patch
 from qlora_ray.model.dropout import generator_state, reading, word_of, word_on
 from qlora_ray.model.fused import fused_layers, is_fused
 from qlora_ray.model.head import returns_nats
@@ -38,6 +39,13 @@ MAX_SHAPES = 32  # that are recorded; others go on one by one
 # Weights x tokens of a layer beyond which its products take a GPU longer than a host takes to launch it: 10 ms and more
 # at an H100's 4e14 operations a second. Larger layers gain nothing.
 LARGEST = 1e12
+
+
+NO_HOOKS = Patch(
+    "torch", "2.13.0", "_forward_hooks and _forward_pre_hooks of modules are empty while a graph is recorded",
+    gains="a graph of a model in ZeRO-3's hands: its hooks wait for other streams, which no recording may do",
+    delete_when="DeepSpeed leaves what is resident without hooks",
+)  # fmt: skip
 
 
 def gains_from_graphs(model: Any, config: Config, plan: Plan, choice: Choice | None) -> bool:

@@ -39,7 +39,9 @@ def batch(seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_pass_without_hooks_on_copies_of_the_weights_trains_as_the_engines_own(stage, gloo, monkeypatch, tmp_path):
+def test_a_pass_without_hooks_on_copies_of_the_weights_trains_as_the_engines_own(
+    stage, process_group, monkeypatch, tmp_path
+):
     monkeypatch.setattr(Graphs, "of", from_the_third_on)
     base = tiny_models.save("gpt2", tmp_path / "base", **KEPT_AS_THEY_ARE)
     config = tiny_models.make_config(
