@@ -24,7 +24,7 @@ def look_quickly(
     Raises ConfigError if red.
     A node that does not answer in time is noted, not refused: it may only be slow.
     """
-    found = ask(config, folder, hardware, needs_of(config, hardware, base), SECONDS, quick=True)
+    found = ask(config, folder, needs_of(config, hardware, base), SECONDS, quick=True)
     rows = look(found, QUICK)
     refuse(rows)
     notes = [f"{row.check} of node {row.node}: {row.found}. {row.todo}" for row in rows if row.state == "unknown"]

@@ -34,3 +34,11 @@ def decide(config: Config, known: Sizes, num_tokens: int, worker_gib: float | No
 def shown(shares_base: bool, why: str) -> str:
     """The decision, for people; nothing where there was none to make."""
     return f"each worker holds {'its share' if shares_base else 'all'} of the base: {why}" if why else ""
+
+
+def notes(config: Config, stage: int) -> list[str]:
+    """What was asked for and means nothing here."""
+    if config.deepspeed.share_base != "world" or (stage == 3 and config.ray.max_workers > 1):
+        return []
+    why = "one worker alone" if config.ray.max_workers == 1 else f"each worker at ZeRO stage {stage}"
+    return [f"deepspeed.share_base=world: not used, {why} holds all of the base."]

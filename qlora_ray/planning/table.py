@@ -73,7 +73,8 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
         lines.append(f"one row fits with {way_out}")
     if is_unknown and not base.experts and gpu in memory.PRODUCT_FLOPS:
         lines.append("tokens/s is not told where layers are so small that launching them takes longer than their work")
-    return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
+    notes = [*speed_notes(config, base), *holding.notes(config, known.stage)]
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
 
 def shown_count(number: int) -> str:

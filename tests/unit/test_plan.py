@@ -9,6 +9,7 @@ import pytest
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.stats import DataStats, Layout
 from qlora_ray.errors import ConfigError
+from qlora_ray.planning import table
 from qlora_ray.planning.early import exact_facts, refuse_early
 from qlora_ray.planning.hardware import Hardware, check_workers_fit
 from qlora_ray.planning.plan import learning_rate_at, make_plan
@@ -179,6 +180,22 @@ def test_base_is_whole_on_each_gpu_where_it_fits_with_activations_and_shared_whe
     assert plan(**two).shares_base and plan(GPUS, **two).shares_base  # not known: as little as can be
     assert not plan(GPUS, ray={"num_workers": 1}).shares_base
     assert plan(dataclasses.replace(GPUS, gpu_gib=80), deepspeed={"share_base": "world"}, **two).shares_base
+
+
+@pytest.mark.parametrize(
+    ("workers", "stage", "said"),
+    [
+        (1, 3, "deepspeed.share_base=world: not used, one worker alone holds all of the base."),
+        (2, 2, "deepspeed.share_base=world: not used, each worker at ZeRO stage 2 holds all of the base."),
+        (2, 3, None),
+        ([1, 2], 3, None),
+    ],
+)
+def test_share_base_that_means_nothing_is_said_so_in_plan_and_run(workers, stage, said):
+    asked = {"ray": {"num_workers": workers}, "deepspeed": {"zero_stage": stage, "share_base": "world"}}
+    answer = table.answer(config(**asked), 80, "H100")
+    told = [note for note in plan(**asked).notes if "share_base" in note]
+    assert told == ([said] if said else []) and (f"note: {said}" in answer if said else "not used" not in answer)
 
 
 @pytest.mark.parametrize(("stage", "key"), [(2, "offload_params"), (0, "offload_params"), (0, "offload_optimizer")])
