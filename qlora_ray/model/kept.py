@@ -38,7 +38,8 @@ class Kept:
     dropout: float = 0.0  # of attention
     generator: torch.Tensor | None = None  # where it stood before that, for layers whose attention is computed again
     places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
-    slices: tuple[slice, ...] = ()  # that the MLP takes its rows in, where these are many: see model/slices.py
+    blocks: tuple[slice, ...] = ()  # of many rows, that gradients of the MLP's LoRA are summed in: see model/slices.py
+    slices: tuple[slice, ...] = ()  # the same, where the MLP takes its rows in them, too
     row_group: RowGroup | None = None  # the workers that hold the rows in parts: `attention` has whole ones
 
     def rows(self, whole: torch.Tensor) -> torch.Tensor:

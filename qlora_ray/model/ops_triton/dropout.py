@@ -12,16 +12,16 @@ def drop_values(x: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
     """out = what is kept of x, both (M, D); it may be x."""
     rows, width = x.shape
     _drop_values[(triton.cdiv(rows, 8), triton.cdiv(width, 256))](
-        x, out, rows, width, x.stride(0), out.stride(0), drop.key, drop.threshold, drop.scale, *_numbers(drop, x),
-        8, 256,
+        x, out, rows, width, x.stride(0), out.stride(0), *_mask(drop, x), 8, 256
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["which"])  # else some layers get kernels of their own
 def _drop_values(
-    x, out, rows, width, stride, out_stride, key, threshold, scale, numbers, GIVEN: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x, out, rows, width, stride, out_stride, word, which, threshold, scale, numbers, GIVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    key = _key(word, which)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
     column = first + tl.arange(0, COLUMNS)
@@ -35,15 +35,23 @@ def _drop_values(
 def lora_in(x: torch.Tensor, a: torch.Tensor, drop: Drop, out: torch.Tensor) -> None:
     """out (M, R) = what is kept of x (M, K), times A^T; a (R, K)."""
     (rows, width), rank = x.shape, a.shape[0]
-    _lora_in[(triton.cdiv(rows, 32),)](
-        x, a, out, rows, width, rank, x.stride(0), a.stride(0), out.stride(0), drop.key, drop.threshold, drop.scale,
-        *_numbers(drop, x), 32, 128, max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=4,
+    at_once = _ranks_at_once(rank)
+    _lora_in[(triton.cdiv(rows, 32), triton.cdiv(rank, at_once))](
+        x, a, out, rows, width, rank, x.stride(0), a.stride(0), out.stride(0), *_mask(drop, x), 32, 128,
+        at_once, num_warps=4, num_stages=4,
     )  # fmt: skip
 
 
-def _numbers(drop: Drop, instead: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """The numbers of the rows for a mask, and whether they are given; `instead` is any tensor."""
-    return (instead, False) if drop.numbers is None else (drop.numbers, True)
+def _ranks_at_once(rank: int) -> int:
+    """How much of a group's ranks together (three of 128 are 384) a program takes: more would not fit on its core."""
+    return min(64, max(16, triton.next_power_of_2(rank)))
+
+
+def _mask(drop: Drop, beside: torch.Tensor) -> tuple[torch.Tensor | int | float | bool, ...]:
+    """What a kernel reads of a mask; `beside` is any tensor on its device."""
+    numbers = beside if drop.numbers is None else drop.numbers
+    word = drop.word_on(beside.device)
+    return word, drop.place, drop.threshold, drop.scale, numbers, drop.numbers is not None
 
 
 @triton.jit
@@ -61,22 +69,28 @@ def _pcg(value):
 
 
 @triton.jit
+def _key(word, which):
+    # Of a mask, from what its micro-batch and its place have.
+    return _pcg(tl.load(word).to(tl.uint32) ^ which.to(tl.uint32))
+
+
+@triton.jit
 def _kept(row, pair, key, threshold):
     # Of row (ROWS,) and pairs of columns (COLUMNS / 2,): (ROWS, COLUMNS), as model/dropout.py has it.
-    key = key.to(tl.uint32)
     of_row = _pcg(row.to(tl.uint32) ^ key)
     of_pair = _pcg(pair.to(tl.uint32) ^ ~key)
     words = _pcg(of_row[:, None] ^ of_pair[None, :])
     return tl.interleave(words & 0xFFFF, words >> 16) >= threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["which"])  # else some layers get kernels of their own
 def _lora_in(
-    x, a, out, rows, width, rank, stride, a_stride, out_stride, key, threshold, scale, numbers, GIVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    x, a, out, rows, width, rank, stride, a_stride, out_stride, word, which, threshold, scale, numbers,
+    GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
+    key = _key(word, which)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there, r = row < rows, tl.arange(0, RANK)
+    there, r = row < rows, tl.program_id(1) * RANK + tl.arange(0, RANK)
     place = x + row.to(tl.int64)[:, None] * stride
     number = _number(numbers, row, rows, GIVEN)
     total = tl.zeros((ROWS, RANK), tl.float32)
@@ -102,19 +116,21 @@ def lora_in_gradient(dz: torch.Tensor, x: torch.Tensor, drop: Drop) -> torch.Ten
     parts = min(16, triton.cdiv(rows, 128))
     each = triton.cdiv(triton.cdiv(rows, parts), 64) * 64
     sums = torch.empty(parts, rank, width, dtype=torch.float32, device=x.device)
-    _lora_in_gradient[(triton.cdiv(width, 128), parts)](
-        dz, x, sums, rows, width, rank, dz.stride(0), x.stride(0), each, drop.key, drop.threshold, drop.scale,
-        *_numbers(drop, x), 64, 128, max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
+    at_once = _ranks_at_once(rank)
+    _lora_in_gradient[(triton.cdiv(width, 128), parts, triton.cdiv(rank, at_once))](
+        dz, x, sums, rows, width, rank, dz.stride(0), x.stride(0), each, *_mask(drop, x), 64, 128,
+        at_once, num_warps=4, num_stages=3,
     )  # fmt: skip
     return sums.sum(0).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["which"])  # else some layers get kernels of their own
 def _lora_in_gradient(
-    dz, x, sums, rows, width, rank, dz_stride, stride, each, key, threshold, scale, numbers, GIVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    dz, x, sums, rows, width, rank, dz_stride, stride, each, word, which, threshold, scale, numbers,
+    GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    part, r = tl.program_id(1), tl.arange(0, RANK)
+    key = _key(word, which)
+    part, r = tl.program_id(1), tl.program_id(2) * RANK + tl.arange(0, RANK)
     first = tl.program_id(0) * COLUMNS
     column = first + tl.arange(0, COLUMNS)
     total = tl.zeros((RANK, COLUMNS), tl.float32)
@@ -141,28 +157,32 @@ def add_lora_back(dz: torch.Tensor, a: torch.Tensor, drop: Drop, dx: torch.Tenso
     """Add to dx (M, K) what reaches x through its LoRA: dz A where it was kept."""
     (rows, width), rank = dx.shape, a.shape[0]
     _add_lora_back[(triton.cdiv(rows, 64), triton.cdiv(width, 128))](
-        dz, a, dx, rows, width, rank, dz.stride(0), a.stride(0), dx.stride(0), drop.key, drop.threshold, drop.scale,
-        *_numbers(drop, dx), 64, 128, max(16, triton.next_power_of_2(rank)), num_warps=4,
+        dz, a, dx, rows, width, rank, dz.stride(0), a.stride(0), dx.stride(0), *_mask(drop, dx), 64, 128,
+        _ranks_at_once(rank), num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["which"])  # else some layers get kernels of their own
 def _add_lora_back(
-    dz, a, dx, rows, width, rank, dz_stride, a_stride, stride, key, threshold, scale, numbers, GIVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    dz, a, dx, rows, width, rank, dz_stride, a_stride, stride, word, which, threshold, scale, numbers,
+    GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
+    key = _key(word, which)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
-    column, r = first + tl.arange(0, COLUMNS), tl.arange(0, RANK)
+    column = first + tl.arange(0, COLUMNS)
     there = (row < rows)[:, None] & (column < width)[None, :]
-    gradient = tl.load(
-        dz + row.to(tl.int64)[:, None] * dz_stride + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :],
-        other=0.0,
-    )  # fmt: skip
-    weight = tl.load(
-        a + r[:, None] * a_stride + column[None, :], mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0
-    )
-    added = tl.dot(gradient, weight, input_precision="ieee")
+    added = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, rank, RANK):
+        r = start + tl.arange(0, RANK)
+        gradient = tl.load(
+            dz + row.to(tl.int64)[:, None] * dz_stride + r[None, :],
+            mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0,
+        )  # fmt: skip
+        weight = tl.load(
+            a + r[:, None] * a_stride + column[None, :], mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0
+        )
+        added = tl.dot(gradient, weight, added, input_precision="ieee")
     keep = _kept(_number(numbers, row, rows, GIVEN), first // 2 + tl.arange(0, COLUMNS // 2), key, threshold)
     place = dx + row.to(tl.int64)[:, None] * stride + column[None, :]
     value = tl.load(place, mask=there, other=0.0)

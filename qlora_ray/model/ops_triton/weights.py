@@ -133,12 +133,13 @@ def _row_squares(
 def place(placed: Placed | None, out: torch.Tensor) -> None:
     """Write scale x gain x B into its columns of out (n, R), and 0 into the others."""
     rows, columns = out.shape
-    per_program = 128
+    wide = triton.next_power_of_2(columns)
+    per_program = max(1, min(128, 8192 // wide))
     placed = placed or Placed(out[:, :0], 0.0, 0)
     gain = placed.gain
     _place[(triton.cdiv(rows, per_program),)](
         placed.b, out if gain is None else gain, out, placed.scale, placed.column, placed.b.shape[1], rows, columns,
-        out.stride(0), gain is not None, per_program, triton.next_power_of_2(columns),
+        out.stride(0), gain is not None, per_program, wide,
     )  # fmt: skip
 
 

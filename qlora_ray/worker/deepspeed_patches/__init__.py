@@ -28,6 +28,7 @@ from qlora_ray.worker.deepspeed_patches.shares import (
     gathered,
     has_shards,
     keep_out_of_zero,
+    rank_among_holders,
     whole_of,
     whole_shape,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "name_the_device_of_streams",
     "print_only_on_demand",
     "put_gradient",
+    "rank_among_holders",
     "remember_parameters",
     "take_norm_as_known",
     "time_gathers",
