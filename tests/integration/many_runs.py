@@ -12,7 +12,6 @@ from qlora_ray.door import shut_ray_down
 from qlora_ray.planning.early import exact_facts
 from qlora_ray.planning.plan import Hardware, layout, make_plan
 from qlora_ray.rundir import directory
-from qlora_ray.worker import train_worker
 from qlora_ray.worker.messages import Run
 
 
@@ -30,8 +29,10 @@ def made(values: dict[str, Any]) -> Run:
 
 def train_one_after_the_other(job: dict[str, Any]) -> None:
     """What each worker does."""
+    from qlora_ray.worker.loop import run_worker
+
     for run in job["runs"]:
-        train_worker({"run": run, "channel": job["channel"]})
+        run_worker(run, job["channel"])
 
 
 def main() -> None:
