@@ -1,4 +1,4 @@
-"""TorchTrainer.fit in a thread, and what it is given.
+"""Ray Train's fit in a thread, and what it is given.
 
 Leaves out two of Ray Train's own callbacks: FEWER_CALLBACKS.
 """
@@ -22,7 +22,7 @@ from qlora_ray.storage import Folder
 from qlora_ray.worker.messages import DEATH, Failed
 
 FEWER_CALLBACKS = Patch(
-    "ray", "2.60.0", "TorchTrainer._create_default_callbacks leaves out those in NEEDLESS",
+    "ray", "2.60.0", "DataParallelTrainer._create_default_callbacks leaves out those in NEEDLESS",
     gains="two processes beside the workers: one for data that Ray Train delivers, which is none, and one that asks a "
     "dashboard, which not every cluster runs (see connect.release_workers)",
     delete_when="each starts its process only where there is work for it",
@@ -31,7 +31,7 @@ NEEDLESS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
 class Fit:
-    """TorchTrainer.fit in a thread, so that the main thread can plan the run, listen and be interrupted.
+    """Ray Train's fit in a thread, so that the main thread can plan the run, listen and be interrupted.
 
     Its workers import what they need and wait until the channel has a run for them, or `call_off` says that there will
     be none. Ray Train restarts worker groups. When its controller itself dies, a new trainer takes over from our
@@ -65,8 +65,10 @@ class Fit:
         from ray.exceptions import RayActorError
         from ray.train import ControllerError, TrainingFailedError
 
-        while self._tries_left:
+        while self._tries_left > 0:
             trainer = self._make_trainer()
+            if self._tries_left == 0:  # called off meanwhile
+                break
             self._tries_left -= 1
             try:
                 trainer.fit()
@@ -77,7 +79,7 @@ class Fit:
                 break
             except RayActorError as error:
                 self.error = error
-                if self._tries_left:
+                if self._tries_left > 0:
                     self.channel.tell.remote(Failed(f"Ray Train's controller {DEATH}"))
                     connect.release_workers()
         if self._own:
@@ -85,12 +87,13 @@ class Fit:
 
     def _make_trainer(self) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         from qlora_ray.driver.controller import ReportFailures, SaveBeforeResize, WholeGroups
+        from qlora_ray.driver.process_group import ProcessGroup
         from qlora_ray.worker import train_worker
 
-        class Trainer(TorchTrainer):
+        class Trainer(DataParallelTrainer):
             def _create_default_callbacks(self):
                 made = super()._create_default_callbacks()  # type: ignore[misc]  # Ray annotates its old trainer
                 return [one for one in made if type(one).__name__ not in NEEDLESS]
@@ -105,6 +108,7 @@ class Fit:
         # Ray's own bookkeeping gets a fresh name each time: what it leaves behind can never block a run of ours.
         return Trainer(
             train_worker,
+            backend_config=ProcessGroup(self._use_gpu),
             train_loop_config={"use_gpu": self._use_gpu, "channel": self.channel},
             scaling_config=ScalingConfig(
                 num_workers=ray_config.num_workers,  # type: ignore[arg-type]  # Ray annotates its old ScalingConfig

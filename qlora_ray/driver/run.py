@@ -1,4 +1,4 @@
-"""Runs the TorchTrainer, listens to its workers, and closes the run directory whatever happens."""
+"""Runs Ray Train, listens to its workers, and closes the run directory whatever happens."""
 
 import contextlib
 import json

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +132,7 @@ def test_a_notice_that_ray_train_gives_a_worker_is_seen(monkeypatch):
 
 @pytest.mark.bites("driver.fit.FEWER_CALLBACKS")
 def test_ray_train_is_given_no_needless_callback(tmp_path):
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from qlora_ray.driver.fit import NEEDLESS, Fit
     from qlora_ray.storage import open_folder
@@ -140,9 +142,34 @@ def test_ray_train_is_given_no_needless_callback(tmp_path):
     fit._own, fit.channel = None, None
     trainer = fit._make_trainer()
     names = {type(one).__name__ for one in trainer._create_default_callbacks()}
-    all_names = {type(one).__name__ for one in TorchTrainer._create_default_callbacks(trainer)}
+    all_names = {type(one).__name__ for one in DataParallelTrainer._create_default_callbacks(trainer)}
     assert all_names - names == NEEDLESS and "BackendSetupCallback" in names
-    assert "callbacks=self._create_default_callbacks()" in inspect.getsource(TorchTrainer.fit)
+    assert "callbacks=self._create_default_callbacks()" in inspect.getsource(DataParallelTrainer.fit)
+
+
+@pytest.mark.bites("driver.process_group.WITHOUT_TORCH")
+def test_workers_are_joined_as_ray_trains_own_backend_joins_them():
+    from ray.train.torch import TorchConfig, config
+
+    from qlora_ray.driver import process_group
+
+    ours, theirs = inspect.getsource(process_group), inspect.getsource(config._TorchBackend)
+    for name in ("_set_torch_distributed_env_vars", "_setup_torch_process_group", "_shutdown_torch"):
+        assert f"config.{name}(" in ours and name in theirs
+    assert process_group.JoinAndLeave.share_cuda_visible_devices == config._TorchBackend.share_cuda_visible_devices
+    assert TorchConfig().timeout_s == process_group.TIMEOUT_SECONDS
+    signature = inspect.signature(config._setup_torch_process_group)
+    assert list(signature.parameters) == ["backend", "world_rank", "world_size", "init_method", "timeout_s"]
+
+
+def test_ray_trains_controller_imports_no_torch():
+    code = (
+        "import sys, qlora_ray.driver.controller, qlora_ray.driver.process_group, qlora_ray.worker\n"
+        "import ray.train.v2.api.data_parallel_trainer\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
 
 
 @pytest.mark.bites("driver.controller.CAUSES")
@@ -183,21 +210,20 @@ def test_ray_train_calls_each_hook_of_save_before_resize():
 @pytest.mark.bites("driver.controller.WHOLE_GROUPS")
 def test_elastic_runs_have_as_many_workers_as_make_whole_groups(monkeypatch):
     from ray.train import ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from qlora_ray.driver.controller import WholeGroups
     from qlora_ray.driver.fit import Fit
 
     given = {}
-    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **what: given.update(what))
+    monkeypatch.setattr(DataParallelTrainer, "_initialize_and_run_controller", lambda self, **what: given.update(what))
     policy = WholeGroups(ScalingConfig(num_workers=(2, 6), resources_per_worker={"CPU": 1}), 2)
     for free, expected in ((7, 6), (5, 4), (3, 2), (1, 0)):
         assert policy._count_possible_workers({"node": {"CPU": free}}) == expected
     config = Config.model_validate({"ray": {"num_workers": [2, 6]}, "training": {"sequence_parallel": 2}})
-    what = SimpleNamespace(config=config, plan=SimpleNamespace(use_gpu=False, resources_per_worker={"CPU": 1}))
-    what.folder = open_folder("/tmp/none")
     fit = Fit.__new__(Fit)
-    fit._what, fit._channel, fit._network = what, None, {}
+    fit._config, fit._folder, fit._use_gpu, fit._network = config, open_folder("/tmp/none"), False, {}
+    fit._own, fit.channel = None, None
     fit._make_trainer()._initialize_and_run_controller(scaling_policy=None)
     assert isinstance(given["scaling_policy"], WholeGroups)
 
