@@ -70,7 +70,7 @@ class Share:
 class Read:
     """What was read, by train_file and validation_file, and the samples that were made of it."""
 
-    sources: dict[str, list[Source]]
+    sources: dict[str, tuple[Source, ...]]
     samples: dict[str, tuple[Samples, ...]]
 
 

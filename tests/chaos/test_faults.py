@@ -155,8 +155,6 @@ def test_disk_that_is_full_costs_checkpoints_and_no_bit(whole, tmp_path, room_re
             assert driver.returncode == 1
             assert "No space left on device, 3x in a row. Free space there; --resume goes on." in err
             ballast.unlink()
-            for left in (run / ".ray").iterdir():  # what Ray Train keeps there is never needed again
-                (left / "checkpoint_manager_snapshot.json").write_bytes(b"{")
             ended = door.run(*asked, "--resume")
             assert ended.returncode == 0, ended.stderr
         else:
