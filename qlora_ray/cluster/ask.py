@@ -16,7 +16,7 @@ from qlora_ray.cluster.found import Found, Needs
 from qlora_ray.cluster.node_facts import Question, gather
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
-from qlora_ray.planning.plan import Hardware, check_workers_fit, resources_of_a_worker, uses_gpu
+from qlora_ray.planning.hardware import Hardware, check_workers_fit, resources_of_a_worker, uses_gpu
 from qlora_ray.storage import Folder
 
 GET_SECONDS = 5

@@ -6,7 +6,9 @@ from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import Keep
 from qlora_ray.planning import memory
-from qlora_ray.planning.plan import Hardware, storage_bytes, uses_gpu, zero_stage
+from qlora_ray.planning.deepspeed import zero_stage
+from qlora_ray.planning.hardware import Hardware, uses_gpu
+from qlora_ray.planning.plan import storage_bytes
 from qlora_ray.planning.sharing import refuse_sharing, shown_sharing, tokens_of_a_worker
 
 BYTES_PER_TOKEN = 12  # input_ids, labels and position_ids, int32 each

@@ -10,7 +10,7 @@ from qlora_ray.cluster.found import look
 from qlora_ray.cluster.needs import needs_of, refuse
 from qlora_ray.config import Config
 from qlora_ray.model.facts import ModelFacts
-from qlora_ray.planning.plan import Hardware
+from qlora_ray.planning.hardware import Hardware
 from qlora_ray.storage import Folder
 
 SECONDS = 15  # a node's first task starts a process there

@@ -19,7 +19,9 @@ from qlora_ray.config import make_config
 from qlora_ray.data.prepare import prepare
 from qlora_ray.door import shut_ray_down
 from qlora_ray.planning.early import exact_facts
-from qlora_ray.planning.plan import Hardware, layout, make_plan
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import make_plan
+from qlora_ray.planning.rows import layout
 from qlora_ray.rundir import directory
 from qlora_ray.worker import train_worker
 from qlora_ray.worker.messages import Run

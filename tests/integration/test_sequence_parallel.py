@@ -19,6 +19,8 @@ NAMES = {
     "qwen3, all computed again": ("qwen3", PACKED, {"training": {"recompute": "all"}}),
     "phi3, dropout": ("phi3", PACKED, {"model": {"lora_dropout": 0.2}, "training": {"batch_size": 2}}),
     "llama, dora, one row": ("llama", PACKED, {"model": {"lora_variant": "dora"}, "training": {"batch_size": 1}}),
+    "gemma3_text, as long rows": ("gemma3_text", PACKED, {}),
+    "llama, yarn": ("llama", PACKED, {"model": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}}),
     "llama, whole logits": ("llama", PACKED, {"model": {"modules_to_save": ["lm_head"]}}),
 }  # fmt: skip
 TEAMS = {"one": (1, 1), "two share": (2, 2), "four share": (4, 4), "two pairs": (4, 2)}  # workers, sequence_parallel
@@ -43,7 +45,7 @@ def held(tmp_path_factory):
         family, rows, sections = NAMES[name]
         training = {"batch_size": 2, **sections.get("training", {})}
         training |= {"sequence_parallel": num_parts, "gradient_accumulation_steps": 2 * num_parts // size}
-        return ranks.Job(bases[family], {**sections, "training": training}, rows=rows)
+        return ranks.Job(bases[family], {**sections, "training": training}, rows=rows, takes_as_long="long" in name)
 
     @functools.cache
     def told(size: int, names: tuple[str, ...]) -> dict[tuple[str, str], list[ranks.Held]]:

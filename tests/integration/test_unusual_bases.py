@@ -22,7 +22,9 @@ from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import load_base
 from qlora_ray.model.facts import RopeLimit, read_facts
 from qlora_ray.planning.early import exact_facts
-from qlora_ray.planning.plan import Hardware, layout, make_plan
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import make_plan
+from qlora_ray.planning.rows import layout
 from tests.integration import door, tiny_models
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from qlora_ray.cluster.needs import needs_of, refuse
 from qlora_ray.config import Config, ModelConfig
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import facts_at_hand
-from qlora_ray.planning.plan import Hardware
+from qlora_ray.planning.hardware import Hardware
 
 GPU = {"name": "H100", "total_gib": 80.0, "free_gib": 79.0, "driver": "580.65.06", "compute_capability": "9.0"}
 NODE = {

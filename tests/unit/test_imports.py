@@ -98,7 +98,8 @@ def modules_of(path: Path) -> set[Path]:
     found = set()
     for name in imports(path):
         whole = PACKAGE / name.replace(".", "/")
-        found |= {one for one in (whole.with_suffix(".py"), whole.parent.with_suffix(".py")) if one.is_file()}
+        files = [place for one in (whole, whole.parent) for place in (one.with_suffix(".py"), one / "__init__.py")]
+        found |= set([file for file in files if file.is_file()][:1])
     return found - {path}
 
 

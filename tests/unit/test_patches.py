@@ -96,7 +96,7 @@ def test_untested_versions_give_one_note_with_those_that_were_tested():
 
 def test_a_run_shows_the_note(monkeypatch, tmp_path):
     from qlora_ray.cluster import quick
-    from qlora_ray.planning.plan import Hardware
+    from qlora_ray.planning.hardware import Hardware
     from qlora_ray.storage import open_folder
     from tests.unit import test_checks
 

@@ -10,7 +10,9 @@ from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.stats import DataStats, Layout
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import exact_facts, refuse_early
-from qlora_ray.planning.plan import Hardware, check_workers_fit, layout, learning_rate_at, make_plan
+from qlora_ray.planning.hardware import Hardware, check_workers_fit
+from qlora_ray.planning.plan import learning_rate_at, make_plan
+from qlora_ray.planning.rows import layout
 
 TINY = base_model_path("embedded")
 FACTS = exact_facts(Config())
@@ -68,6 +70,21 @@ def test_workers_beyond_the_cluster_are_refused_with_what_it_holds():
     assert "9 x 1 GPU = 9, the cluster holds 8" in refusal(GPUS, ray={"num_workers": 9})
     assert "TPU = 1, the cluster holds 0" in refusal(ray={"resources_per_worker": {"TPU": 1}})
     assert plan(ray={"num_workers": 8}).num_workers == 8
+
+
+def test_rows_beyond_the_context_are_told_with_the_scaling_that_reaches_them():
+    def told(length: int, scaling: dict | None = None, **facts) -> list[str]:
+        base = dataclasses.replace(FACTS, context_length=2048, **facts)
+        asked = config(training={"max_length": length}, model={"rope_scaling": scaling})
+        return [note for note in make_plan(asked, DATA, base, CPUS, None).notes if "rope" in note or "context" in note]
+
+    assert told(2048) == []
+    (note,) = told(5000)
+    assert "exceeds the base's context of 2048" in note and "model.rope_scaling={rope_type: yarn, factor: 3}" in note
+    assert "rope_scaling" not in "".join(told(5000, takes_rope_scaling=False))
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    assert "a factor of 6 reaches that far" in "".join(told(5000, yarn))
+    assert "takes the place of the base's own (llama3)" in "".join(told(2048, yarn, own_rope="llama3"))
 
 
 def test_gpu_asked_but_none_there_is_refused():
