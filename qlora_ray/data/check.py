@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_ray.config import Config
 from qlora_ray.data.formats import FORMATS, load_function
-from qlora_ray.data.mask import CALL, NAME, THOUGHT, TOLD, TOOLS
+from qlora_ray.data.missing import CALL, NAME, THOUGHT, TOLD, TOOLS
 from qlora_ray.data.pairs import convert, label_of
 from qlora_ray.data.read import BLANK, DamagedFile, cut, place_unit, read
 from qlora_ray.data.samples import INLINE_BYTES
