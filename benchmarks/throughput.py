@@ -33,7 +33,7 @@ def measure(arguments) -> dict:
 
     shape = shape_of(arguments.shape, arguments.layers)
     make = {"ours": ours, "peft": peft, "unsloth": unsloth}[arguments.variant.split("_")[0]]
-    step = make(arguments, shape)
+    step, share = make(arguments, shape)
     cuda = arguments.device == "cuda"
     load_seconds = time.perf_counter() - began
     while arguments.go and not Path(arguments.go).exists():
@@ -66,7 +66,8 @@ def measure(arguments) -> dict:
         "floor_share": tokens / median / floor_tokens_per_second(shape, arguments.length),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
-        "loss_first": float(losses[0]), "loss_last": float(losses[-1]), "load_seconds": load_seconds,
+        "four_bit_share": share, "loss_first": float(losses[0]), "loss_last": float(losses[-1]),
+        "load_seconds": load_seconds,
         "first_step_seconds": first_step_seconds, "host_seconds": host.medians(),
         "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
     }  # fmt: skip
@@ -144,7 +145,7 @@ def _start(arguments, shape: str, variant: str, go: str) -> subprocess.Popen:
         command += ["--layers", str(arguments.layers)]
     if arguments.profile and variant == arguments.variants[-1]:
         command += ["--profile", arguments.profile]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # what it says of errors is seen at once
 
 
 def main() -> None:
@@ -189,21 +190,23 @@ def main() -> None:
             if one not in running and (arguments.together or other == number):
                 running[one] = _start(arguments, *one, go=f"{folder}/{other}")
         Path(folder, str(number)).touch()
-        out, err = running[case].communicate()
+        out, _ = running[case].communicate()
         found = [line for line in out.splitlines() if line.startswith("RESULT ")]
         if not found:
-            print(f"{' '.join(case)}: failed\n{out[-1500:]}\n{err[-3000:]}", file=sys.stderr)
+            print(f"{' '.join(case)}: ended with {running[case].returncode} and no result\n{out[-3000:]}", flush=True)
             continue
         results.append(json.loads(found[0].removeprefix("RESULT ")))
         r = results[-1]
         print(
             f"{' '.join(case)}: {r['tokens_per_second']:,.0f} tokens/s, {r['peak_gib'] or 0:.2f} GiB, loss "
-            f"{r['loss_last']:.4f}, host {r['host_seconds']}",
+            f"{r['loss_last']:.4f}, {r['four_bit_share']:.0%} of the weights in 4 bits, host {r['host_seconds']}",
             flush=True,
         )
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.out).write_text(json.dumps(results, indent=1))
     print(table(results))
+    if len(results) < len(cases):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

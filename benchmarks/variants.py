@@ -1,4 +1,4 @@
-"""One training step as the product takes it, and as peers do: each builds its model and returns the step."""
+"""One training step as the product takes it, and as peers do: each gives the step and its share of 4-bit weights."""
 
 # B rows in a micro-batch, T tokens per row
 import os
@@ -10,7 +10,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def ours(arguments, shape: dict):
-    """The product's model; with stage0 or stage3 in its engine too, dora as DoRA, experts adapted. Returns a step."""
+    """The product's model; with stage0 or stage3 in its engine too, dora as DoRA, experts adapted."""
     import torch
 
     from qlora_ray.config import Config
@@ -27,6 +27,7 @@ def ours(arguments, shape: dict):
     config = Config.model_validate({"model": settings})
     model = add_adapter(build_base(shape, arguments.device), config.model, torch.bfloat16, SEED)
     print(fuse(model))
+    share = four_bit_share(model)
     levels = [Keep[name.upper()] for name in arguments.keep if name != "weights"]
     num_layers, plain = len(fused_layers(model)), plain_layers(model)
     if plain and arguments.keep != ["all"]:
@@ -50,7 +51,7 @@ def ours(arguments, shape: dict):
             lap("step")
             return loss
 
-        return step
+        return step, share
     num_trainable = sum(parameter.numel() for parameter in trainable(model).values())
     from qlora_ray.planning import deepspeed
     from qlora_ray.worker.engine import Engine
@@ -74,7 +75,7 @@ def ours(arguments, shape: dict):
         lap("step")
         return loss.detach()
 
-    return step_engine
+    return step_engine, share
 
 
 def peft(arguments, shape: dict):
@@ -113,7 +114,8 @@ def unsloth(arguments, shape: dict):
     )
     import torch
 
-    torch.cuda.reset_peak_memory_stats()
+    if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     has_experts = "num_experts_per_tok" in shape
     model = FastLanguageModel.get_peft_model(
         model, r=RANK, lora_alpha=RANK, lora_dropout=0, bias="none", random_state=SEED,
@@ -137,7 +139,15 @@ def _plain_step(model):
         lap("step")
         return loss
 
-    return step
+    return step, four_bit_share(model)
+
+
+def four_bit_share(model) -> float:
+    """Of a model's weights, how much is in 4 bits."""
+    from qlora_ray.model.base import count_bytes
+
+    stored = count_bytes(model)
+    return stored.four_bit_parameters / stored.parameters
 
 
 def _adamw(model):

@@ -101,7 +101,7 @@ def check_files(config: Config) -> None:
         _check_base(config, folder)
         read_facts(folder)
         if start:
-            check_base(start, folder)
+            check_base(start, folder, config.model)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model.base_model) or config.model.base_model.startswith("."):
         raise ConfigError(f"model.base_model={config.model.base_model}: no such folder, and not a hub id (owner/name).")
 

@@ -82,22 +82,24 @@ def shown_count(number: int) -> str:
 
 
 def _longest_rows(known: memory.Sizes, each: int, parts: int, gib: float, host_gib: float) -> list[str]:
-    """Of one row a pass, by where the layers' inputs lie, with the GiB of GPU and host that it takes."""
+    """Of one row a pass, with and without host memory, with the GiB of GPU and host that it takes."""
     lines = []
-    for level, where in ((Keep.HOST, "on the host"), (Keep.INPUT, "on the GPU")):
-        choice, length, taken = memory.all_layers(known, level), 0, (0.0, 0.0)
+    for where, most in (("longest row", host_gib), ("longest row with nothing on the host", 0.0)):
+        length, taken = 0, (0.0, 0.0)
         for step in (2**bit for bit in range(23, 9, -1)):
-            tokens = each * (length + step)
-            of_row = known.of_rows(length + step)
-            peak = memory.peak_gib(memory.memory_gib(of_row, tokens, choice))
-            parked = memory.host_gib(of_row, tokens, choice)
-            if peak <= SHARE_OF_MEMORY * gib and parked <= host_gib:
+            peak, parked = _leanest(known.of_rows(length + step), each * (length + step), most)
+            if peak <= SHARE_OF_MEMORY * gib and parked <= most:
                 length, taken = length + step, (peak, parked)
-        lines.append(
-            f"longest row with the layers' inputs {where}: {length * parts:,} tokens ({taken[0]:.1f} GiB, and "
-            f"{taken[1]:.1f} of {host_gib:.1f} on the host)"
-        )
+        on_host = f", and {taken[1]:.1f} of {most:.1f} on the host" if most else ""
+        lines.append(f"{where}: {length * parts:,} tokens ({taken[0]:.1f} GiB{on_host})")
     return lines
+
+
+def _leanest(known: memory.Sizes, num_tokens: int, host_gib: float) -> tuple[float, float]:
+    """GiB of GPU and host with the layers' inputs on the host, as far as it has room, and the others' on the GPU."""
+    num_layers, room = max(1, known.base.num_layers), Room(0, host_gib * GIB)
+    choice = choose(known.layer, num_layers, num_tokens, known.base.vocab_size, room)
+    return memory.peak_gib(memory.memory_gib(known, num_tokens, choice)), memory.host_gib(known, num_tokens, choice)
 
 
 def _fits(known: memory.Sizes, num_tokens: int, gib: float) -> bool:

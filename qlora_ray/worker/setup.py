@@ -39,6 +39,7 @@ from qlora_ray.worker import base, recomputation
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import Engine
+from qlora_ray.worker.graphs import gains_from_graphs
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Run
 from qlora_ray.worker.state import AdapterState
@@ -192,7 +193,10 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
         check_same_weights(loaded.sources, config.training.seed, team, ring)
         if before is not None:
             check_same_loss(before, _loss(engine.module, sample), plan)
-    recomputation.keep_what_fits(model, config, plan, device, ring)
+    choice = recomputation.keep_what_fits(model, config, plan, device, ring)
+    if gains_from_graphs(model, config, plan, choice) and recomputation.fits_twice(model, config, plan, device):
+        log.info("micro-batches are launched as one graph each, once their shape has come a few times")
+        engine.record_graphs(plan.longest_sample)
     engine.train()
     return engine
 
