@@ -54,8 +54,10 @@ def all_reduce(found: Found):
     else:
         speed = result["bytes_per_second"]
         text = f"{result['backend']} over {len(found.nodes)} nodes: {speed / 1e9:.2f} GB/s of bus bandwidth"
-        slow = speed < SLOW_BYTES_PER_SECOND[result["backend"] == "nccl"]
-        todo = "Use a faster interface, or deepspeed.zero_stage=2." if slow else ""
+        need = found.needs.gathered_per_second
+        text += f"; workers that share the base gather {need / 1e9:.1f}" if need else ""
+        slow = speed < (need or SLOW_BYTES_PER_SECOND[result["backend"] == "nccl"])
+        todo = "Use a faster interface, or deepspeed.share_base=replicate or node." if slow else ""
         yield Row("all-reduce", "all", "unknown" if slow else "ok", text, todo)
 
 
