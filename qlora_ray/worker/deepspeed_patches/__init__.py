@@ -16,6 +16,7 @@ from qlora_ray.worker.deepspeed_patches.hooks import (
     walk_past_leaves,
 )
 from qlora_ray.worker.deepspeed_patches.optimizer import (
+    end_backward,
     link_moments_once_all_are_there,
     make_optimizer_state,
     master_of,
@@ -37,6 +38,7 @@ from qlora_ray.worker.deepspeed_patches.start import begin, for_each_micro_batch
 __all__ = [
     "Shares",
     "begin",
+    "end_backward",
     "for_each_micro_batch",
     "gather_as_one",
     "gathered",

@@ -20,6 +20,11 @@ def take_norm_as_known(optimizer: Any) -> None:
     optimizer._get_norm_groups = lambda: [torch.ones(())]
 
 
+def end_backward(optimizer: Any) -> None:
+    """Have ZeRO-3 lay out gradients for its step, as it does behind a backward pass of its own (OWN_GRADIENTS)."""
+    optimizer.overlapping_partition_gradients_reduce_epilogue()
+
+
 OWN_GRADIENTS = Patch(
     "deepspeed", "0.19.8", "a gradient is put where stages 1 and 2 look for it: averaged_gradients, or with "
     "offload the partition's grad",
