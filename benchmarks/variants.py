@@ -1,4 +1,4 @@
-"""One training step as the product takes it, and as peers do: each builds its model, and returns the step and the share of weights in 4 bits."""
+"""One training step as the product takes it, and as peers do: each returns it, and its model's share in 4 bits."""
 
 # B rows in a micro-batch, T tokens per row
 import os

@@ -71,7 +71,7 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     lines += _longest_rows(known, each, config.training.sequence_parallel, gib, host_gib)
     if not _fits(known, each * of_worker, gib) and (way_out := _what_fits(config, base, gib)):
         lines.append(f"one row fits with {way_out}")
-    if is_unknown and not base.experts and gpu in memory.PRODUCT_FLOPS:
+    if is_unknown and (not base.experts or base.experts.num_packed) and gpu in memory.PRODUCT_FLOPS:
         lines.append("tokens/s is not told where layers are so small that launching them takes longer than their work")
     return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
 
