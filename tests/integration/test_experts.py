@@ -12,7 +12,6 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from qlora_ray import evaluate, export, generate, plan
 from qlora_ray.config import base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.inference import merge
@@ -33,7 +32,7 @@ from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import write_adapter
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.routing import busiest_expert
-from tests.integration import adapters, door, engines, tiny_models
+from tests.integration import adapters, engines, tiny_models
 
 CPU = torch.device("cpu")
 FAMILIES = list(tiny_models.MIXTURES)
@@ -357,26 +356,3 @@ def test_experts_in_mxfp4_become_the_4_bits_of_what_they_stand_for_whole_and_in_
     assert exact_facts(config).num_parameters == count_bytes(expected).parameters
     with pytest.raises(ConfigError, match="^quantization.type=none: .* is stored in MXFP4"):
         early._check_base(tiny_models.make_config(published, quantization={"type": "none"}), published)
-
-
-@pytest.mark.timeout(600)
-def test_a_mixture_goes_through_the_doors(base_of, tmp_path, capsys):
-    folder, run = base_of("qwen3_moe"), tmp_path / "run"
-    settings = [
-        "-c", "configs/quickstart.yaml", f"model.base_model={folder}", f"ray.storage_path={tmp_path}",
-        "ray.run_name=run", "ray.num_workers=1", "training.max_steps=3", "training.batch_size=1",
-        "logging.every_steps=1", "evaluation.num_prompts=0", "training.router_aux_loss_coef=0.01",
-    ]  # fmt: skip
-    ended = door.run(*settings)
-    assert ended.returncode == 0, ended.stderr
-    shares = [line["busiest_expert_share"] for line in door.metrics(run) if "loss" in line]
-    assert len(shares) == 3 and all(2 / 4 <= share <= 1 for share in shares)
-    assert plan.main(settings) == 0
-    assert "experts stay" not in capsys.readouterr().out
-    records = tmp_path / "records.jsonl"
-    records.write_text(json.dumps({"instruction": "Say yes.", "input": "", "output": "yes"}) + "\n")
-    assert generate.main(["--adapter", str(run), "--prompt", "Say yes.", "max_new_tokens=4"]) == 0
-    assert evaluate.main(["--adapter", str(run), "--file", str(records), "max_new_tokens=4"]) == 0
-    merged = ["--adapter", str(run), "--to", "merged", "--output", str(tmp_path / "merged"), "--verify"]
-    assert export.main([*merged, "--dtype", "float32"]) == 0
-    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ class Case:
     has_validation: bool
     steps: int = 3
     base: str = "embedded"
+    batch_size: int = 2
 
     @property
     def name(self) -> str:
@@ -46,13 +48,16 @@ ALL = [
 ]
 
 
-def config_of(case: Case, folder: Path, num_workers: int) -> Config:
-    """Validation and a checkpoint at each step, with dropout; the global batch is 4 rows for any number of workers."""
+def config_of(case: Case, folder: Path, num_workers: int, model: dict[str, Any] | None = None) -> Config:
+    """Validation and a checkpoint at each step; the global batch is 4 rows for any number of workers.
+
+    The model's settings are those given, or dropout.
+    """
     data = folder / f"{case.records}.json"
     data.write_text(json.dumps([{"instruction": f"say {i}", "output": f"{i} it is"} for i in range(case.records)]))
     return make_config({
-        "model": {"base_model": case.base, "lora_dropout": 0.1},
-        "training": {"max_steps": case.steps, "batch_size": 2, "global_batch_size": 4, "max_length": 32,
+        "model": {"base_model": case.base, **(model or {"lora_dropout": 0.1})},
+        "training": {"max_steps": case.steps, "batch_size": case.batch_size, "global_batch_size": 4, "max_length": 32,
                      "eval_every_steps": 1},
         "data": {"train_file": str(data), "validation_split": 0.1 if case.has_validation else 0},
         "deepspeed": {"zero_stage": case.stage}, "checkpoint": {"every_steps": 1, "keep": case.steps},
@@ -62,9 +67,9 @@ def config_of(case: Case, folder: Path, num_workers: int) -> Config:
     })  # fmt: skip
 
 
-def train_all(cases: list[Case], folder: Path, num_workers: int) -> None:
+def train_all(cases: list[Case], folder: Path, num_workers: int, model: dict[str, Any] | None = None) -> None:
     """Train each case in its run directory, or go on with it."""
-    configs = [config_of(case, folder, num_workers).model_dump(mode="json") for case in cases]
+    configs = [config_of(case, folder, num_workers, model).model_dump(mode="json") for case in cases]
     ran = subprocess.run(
         [sys.executable, "-m", "tests.integration.many_runs"], input=json.dumps(configs), text=True,
         capture_output=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"},
