@@ -47,8 +47,9 @@ def main() -> None:
     if not found:
         sys.exit(ran.stderr[-3000:])
     peer = json.loads(found[0].removeprefix("RESULT "))
+    told = ("tokens_per_second", "peak_gib", "phases", "steps", "log")
     print(json.dumps({
-        "qlora_ray": {name: ours[name] for name in ("tokens_per_second", "peak_gib", "steps")}, "trainer": peer,
+        "qlora_ray": {name: ours[name] for name in told}, "trainer": peer,
         "ours_over_trainer": ours["tokens_per_second"] / peer["tokens_per_second"],
     }, indent=1))  # fmt: skip
 

@@ -67,7 +67,8 @@ def measure(arguments) -> dict:
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
         "four_bit_share": share, "loss_first": float(losses[0]), "loss_last": float(losses[-1]),
-        "load_seconds": load_seconds, "first_step_seconds": first_step_seconds, "host_seconds": host.medians(),
+        "load_seconds": load_seconds,
+        "first_step_seconds": first_step_seconds, "host_seconds": host.medians(),
         "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""One training step as the product takes it, and as peers do: each returns it, and its model's share in 4 bits."""
+"""One training step as the product takes it, and as peers do: each gives the step and its share of 4-bit weights."""
 
 # B rows in a micro-batch, T tokens per row
 import os

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qlora_ray.config import rope
 from qlora_ray.config.section import Section
 
 EMBEDDED_BASE = "embedded"
@@ -53,6 +54,10 @@ class ModelConfig(Section):
     need not pack again. auto: where they take a GiB or more, and it is a folder with twice that free."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only with a pinned `revision`."""
+    rope_scaling: dict[str, str | bool | int | float] | None = None
+    """RoPE for rows longer than the base was trained on, as transformers' config has it: {rope_type: yarn, factor: 4},
+    or linear, or llama3. It becomes part of the base's config, in training and wherever the adapter is used. See
+    docs/bases.md."""
     factory: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """package.module:function that makes the model of its config, for one that transformers does not have."""
 
@@ -63,6 +68,11 @@ class ModelConfig(Section):
         if name in (None, EMBEDDED_BASE) or not Path(name).expanduser().is_dir():
             return name
         return str(Path(name).expanduser().absolute())
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _is_known_to_transformers(cls, scaling):
+        return scaling and rope.checked(scaling)
 
     @field_validator("new_tokens")
     @classmethod
@@ -84,6 +94,15 @@ class ModelConfig(Section):
                 "Use loftq: the same idea with the base untouched"
             )
         return variant
+
+    @model_validator(mode="after")
+    def _factory_reads_the_file(self):
+        if self.factory and self.rope_scaling:
+            raise ValueError(
+                f"model.rope_scaling: {self.factory} makes the model of config.json as it is. Write it there, or leave "
+                "it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self):

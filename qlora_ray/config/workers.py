@@ -16,9 +16,10 @@ class DeepSpeedConfig(Section):
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = 3
     """ZeRO stage: 3 shards the 4-bit base over the workers; auto: 3 with several workers, 0 with one."""
-    share_base: Literal["auto", "replicate", "world"] = "auto"
-    """How workers hold the 4-bit base at stage 3: replicate: each all of it, and no weights travel; world: each its
-    share. auto: replicate where base and activations fit every GPU. The same bits in all."""
+    share_base: Literal["auto", "replicate", "node", "world"] = "auto"
+    """How workers hold the 4-bit base at stage 3: replicate: each all of it, and no weights travel; node: those of a
+    node hold it together, and no weights travel between nodes; world: all hold it together. auto: the first of these
+    that fits every GPU with activations. The same bits in all."""
     offload_params: Literal["none", "cpu", "nvme"] = "none"
     """Keep the layers' weights in each worker's host memory, or on a local disk (nvme), and bring them to the GPU one
     layer after the other while it computes (stage 3). Free GPU memory keeps the last layers."""

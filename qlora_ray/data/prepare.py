@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_ray.config import Config, base_model_path
-from qlora_ray.data.check import refuse_missing, refuse_too_many
+from qlora_ray.data.check import refuse_missing, refuse_one_kind, refuse_too_many
 from qlora_ray.data.deal import Share, deal
 from qlora_ray.data.order import longest_first
 from qlora_ray.data.pack import pack, pack_in_order
@@ -120,9 +120,10 @@ def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, don
     max_length, is_twofold = config.training.max_length, recipe.records != "answers"
     train, held = deal(config, sources, done)
     if recipe.records == "labels":
-        _refuse_one_kind(train, "data.train_file")
+        refuse_one_kind(train.index.is_desirable[train.samples].tolist(), "data.train_file, less what is held out")
         if config.training.metric_for_best_model != "eval_loss":
-            _refuse_one_kind(held, f"validation, by {config.training.metric_for_best_model}")
+            by = f"validation, by {config.training.metric_for_best_model}"
+            refuse_one_kind(held.index.is_desirable[held.samples].tolist(), by)
     lengths_of_rows, longest = {}, {}
     for split, share in (("train", train), ("validation", held)):
         order = config.data.order if split == "train" else "shuffled"
@@ -180,17 +181,6 @@ def _samples_of_rows(config: Config, share: Share, how: Layout, order: str) -> t
         longer = np.maximum(lengths[chosen], lengths[chosen + 1])
         offsets, places = _rows_of(longer, max_length, (how.packing, order), seed)
     return as_pairs(offsets, chosen[places], how.shares_prompts)
-
-
-def _refuse_one_kind(share: Share, what: str) -> None:
-    """Raise ConfigError where labelled answers are all of one kind."""
-    kinds = set(share.index.is_desirable[share.samples].tolist())
-    if len(kinds) == 1:
-        kind = "desirable (label: true)" if True in kinds else "undesirable (label: false)"
-        raise ConfigError(
-            f"{what}: all {len(share.samples):,} answers are {kind}, and training.objective=kto tells one kind from "
-            "the other. Add answers of the other kind, or learn good ones with training.objective=sft."
-        )
 
 
 def _labelled_rows(config: Config, share: Share, how: Layout, order: str) -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,8 @@ class Kept:
     dropout: float = 0.0  # of attention
     generator: torch.Tensor | None = None  # where it stood before that, for layers whose attention is computed again
     places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
-    slices: tuple[slice, ...] = ()  # that the MLP takes its rows in, where these are many: see model/slices.py
+    blocks: tuple[slice, ...] = ()  # of many rows, that gradients of the MLP's LoRA are summed in: see model/slices.py
+    slices: tuple[slice, ...] = ()  # the same, where the MLP takes its rows in them, too
     row_group: RowGroup | None = None  # the workers that hold the rows in parts: `attention` has whole ones
 
     def rows(self, whole: torch.Tensor) -> torch.Tensor:
@@ -251,7 +252,8 @@ class FusedLayer:
         """What the MLP makes of n2, (M, D). Fill in gate_up and z_down."""
         kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2], kept.gate_up)
         h = self._hidden(kept)
-        kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
+        inputs, rank = self.down.inputs, self.down.members[0].rank
+        kept.z_down = h[:, inputs : inputs + rank].clone() if rank else None
         return self.down.forward(h, kept.turns[3])
 
     def _hidden(self, kept: Kept) -> torch.Tensor:
@@ -364,9 +366,10 @@ class FusedLayer:
         self._learn_from(2, kept, kept.gate_up)
         d_gate_up = torch.empty_like(kept.gate_up) if self.learns_lengths[2] else kept.gate_up
         ops_for(h.device).activate_backward(h, kept.gate_up, self.is_gelu, d_gate_up)  # dh becomes h
-        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, turn)
+        read = (d_given[:, :width], dz, h, kept.z_down)
+        of_down = slices.summed(kept.blocks, self.down_back.parameter_gradients, turn, *read)
         turn.given = None
-        del h, dz, d_given
+        del h, dz, d_given, read
         of_gate_up, buffer1 = self._through_group(1, kept, d_gate_up, buffer[:, :width])
         return [*of_gate_up, *of_down], buffer1
 
@@ -421,7 +424,8 @@ class FusedLayer:
         x, buffer = ((kept.x, kept.n1), (kept.x1, kept.n2))[which]
         turn, norm = kept.turns[2 * which], self.before[which]
         both = group.backward(d_out, turn)
-        gradients = group.parameter_gradients(d_out, both[:, group.inputs :], buffer, turn)
+        blocks = kept.blocks if group is self.gate_up else ()
+        gradients = slices.summed(blocks, group.parameter_gradients, turn, d_out, both[:, group.inputs :], buffer)
         turn.given = None
         dx = x.new_empty(x.shape[0], x.shape[1] + room)
         back, out = both[:, : group.inputs], dx[:, : group.inputs]
@@ -461,8 +465,9 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fused: FusedLayer, angles: Angles | None, mask, with_graph: bool, *parameters):
         kept = fused.begin(x)
+        kept.blocks = slices.of_rows(len(kept.x if kept.places is None else kept.places), x.shape[1])
         if fused.takes_slices:
-            kept.slices = slices.of_rows(len(kept.x if kept.places is None else kept.places), x.shape[1])
+            kept.slices = kept.blocks
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
         y = fused.mlp_part(kept, with_graph)

@@ -1,8 +1,10 @@
 """Layer inputs parked in pinned host memory between forward and backward, copied while the GPU computes."""
 
-import weakref
-
 import torch
+
+from qlora_ray.model.pinned import host_memory, lock
+
+LEAVING = 2  # tensors that may be on their way to the host while the GPU goes on
 
 
 class HostStash:
@@ -14,7 +16,7 @@ class HostStash:
         self._shapes: dict[int, torch.Size] = {}
         self._parked: dict[int, torch.cuda.Event] = {}
         self._coming: dict[int, tuple[torch.Tensor, torch.cuda.Event]] = {}
-        weakref.finalize(self, _unpin_all, self._slots).atexit = False
+        self._leaving: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
     def put(self, slot: int, x: torch.Tensor) -> None:
         """Copy x (on the GPU) to the host, behind what the current stream has been given so far."""
@@ -22,17 +24,18 @@ class HostStash:
         held = self._slots.get(slot)
         if held is None or held.numel() < x.numel() or held.dtype != x.dtype:
             if held is not None:
-                self._stream.synchronize()
-                _unpin(held)
+                self._stream.synchronize()  # of copies into what is let go of
             held = self._slots[slot] = _pinned(x.numel(), x.dtype)
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
             held[: x.numel()].view(x.shape).copy_(x, non_blocking=True)
-        x.record_stream(self._stream)
         self._shapes[slot], self._parked[slot] = x.shape, self._stream.record_event()
+        self._leaving.append((x, self._parked[slot]))
+        self._let_go(all_but=LEAVING)
 
     def take(self, slot: int) -> torch.Tensor:
         """The parked tensor, on the GPU again."""
+        self._let_go(all_but=0)
         self._fetch(slot)
         x, arrived = self._coming.pop(slot)
         torch.cuda.current_stream(x.device).wait_event(arrived)
@@ -40,6 +43,16 @@ class HostStash:
         if earlier:
             self._fetch(max(earlier))
         return x
+
+    def _let_go(self, all_but: int) -> None:
+        """Let go of what was put first, once the current stream waits for its copy: its memory is free at once.
+
+        After record_stream it stays taken until the host finds the copy done, and the host may be a whole forward pass
+        ahead of the GPU: no input had left it when backward's peak was allocated.
+        """
+        while len(self._leaving) > all_but:
+            x, copied = self._leaving.pop(0)
+            torch.cuda.current_stream(x.device).wait_event(copied)
 
     def _fetch(self, slot: int) -> None:
         if slot in self._coming:
@@ -55,16 +68,6 @@ class HostStash:
 
 
 def _pinned(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Pinned memory of exactly this size: torch's own pool rounds up to a power of two."""
-    held = torch.empty(numel, dtype=dtype)
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(held.data_ptr(), held.nbytes, 0))
-    return held
-
-
-def _unpin(held: torch.Tensor) -> None:
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(held.data_ptr()))
-
-
-def _unpin_all(slots: dict[int, torch.Tensor]) -> None:
-    for held in slots.values():
-        _unpin(held)
+    held = host_memory(numel * dtype.itemsize)
+    torch.cuda.check_error(lock(held))
+    return held.view(dtype)

@@ -51,14 +51,26 @@ def check_workers_fit(config: Config, resources: dict[str, float], hardware: Har
                 f"ray.num_workers={n}: {n} x {each:g} {name} = {n * each:g}, the cluster holds {holds:g}. "
                 f"{way_out} for less with ray.resources_per_worker."
             )
-    fit = sum(
-        min(int(node.get(name, 0) // each) for name, each in resources.items() if each) for node in hardware.nodes
-    )
+    fit = sum(_fit(node, resources) for node in hardware.nodes)
     if hardware.nodes and fit < n:
         raise ConfigError(
             f"ray.num_workers={n}: a worker needs {resources} on one node, and the {len(hardware.nodes)} nodes hold "
             f"{fit} such workers. Use ray.num_workers={fit}, or ask for less with ray.resources_per_worker."
         )
+
+
+def fewest_of_a_node(num_workers: int, resources: dict[str, float], hardware: Hardware) -> int:
+    """Workers of the node that gets fewest of them, where Ray fills one node after the other."""
+    left = fewest = num_workers
+    for fit in sorted((_fit(node, resources) for node in hardware.nodes), reverse=True):
+        here = min(fit, left)
+        if here:
+            left, fewest = left - here, min(fewest, here)
+    return fewest
+
+
+def _fit(node: dict[str, float], resources: dict[str, float]) -> int:
+    return min(int(node.get(name, 0) // each) for name, each in resources.items() if each)
 
 
 def compute_dtype_of(config: Config, use_gpu: bool, hardware: Hardware) -> str:

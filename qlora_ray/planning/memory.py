@@ -45,11 +45,17 @@ class Sizes:
     begins_whole: bool  # the adapter is made of whole weights, before ZeRO takes them apart
     shares_base: bool  # over the workers; else each holds all of it
     offload: str  # none, or where the layers' weights lie: cpu, nvme
+    num_of_node: int | None = None  # workers that share the base, where those of each node do; None: all do
 
     @property
     def loads_in_shares(self) -> bool:
         """Whether each worker reads and packs its share of the base alone."""
         return self.shares_base and not self.begins_whole
+
+    @property
+    def num_sharing(self) -> int:
+        """Workers that hold the base together."""
+        return (self.num_of_node or self.num_workers) if self.shares_base else 1
 
     def of_rows(self, num_tokens: int) -> "Sizes":
         """The same for rows of at most so many tokens."""
@@ -154,13 +160,12 @@ def resident_gib(sizes: Sizes) -> dict[str, float]:
     packed = quantized * 0.5
     scales = quantized * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5)  # ZeRO shards weights, not their scales
     rest = (base.num_parameters - quantized) * wide
-    shards = sizes.num_workers if sizes.shares_base else 1
     shares = sizes.num_workers if sizes.stage > 0 else 1
     master = 4 if wide == 2 else 0
     # Weights and gradients; the float32 sum of gradients, and DeepSpeed's share of it; float32 copy and two moments.
     here = sizes.num_trainable * wide * 2
     ours = sizes.num_trainable * (4 / sizes.num_workers + (wide / shares if sizes.stage > 0 else 0))
-    held = (packed + rest) / shards + scales
+    held = (packed + rest) / sizes.num_sharing + scales
     if sizes.offload != "none":
         held = packed + scales + rest - passing_bytes(sizes) + NUM_SLOTS * slab_bytes(sizes)
     return {
@@ -187,7 +192,7 @@ def loading_gib(sizes: Sizes) -> float:
             base.experts and max(base.experts.up, base.experts.inner) * base.experts.hidden * base.experts.num_experts
         )
         largest = max(stack or 0, *(rows * columns for _, rows, columns in base.linear_shapes), 0)
-        share = 1 / sizes.num_workers if sizes.loads_in_shares else 1.0
+        share = 1 / sizes.num_sharing if sizes.loads_in_shares else 1.0
         one = largest * (wide * share + 2 * 4 / 64)  # its share, and float32 scales of all of it
         return resident_gib(sizes)["base"] + one / GIB
     return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB

@@ -27,10 +27,7 @@ def notes_of(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: 
             f"The base is stored in 4 bits, and trained on as it is: quantization.type={how.type}, "
             f"double_quant={str(how.double_quant).lower()}."
         )
-    if base.context_length and config.training.max_length > base.context_length:
-        notes.append(
-            f"training.max_length={config.training.max_length} exceeds the base's context of {base.context_length}."
-        )
+    notes += _of_positions(config, base)
     if config.training.packing and rope_depends_on_rows(config, base):
         assert base.rope_limit is not None
         notes.append(
@@ -73,3 +70,21 @@ def notes_of(config: Config, base: BaseFacts, data: DataStats, steps_per_epoch: 
     if data.num_rejected:
         notes.append(f"{data.num_rejected} of {data.num_records} records were rejected.")
     return tuple(notes)
+
+
+def _of_positions(config: Config, base: BaseFacts) -> list[str]:
+    """Of rows beyond the base's context, and of a RoPE that takes the place of its own."""
+    notes, scaling, length = [], config.model.rope_scaling, config.training.max_length
+    if scaling and base.own_rope:
+        notes.append(f"model.rope_scaling={scaling['rope_type']} takes the place of the base's own ({base.own_rope}).")
+    if not base.context_length or length <= base.context_length:
+        return notes
+    beyond = f"training.max_length={length} exceeds the base's context of {base.context_length}"
+    if not base.takes_rope_scaling:
+        return [*notes, f"{beyond}."]
+    factor = -(-length // base.context_length)
+    if scaling:
+        reach = f"{scaling['factor'] * factor:g}"
+        return [*notes, f"{beyond} with model.rope_scaling: a factor of {reach} reaches that far."]
+    way_out = f"model.rope_scaling={{rope_type: yarn, factor: {factor}}}"
+    return [*notes, f"{beyond}: it has not learned positions beyond it. To reach them: {way_out}."]

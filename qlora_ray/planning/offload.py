@@ -108,8 +108,10 @@ def refuse(config: Config, stage: int) -> None:
     if (ds.offload_params == "nvme") != (ds.nvme_path is not None):
         way_out = "Set deepspeed.nvme_path to a folder on a local disk." if ds.nvme_path is None else "Use nvme."
         raise ConfigError(f"{key}: deepspeed.nvme_path is {ds.nvme_path or 'not set'}. {way_out}")
-    if ds.share_base == "world":
-        raise ConfigError(f"deepspeed.share_base=world: with {key} each worker keeps all of the base. Leave it out.")
+    if ds.share_base in ("node", "world"):
+        raise ConfigError(
+            f"deepspeed.share_base={ds.share_base}: with {key} each worker keeps all of the base. Leave it out."
+        )
     if memory.begins_whole(config):
         raise ConfigError(
             f"{key}: model.lora_variant={config.model.lora_variant} begins from whole weights on the GPU. Use lora."

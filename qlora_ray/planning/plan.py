@@ -11,7 +11,14 @@ from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, Room, choose
 from qlora_ray.planning import deepspeed, holding, memory, offload
 from qlora_ray.planning.deepspeed import zero_stage
-from qlora_ray.planning.hardware import Hardware, check_workers_fit, compute_dtype_of, resources_of_a_worker, uses_gpu
+from qlora_ray.planning.hardware import (
+    Hardware,
+    check_workers_fit,
+    compute_dtype_of,
+    fewest_of_a_node,
+    resources_of_a_worker,
+    uses_gpu,
+)
 from qlora_ray.planning.notes import notes_of
 from qlora_ray.planning.offload import Passing
 from qlora_ray.planning.recomputation import may_hold_weights, memory_forecast, recompute_of
@@ -53,6 +60,7 @@ class Plan:
     deepspeed: dict[str, Any]
     longest_sample: int  # in tokens
     shares_base: bool = False  # over the workers; else each holds all of it
+    is_shared_by_node: bool = False  # over those of each node alone
     why_shared: str = ""  # or not
     passing: Passing | None = None  # the layers' weights, where they are offloaded
 
@@ -94,7 +102,8 @@ def make_plan(
     known, gpu_gib = memory.sizes(config, base, trainable, stage, compute_dtype), hardware.gpu_gib if use_gpu else None
     if data.shares_prompts:
         known = dataclasses.replace(known, layer=known.layer.sharing_prompts())
-    known, why_shared = holding.decide(config, known.of_rows(of_worker), num_tokens, gpu_gib)
+    num_of_node = fewest_of_a_node(config.ray.min_workers, resources, hardware)
+    known, why_shared = holding.decide(config, known.of_rows(of_worker), num_tokens, gpu_gib, num_of_node)
     refuse_sharing(config, base, known.layer, data.longest_row)
     recompute = recompute_of(config, use_gpu, known)
     plan = Plan(
@@ -126,6 +135,7 @@ def make_plan(
         deepspeed=deepspeed.defaults(config, stage, accumulation, compute_dtype, trainable),
         longest_sample=min(config.training.max_length, data.longest_sample),
         shares_base=known.shares_base,
+        is_shared_by_node=known.num_of_node is not None,
         why_shared=why_shared,
         passing=offload.passing(known, num_tokens, config.training.max_length, gpu_gib, _gpu_of(hardware)),
     )

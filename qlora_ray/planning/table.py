@@ -37,7 +37,7 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     each = 2 if config.training.prefers else 1  # rows of tokens
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     num_tokens = config.training.batch_size * each * of_worker
-    known, why_shared = holding.decide(config, known, num_tokens, gib)
+    known, why_shared = holding.decide(config, known, num_tokens, gib, workers)  # on one node: others are not known
     refuse_sharing(config, base, known.layer, length)
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
@@ -53,7 +53,7 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
         *([shown_sharing(config, known.layer, base.num_layers, length)] if is_shared else []),
         f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",
     ]
-    lines[2:2] = filter(None, [holding.shown(known.shares_base, why_shared)])
+    lines[2:2] = filter(None, [holding.shown(known.shares_base, known.num_of_node is not None, why_shared)])
     if passing := offload.passing(known, num_tokens, length, gib, gpu):
         lines.insert(2, f"base on {'disk' if passing.disk_bytes else 'host'}: {passing}")
     is_unknown = False
@@ -82,22 +82,24 @@ def shown_count(number: int) -> str:
 
 
 def _longest_rows(known: memory.Sizes, each: int, parts: int, gib: float, host_gib: float) -> list[str]:
-    """Of one row a pass, by where the layers' inputs lie, with the GiB of GPU and host that it takes."""
+    """Of one row a pass, with and without host memory, with the GiB of GPU and host that it takes."""
     lines = []
-    for level, where in ((Keep.HOST, "on the host"), (Keep.INPUT, "on the GPU")):
-        choice, length, taken = memory.all_layers(known, level), 0, (0.0, 0.0)
+    for where, most in (("longest row", host_gib), ("longest row with nothing on the host", 0.0)):
+        length, taken = 0, (0.0, 0.0)
         for step in (2**bit for bit in range(23, 9, -1)):
-            tokens = each * (length + step)
-            of_row = known.of_rows(length + step)
-            peak = memory.peak_gib(memory.memory_gib(of_row, tokens, choice))
-            parked = memory.host_gib(of_row, tokens, choice)
-            if peak <= SHARE_OF_MEMORY * gib and parked <= host_gib:
+            peak, parked = _leanest(known.of_rows(length + step), each * (length + step), most)
+            if peak <= SHARE_OF_MEMORY * gib and parked <= most:
                 length, taken = length + step, (peak, parked)
-        lines.append(
-            f"longest row with the layers' inputs {where}: {length * parts:,} tokens ({taken[0]:.1f} GiB, and "
-            f"{taken[1]:.1f} of {host_gib:.1f} on the host)"
-        )
+        on_host = f", and {taken[1]:.1f} of {most:.1f} on the host" if most else ""
+        lines.append(f"{where}: {length * parts:,} tokens ({taken[0]:.1f} GiB{on_host})")
     return lines
+
+
+def _leanest(known: memory.Sizes, num_tokens: int, host_gib: float) -> tuple[float, float]:
+    """GiB of GPU and host with the layers' inputs on the host, as far as it has room, and the others' on the GPU."""
+    num_layers, room = max(1, known.base.num_layers), Room(0, host_gib * GIB)
+    choice = choose(known.layer, num_layers, num_tokens, known.base.vocab_size, room)
+    return memory.peak_gib(memory.memory_gib(known, num_tokens, choice)), memory.host_gib(known, num_tokens, choice)
 
 
 def _fits(known: memory.Sizes, num_tokens: int, gib: float) -> bool:

@@ -60,8 +60,9 @@ def hardware_of(config: Config) -> tuple[Hardware, bool]:
 
 
 def _cost(config: Config, one: Config, plan: Plan, steps: int) -> dict[str, str]:
-    tokens = steps * plan.global_batch_size * one.training.max_length
-    rows = {"tokens": f"at most {tokens:,} ({plan.global_batch_size} rows x {one.training.max_length} a step)"}
+    of_row = plan.tokens_per_micro_batch * one.training.sequence_parallel // plan.micro_batch_size
+    tokens = steps * plan.global_batch_size * of_row
+    rows = {"tokens": f"at most {tokens:,} ({plan.global_batch_size} rows x {of_row} a step)"}
     facts = read_facts(local_base(one))
     known = memory.sizes(one, facts, plan.num_trainable_parameters, plan.zero_stage, "bfloat16")
     choice = memory.all_layers(known, memory.Keep.HOST)

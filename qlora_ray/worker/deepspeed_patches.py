@@ -51,7 +51,8 @@ def for_each_micro_batch(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
 
 BORN_IN_SHARES = Patch(
     "deepspeed", READ_IN, "zero.Init's _convert_to_deepspeed_param takes a parameter without memory, and ds_tensor, "
-    "ds_numel_aligned, ds_status and data are set as its _partition_param sets them",
+    "ds_numel_aligned, ds_status and data are set as its _partition_param sets them; where a node's "
+    "workers hold it together, ds_zero_partition_process_group names them",
     gains="no worker holds a whole base while loading; zero.Init partitions what is whole on each",
     delete_when="DeepSpeed makes parameters of shares, or transformers enters zero.Init for quantized models",
 )  # fmt: skip
@@ -60,11 +61,12 @@ BORN_IN_SHARES = Patch(
 class Shares:
     """Makes ZeRO-3's parameters of what this worker has of them: model/load.py's Keeper."""
 
-    def __init__(self, deepspeed_config: dict[str, Any], dtype: torch.dtype):
+    def __init__(self, deepspeed_config: dict[str, Any], dtype: torch.dtype, group: Any = None):
         import deepspeed
 
         begin()
-        self.share = Share(dist.get_rank(), dist.get_world_size())
+        self._group = group  # of the workers that hold it together; None: all
+        self.share = Share(dist.get_rank(group), dist.get_world_size(group))
         self._init = deepspeed.zero.Init(config_dict_or_path=for_each_micro_batch(deepspeed_config), dtype=dtype)
 
     def keep(self, parameter: Any, share: torch.Tensor) -> None:
@@ -73,6 +75,8 @@ class Shares:
         from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 
         init = self._init
+        if self._group is not None:
+            parameter.ds_zero_partition_process_group = self._group
         init._convert_to_deepspeed_param(parameter)
         held: Any = share.to(parameter.device if parameter.ds_persist else init.remote_device)
         if init.pin_memory and not parameter.ds_persist:
@@ -88,7 +92,7 @@ class Shares:
 
     def take_largest(self, values: torch.Tensor) -> None:
         """Put the largest of all workers' values in the place of each."""
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
 
     def is_everywhere(self, answer: bool) -> bool:
         """Whether the answer is yes on every worker."""
@@ -340,6 +344,11 @@ def whole_of(parameter: Any) -> torch.Tensor:
     if is_released:
         parameter.partition([parameter])
     return whole
+
+
+def rank_among_holders(parameter: Any, rank: int) -> int:
+    """Of this worker, whose rank among all is `rank`, among those that hold a parameter together."""
+    return int(getattr(parameter, "ds_zero_partition_rank", rank))
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:

@@ -10,8 +10,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from qlora_ray import evaluate, export, generate, plan
-from tests.integration import door, tiny_models
-from tests.integration.test_short_runs import Case, bits, config_of, train_all
+from tests.integration import door, many_runs, tiny_models
+from tests.integration.test_short_runs import Case, bits, config_of
 
 STEPS = 3
 
@@ -72,23 +72,17 @@ def test_steps_of_a_mixture_that_two_workers_take_after_one_have_its_bits(run, f
 def test_mixture_has_one_sha256_on_1_2_and_4_workers_at_stages_0_and_3_and_after_a_sigkill(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     base = tiny_models.save("qwen3_moe", tmp_path / "qwen3_moe")
-    cases = [Case(5, stage, True, steps=8, base=base, batch_size=1) for stage in (0, 3)]
-    more = {"expert_lora": True, "lora_dropout": 0.0}
-    ended = {}
-    for workers in (1, 2, 4):
-        train_all(cases, tmp_path, workers, more)
-        for case in cases:
-            ended[workers, case.stage] = bits(tmp_path / f"workers{workers}" / case.name, case.steps)
-    asked = config_of(cases[1], tmp_path, 2, more).model_dump(mode="json")
-    (tmp_path / "asked.yaml").write_text(yaml.safe_dump(asked))
-    command = ["-c", str(tmp_path / "asked.yaml"), "ray.run_name=killed"]
-    again = tmp_path / "workers2" / "killed"
-    killed = door.start(*command)
+    cases = [Case(5, stage, True, steps=8, base=base, expert_lora=True, batch_size=1) for stage in (0, 3)]
+    made = [config_of(case, tmp_path, workers) for workers in (1, 2, 4) for case in cases]
+    many_runs.train([config.model_dump(mode="json") for config in made])
+    ended = {tmp_path / f"workers{workers}" / case.name for workers in (1, 2, 4) for case in cases}
+    asked, again = tmp_path / "asked.yaml", tmp_path / "workers2" / "killed"
+    asked.write_text(yaml.safe_dump(config_of(cases[1], tmp_path, 2).model_dump(mode="json")))
+    killed = door.start("-c", str(asked), "ray.run_name=killed")
     door.wait_for_step(again, 2, killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert 2 <= max(door.losses(again)) < cases[1].steps
-    resumed = door.run(*command, "--resume")
+    resumed = door.run("-c", str(asked), "ray.run_name=killed", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    ended["killed"] = bits(again, cases[1].steps)
-    assert len(set(map(tuple, ended.values()))) == 1, ended
+    assert len({bits(run, cases[1].steps) for run in (*ended, again)}) == 1

@@ -72,6 +72,21 @@ def test_workers_beyond_the_cluster_are_refused_with_what_it_holds():
     assert plan(ray={"num_workers": 8}).num_workers == 8
 
 
+def test_rows_beyond_the_context_are_told_with_the_scaling_that_reaches_them():
+    def told(length: int, scaling: dict | None = None, **facts) -> list[str]:
+        base = dataclasses.replace(FACTS, context_length=2048, **facts)
+        asked = config(training={"max_length": length}, model={"rope_scaling": scaling})
+        return [note for note in make_plan(asked, DATA, base, CPUS, None).notes if "rope" in note or "context" in note]
+
+    assert told(2048) == []
+    (note,) = told(5000)
+    assert "exceeds the base's context of 2048" in note and "model.rope_scaling={rope_type: yarn, factor: 3}" in note
+    assert "rope_scaling" not in "".join(told(5000, takes_rope_scaling=False))
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    assert "a factor of 6 reaches that far" in "".join(told(5000, yarn))
+    assert "takes the place of the base's own (llama3)" in "".join(told(2048, yarn, own_rope="llama3"))
+
+
 def test_gpu_asked_but_none_there_is_refused():
     assert refusal(ray={"use_gpu": True}).startswith("ray.use_gpu=true: the cluster has no GPU.")
 
