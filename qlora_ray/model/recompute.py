@@ -202,7 +202,7 @@ class RoutedShape(LayerShape):
 
     def passing_bytes(self, num_tokens: int) -> int:
         """The most that one layer's backward holds beyond what was or is kept: rows of experts, their weights."""
-        rows = num_tokens * self.num_per_token * (self.hidden + self.expert_inner)
+        rows = num_tokens * self.num_per_token * (self.hidden * (1 + self.adapts_experts) + self.expert_inner)
         stack = min(EXPERT_CHUNK_BYTES, self.num_experts * self.up * self.hidden * self.element_bytes)
         shared = 3 * num_tokens * self.inner
         return (rows + shared + 2 * num_tokens * self.hidden) * self.element_bytes + stack
