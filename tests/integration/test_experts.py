@@ -282,16 +282,35 @@ def test_experts_and_their_gradients_are_those_of_transformers_own_loop(
     family, route, chunk_bytes, base_of, monkeypatch
 ):
     monkeypatch.setattr(routed, "EXPERT_CHUNK_BYTES", chunk_bytes)
-    ours, theirs = load(base_of(family)).model.layers[1].mlp.experts, dense(base_of(family)).model.layers[1].mlp.experts
-    theirs.config._experts_implementation = "eager"
-    outcomes = []
-    for experts in (ours, theirs):
-        x, index, scores = routed_to(ROUTES[route])
-        y = experts(x.requires_grad_(), index, scores.requires_grad_())
-        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5)))
-        outcomes.append((y.detach(), x.grad, scores.grad))
-    for one, other in zip(*outcomes, strict=True):
+    ours, theirs = (outcome(experts, ROUTES[route]) for experts in experts_of(base_of(family)))
+    for one, other in zip(ours, theirs, strict=True):
         assert tiny_models.difference(one, other) < 1e-5
+
+
+def experts_of(folder: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Ours and transformers' own loop."""
+    ours, theirs = (model.model.layers[1].mlp.experts for model in (load(folder), dense(folder)))
+    theirs.config._experts_implementation = "eager"
+    return ours, theirs
+
+
+def outcome(experts: torch.nn.Module, route: list[list[int]], scale: float = 1.0) -> tuple[torch.Tensor, ...]:
+    """What comes out for tokens of this size, and the gradients of tokens and scores."""
+    x, index, scores = routed_to(route)
+    x *= scale
+    y = experts(x.requires_grad_(), index, scores.requires_grad_())
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5)))
+    return y.detach(), x.grad, scores.grad
+
+
+def test_clamp_of_gpt_oss_is_transformers_where_values_exceed_it(base_of):
+    ours, theirs = experts_of(base_of("gpt_oss"))
+    clamped = [outcome(experts, ROUTES["all experts each"], scale=100.0) for experts in (ours, theirs)]
+    for one, other in zip(*clamped, strict=True):
+        assert tiny_models.difference(one, other) < 1e-5
+    theirs.limit = 1e9
+    without = outcome(theirs, ROUTES["all experts each"], scale=100.0)
+    assert tiny_models.difference(without[0], clamped[1][0]) > 0.1 < tiny_models.difference(without[1], clamped[1][1])
 
 
 def test_what_a_chunk_holds_does_not_change_the_bits(base_of, monkeypatch):
