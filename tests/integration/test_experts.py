@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,6 +212,32 @@ def test_adapter_trained_under_zero3_has_its_logits_in_plain_peft(
     ours = load_adapter(load(folder), adapter.path)
     compute_in_4_bits(ours)
     assert tiny_models.difference(live, tiny_models.logits(ours)) < 1e-6
+
+
+IN_A_FRESH_PROCESS = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+for base, adapter, ids, out in zip(*[iter(sys.argv[1:])] * 4):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=torch.load(ids), use_cache=False).logits, out)
+assert not any(name.startswith("qlora_ray") for name in sys.modules)
+"""
+
+
+def test_adapter_on_experts_has_its_logits_in_a_process_that_knows_plain_peft_alone(base_of, tmp_path):
+    torch.save(tiny_models.batch()["input_ids"], tmp_path / "ids.pt")
+    live, asked = {}, []
+    for family in ("qwen3_moe", "gpt_oss"):
+        place = tmp_path / family
+        folder = adapters.trained(place / "run", base_of(family), steps=4, expert_lora=True)
+        dense(base_of(family)).save_pretrained(place / "dense")
+        live[family] = tiny_models.logits(load_for_use(open_adapter(str(folder)), CPU).model)
+        asked += [place / "dense", folder, tmp_path / "ids.pt", place / "logits.pt"]
+    subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, *asked], check=True, timeout=200, cwd=tmp_path)
+    for family, logits in live.items():
+        assert tiny_models.difference(logits, torch.load(tmp_path / family / "logits.pt")) < 1e-6
 
 
 @pytest.mark.bites("model.stack_files.CONVERSIONS")
