@@ -175,7 +175,15 @@ def test_speed_told_of_a_mixture_is_within_a_tenth_of_what_an_h100_measured(shap
     assert 0.7 * told[0] < told[1] < 0.9 * told[0]  # 0.81, measured of 12 layers of the first shape
 
 
-def test_no_speed_is_told_of_experts_in_16_bits(tmp_path):
+def test_plan_door_says_why_it_tells_no_speed_of_experts_whose_layers_are_not_fused(tmp_path):
+    told = table.answer(
+        Config.model_validate({"model": {"base_model": tiny_models.save("olmoe", tmp_path)}}), 80, "H100"
+    )
+    assert set(re.findall(r"(?m)^ *\d+ +\d+\.\d\d +(\S+)", told)) == {"-"}
+    assert "tokens/s is not told of experts" in told and "launching" not in told
+
+
+def test_no_speed_is_told_of_experts_in_16_bits():
     facts = facts_of(SHAPES["mixtral-8x7b"])
     config = Config.model_validate({"quantization": {"type": "none"}})
     known = memory.sizes(config, facts, num_lora_parameters(facts, 16), 3, "bfloat16").of_rows(2048)
