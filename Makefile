@@ -10,8 +10,9 @@ install: .venv/installed
 quickstart: .venv/installed
 	@$(BIN)/python -m qlora_ray.train
 
+# In two processes: one starts runs, which is mostly waiting for processes, the other has all else (tests/conftest.py).
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -17,8 +17,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.bases import build_base
 from benchmarks.memory import facts_of, num_lora_parameters
-from benchmarks.throughput import SHAPES, build_base, floor_tokens_per_second, shape_of
+from benchmarks.shapes import SHAPES, floor_tokens_per_second, shape_of
 from qlora_ray.config import make_config
 from qlora_ray.model import host
 from qlora_ray.model.recompute import Keep, Room, choose
@@ -27,8 +28,8 @@ from qlora_ray.planning import deepspeed, memory
 ONCE_FROM = 4_000_000  # tokens x layers; such a step takes minutes, and is not run a second time to warm up
 
 
-def measure(name: str, num_layers: int | None, length: int, keep_level: str) -> dict:
-    """Train two steps, or one where it is long, and time the last."""
+def measure(name: str, num_layers: int | None, length: int, keep_level: str, most_on_host: float | None) -> dict:
+    """Train two steps, or one where it is long, and time the last. At most so many GiB lie on the host."""
     import torch
 
     from qlora_ray.model.adapter import add_adapter, trainable
@@ -47,19 +48,22 @@ def measure(name: str, num_layers: int | None, length: int, keep_level: str) -> 
     engine.train()
     free, _ = torch.cuda.mem_get_info()
     left = free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    room = Room(0.9 * left, host.SHARE * host.available_bytes())
+    on_host = host.SHARE * host.available_bytes()
+    room = Room(0.9 * left, min(on_host, most_on_host * 2**30) if most_on_host else on_host)
     choice = choose(known.layer, facts.num_layers, length, facts.vocab_size, room)
     if keep_level != "auto":
         choice = memory.all_layers(known, Keep[keep_level.upper()])
     keep(model, choice)
+    print(f"{time.perf_counter() - began:.0f} s: built, {choice}, {room}", file=sys.stderr, flush=True)
     ids = torch.randint(3, shape["vocab_size"], (1, length), generator=torch.Generator().manual_seed(0)).cuda()
-    before = _resident_gib()
+    before = resident_gib()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(1 if length * facts.num_layers > ONCE_FROM else 2):
         torch.cuda.synchronize()
         start, batch = time.perf_counter(), {"input_ids": ids, "labels": ids}
         nats = sum_of_nats(engine, batch)
+        print(f"{time.perf_counter() - began:.0f} s: {float(nats) / length:.4f} nats", file=sys.stderr, flush=True)
         engine.backward(nats / num_label_tokens(batch))
         engine.add_up(1)
         is_finite = engine.step(1e-4)
@@ -73,12 +77,12 @@ def measure(name: str, num_layers: int | None, length: int, keep_level: str) -> 
         "floor_share": length / seconds[-1] / floor_tokens_per_second(shape, length),
         "peak_gib": peak, "forecast_gib": predicted, "error": predicted / peak - 1,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-        "host_gib": _resident_gib() - before, "host_forecast_gib": parked, "loss": float(nats) / length,
+        "host_gib": resident_gib() - before, "host_forecast_gib": parked, "loss": float(nats) / length,
         "is_finite": is_finite, "seconds": time.perf_counter() - began, "device": torch.cuda.get_device_name(),
     }  # fmt: skip
 
 
-def _resident_gib() -> float:
+def resident_gib() -> float:
     """Of this process now: what was pinned stays until it ends."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 2**20
@@ -91,6 +95,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--whole", type=int, help="one more length, with all layers")
     parser.add_argument("--keep", default="auto", choices=["auto", "attention", "parked", "input", "host"])
+    parser.add_argument("--host-gib", type=float, help="at most, to park in; else what the host has")
     parser.add_argument("--limit", type=int, default=280, help="seconds for each length")
     parser.add_argument("--out", default="runs/long_rows.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -120,10 +125,12 @@ def _in_a_process(arguments: argparse.Namespace, length: int, layers: int | None
     """What one length measured, or None with a line that says why not."""
     command = [sys.executable, "-m", "benchmarks.long_rows", "--one", "--shape", arguments.shape, "--lengths"]
     command += [str(length), "--keep", arguments.keep, *(["--layers", str(layers)] if layers else [])]
+    command += ["--host-gib", str(arguments.host_gib)] if arguments.host_gib else []
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
-    except subprocess.TimeoutExpired:
-        print(f"{length} tokens, {layers or 'all'} layers: not done in {arguments.limit} s", flush=True)
+    except subprocess.TimeoutExpired as error:
+        said = bytes(error.stderr or b"").decode(errors="replace")[-1500:]
+        print(f"{length} tokens, {layers or 'all'} layers: not done in {arguments.limit} s\n{said}", flush=True)
         return None
     found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
@@ -138,7 +145,7 @@ def _measure_alone(arguments: argparse.Namespace) -> None:
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     torch.distributed.init_process_group("nccl")
-    made = measure(arguments.shape, arguments.layers, arguments.lengths[0], arguments.keep)
+    made = measure(arguments.shape, arguments.layers, arguments.lengths[0], arguments.keep, arguments.host_gib)
     print("RESULT " + json.dumps(made))
     torch.distributed.destroy_process_group()
 

@@ -10,9 +10,11 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.throughput import SHAPES, build_base
+from benchmarks.bases import build_base
+from benchmarks.shapes import SHAPES
 from qlora_ray.config import Config
 from qlora_ray.model.facts import BaseFacts
 from qlora_ray.model.recompute import Choice, Keep, Room, choose
@@ -108,32 +110,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/memory.json")
     parser.add_argument("--first", type=int, default=0, help="begin with this case")
+    parser.add_argument("--cases", nargs="+", type=int, help="these cases alone, by their places in CASES")
+    parser.add_argument("--at-once", type=int, default=1, help="processes that share the GPU: each counts its own")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
         _measure_alone(arguments.one)
         return
-    results = []
+    numbers = arguments.cases or list(range(arguments.first, len(CASES)))
     print("| shape | rows x length | rank | kept | stage | forecast GiB | measured GiB | error |\n" + "|---" * 8 + "|")
-    for number in range(arguments.first, len(CASES)):  # each in a process: DeepSpeed never lets go of a model
-        command = [sys.executable, "-m", "benchmarks.memory", "--one", str(number)]
-        ran = subprocess.run(command, capture_output=True, text=True)
-        found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
-            print(f"{CASES[number]}: failed\n{ran.stderr[-1500:]}", file=sys.stderr)
-            continue
-        r = json.loads(found[0].removeprefix("RESULT "))
-        results.append(r)
-        print(f"| {r['shape']} | {r['rows']} x {r['length']} | {r['rank']} | {r['kept']} | {r['stage']} | "
-              f"{r['forecast_gib']:.2f} | {r['measured_gib']:.2f} | {r['error']:+.1%} |", flush=True)  # fmt: skip
+    with ThreadPoolExecutor(arguments.at_once) as threads:
+        results = [result for result in threads.map(_measure_apart, numbers) if result]
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.out).write_text(json.dumps(results, indent=1))
+
+
+def _measure_apart(number: int) -> dict | None:
+    """In a process of its own: DeepSpeed never lets go of a model."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", "--one", str(number)], capture_output=True, text=True
+    )
+    found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
+    if not found:
+        print(f"{CASES[number]}: failed\n{ran.stderr[-1500:]}", file=sys.stderr)
+        return None
+    r = json.loads(found[0].removeprefix("RESULT "))
+    print(f"| {r['shape']} | {r['rows']} x {r['length']} | {r['rank']} | {r['kept']} | {r['stage']} | "
+          f"{r['forecast_gib']:.2f} | {r['measured_gib']:.2f} | {r['error']:+.1%} |", flush=True)  # fmt: skip
+    return r
 
 
 def _measure_alone(number: int) -> None:
     import torch
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29532", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29532 + number), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"
+    )
     torch.distributed.init_process_group("nccl")
     print("RESULT " + json.dumps(measure(*CASES[number])))
     torch.distributed.destroy_process_group()

@@ -1,12 +1,13 @@
 """What it costs to train a base that does not fit the card: weights that pass from the host or a disk against none.
 
     python -m benchmarks.offload                     # Llama-3.3-70B shape, 16k tokens a micro-batch, a card of 24 GiB
-    python -m benchmarks.offload --disk /local_nvme  # and the same with the base on a disk
-    python -m benchmarks.offload --layers 2 --device cpu --tiny   # that the command works
+    python -m benchmarks.offload --layers 8 --cases whole disk --disk /local_nvme
+    python -m benchmarks.offload --layers 5 --device cpu --tiny --cases whole host disk   # that the command works
 
-Random weights are made straight in 4 bits, a layer at a time. Each case is a process of its own with a time limit: the
-whole base on the uncapped GPU; in host memory with the process capped to `--cap` GiB; on a disk, capped. All keep the
-same for backward: layer inputs in host memory. Prints a table, and JSON to --out.
+Each case is a process of its own with a time limit: the whole base on the uncapped GPU; in host memory with the process
+capped to `--cap` GiB; on a disk, capped, where what was read is dropped from memory at once, so that the disk gives it
+each time. All keep the same for backward: layer inputs in host memory. Every layer has the same random bytes, which are
+made once. Prints what it does, a table with the forecast of memory beside what was measured, and JSON to --out.
 """
 
 import argparse
@@ -14,14 +15,26 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-SHAPE = dict(model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-             num_attention_heads=64, num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0)  # fmt: skip
-TINY = dict(model_type="llama", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=2048)  # fmt: skip
+from benchmarks.long_rows import resident_gib
+from benchmarks.shapes import SHAPES
+
 SEED, RANK, LEARNING_RATE = 0, 16, 2e-4
+TIMED_SLABS = 8
+BEGAN = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """A line of progress, with the seconds since the process began."""
+    print(f"{time.perf_counter() - BEGAN:6.1f} s  {text}", flush=True)
+
+
+def shape_of(arguments) -> dict:
+    """The base's config, with as many layers as are asked for."""
+    return {**SHAPES["tiny" if arguments.tiny else "llama-70b"], "num_hidden_layers": arguments.layers}
 
 
 def build(arguments, away):
@@ -34,38 +47,95 @@ def build(arguments, away):
 
     torch.manual_seed(SEED)
     device, dtype = torch.device(arguments.device), torch.bfloat16
-    shape = {**(TINY if arguments.tiny else SHAPE), "num_hidden_layers": arguments.layers}
-    config = AutoConfig.for_model(max_position_embeddings=32768, tie_word_embeddings=False, pad_token_id=0, **shape)
+    config = AutoConfig.for_model(
+        max_position_embeddings=32768, tie_word_embeddings=False, pad_token_id=0, **shape_of(arguments)
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers, model.model.layers = model.model.layers, torch.nn.ModuleList()
     model.to_empty(device=device).apply(model._init_weights)
-    how = FourBit("nf4", True, 64)
+    how, drawn = FourBit("nf4", True, 64), {}
     for layer in layers:
-        for parent in layer.modules():
-            for name, linear in list(parent.named_children()):
-                if type(linear) is not torch.nn.Linear:
-                    continue
-                size = linear.weight.numel()
+        linears = [(name, one) for name, one in layer.named_modules() if type(one) is torch.nn.Linear]
+        for name, linear in linears:
+            size = linear.weight.numel()
+            if name not in drawn:
                 values = torch.randint(256, (num_packed(size), 1), dtype=torch.uint8, device=device)
-                scales = torch.rand(size // how.block, device=device).mul_(0.02).add_(0.01)
-                state = state_of(scales, linear.weight.shape, dtype, how)
-                with torch.device("meta"):
-                    made = Linear4bit(linear.in_features, linear.out_features, False, dtype, quant_type="nf4")
-                made.quant_state, made.support_avx512bf16_for_cpu = state, False
-                made.weight = Params4bit(values, quant_state=state, blocksize=64, compress_statistics=True,
-                                         quant_type="nf4", module=made, bnb_quantized=True)  # fmt: skip
-                if away:
-                    away.keep(made.weight, values)
-                setattr(parent, name, made)
-        for parameter_name in ("input_layernorm", "post_attention_layernorm"):
-            getattr(layer, parameter_name).to_empty(device=device).weight.data.fill_(1)
+                drawn[name] = values, torch.rand(size // how.block, device=device).mul_(0.02).add_(0.01)
+            values, scales = drawn[name]
+            state = state_of(scales.clone(), linear.weight.shape, dtype, how)
+            with torch.device("meta"):
+                made = Linear4bit(linear.in_features, linear.out_features, False, dtype, quant_type="nf4")
+            made.quant_state, made.support_avx512bf16_for_cpu = state, False
+            made.weight = Params4bit(
+                values if away else values.clone(), quant_state=state, blocksize=64, compress_statistics=True,
+                quant_type="nf4", module=made, bnb_quantized=True,
+            )  # fmt: skip
+            if away:
+                away.keep(made.weight, values)
+            layer.set_submodule(name, made)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            getattr(layer, name).to_empty(device=device).weight.data.fill_(1)
     model.model.layers = layers
     with device:
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.requires_grad_(False)
     model.is_loaded_in_4bit, model.config.use_cache = True, False
     return model
+
+
+def away_of(arguments):
+    """Where the weights of the case are put; None where they stay."""
+    from qlora_ray.model.homes import Away, DiskFile
+
+    class Once(Away):
+        """Values that several layers have are brought to the host once, not to a disk."""
+
+        def __init__(self, file=None):
+            super().__init__(file)
+            self._known = {}  # by the address on the GPU
+
+        def put(self, values):
+            if self.is_on_disk or not values.is_cuda:
+                return super().put(values)
+            if values.data_ptr() not in self._known:
+                self._known[values.data_ptr()] = super().put(values)
+            return self._known[values.data_ptr()]
+
+    class Cold(DiskFile):
+        """Has the system forget what was read, and once all is written that."""
+
+        def read_into(self, out, start):
+            super().read_into(out, start)
+            self.forget(start, out.numel())
+
+        def forget(self, start=0, num_bytes=0):
+            os.posix_fadvise(self._file.fileno(), start, num_bytes, os.POSIX_FADV_DONTNEED)
+
+    if arguments.case == "whole":
+        return None
+    if arguments.case == "host":
+        return Once()
+    return Once(Cold(arguments.disk, int(arguments.layers * (5e6 if arguments.tiny else 0.47e9))))
+
+
+def forecast(arguments, num_trainable: int):
+    """What the plan says of the case: GiB of the GPU by part, and of the host."""
+    from benchmarks.memory import facts_of
+    from qlora_ray.config import make_config
+    from qlora_ray.model.recompute import Keep
+    from qlora_ray.planning import memory, offload
+
+    settings = {"whole": {}, "host": {"offload_params": "cpu"}, "disk": {"offload_params": "nvme", "nvme_path": "/tmp"}}
+    config = make_config({
+        "training": {"batch_size": arguments.rows, "max_length": arguments.length}, "model": {"lora_r": RANK},
+        "deepspeed": {"zero_stage": 3, **settings[arguments.case]},
+    })  # fmt: skip
+    known = memory.sizes(config, facts_of(shape_of(arguments)), num_trainable, 3, "bfloat16")
+    tokens, leanest = arguments.rows * arguments.length, memory.all_layers(known, Keep.HOST)
+    passing = offload.passing(known, tokens, arguments.length, None, "H100")
+    on_host = memory.host_gib(known, tokens, leanest) + (passing.host_bytes / 2**30 if passing else 0)
+    return memory.memory_gib(known, tokens, leanest), on_host
 
 
 def measure(arguments) -> dict:
@@ -75,39 +145,64 @@ def measure(arguments) -> dict:
     from qlora_ray.config import Config
     from qlora_ray.model.adapter import add_adapter, trainable
     from qlora_ray.model.fused import fuse, fused_layers, keep
-    from qlora_ray.model.homes import Away, DiskFile
     from qlora_ray.model.recompute import Choice, Keep
-    from qlora_ray.model.ring import make_ring
-    from qlora_ray.planning import deepspeed
+    from qlora_ray.model.ring import NUM_SLOTS, make_ring
+    from qlora_ray.planning import deepspeed, memory
     from qlora_ray.worker.engine import Engine
-    from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 
-    is_cuda = arguments.device == "cuda"
+    is_cuda, device = arguments.device == "cuda", torch.device(arguments.device)
     if is_cuda and arguments.case != "whole":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * 2**30 / total))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29531 + os.getpid() % 1000), RANK="0", WORLD_SIZE="1",
                       LOCAL_RANK="0")  # fmt: skip
     torch.distributed.init_process_group("nccl" if is_cuda else "gloo")
-    device, began = torch.device(arguments.device), time.perf_counter()
-    bytes_ahead = int(arguments.layers * (5e6 if arguments.tiny else 0.47e9))
-    file = DiskFile(arguments.disk, bytes_ahead) if arguments.case == "disk" else None
-    away = None if arguments.case == "whole" else Away(file)
+    torch.zeros(1, device=device)
+    before, away = resident_gib(), away_of(arguments)
+    say("imported; making the base")
     config = Config.model_validate({"model": {"lora_r": RANK, "lora_alpha": RANK}})
     model = add_adapter(build(arguments, away), config.model, torch.bfloat16, SEED)
-    line = fuse(model)
+    say(f"made; {fuse(model)}")
     ring = make_ring(model, away, device) if away else None
+    if arguments.case == "disk":
+        os.fsync(away._file._file.fileno())
+        away._file.forget()
+    say(f"{len(ring.slabs)} slabs of {ring.slabs[0].num_bytes / 1e6:,.0f} MB are there" if ring else "all stays")
     keep(model, Choice((Keep.HOST,) * len(fused_layers(model))))
     num_trainable = sum(parameter.numel() for parameter in trainable(model).values())
     settings = deepspeed.defaults(config, 3, 1, "bfloat16", num_trainable)
     engine = Engine(model, config.training, {**settings, "train_micro_batch_size_per_gpu": arguments.rows})
     engine.train()
-    told = {"case": arguments.case, "load_seconds": time.perf_counter() - began, "fused": line}
+    planned, on_host = forecast(arguments, num_trainable)
+    told = {"case": arguments.case, "layers": arguments.layers, "load_seconds": time.perf_counter() - BEGAN}
     if ring:
-        told |= _bandwidth(ring, device)
         ring.keep_last(min(arguments.resident, len(ring.slabs)))
-        told["resident"] = ring.num_resident
-    generator, vocab = torch.Generator().manual_seed(SEED), model.config.vocab_size
+        told |= {"gb_per_second": _bandwidth(ring, device), "resident": ring.num_resident}
+        told["moved_gb"] = 2 * max(0, ring.num_passing - NUM_SLOTS) * ring.slabs[0].num_bytes / 1e9  # each step
+        say(f"{told['gb_per_second']:.1f} GB/s with nothing else to do")
+    if is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    told |= _train(arguments, engine, device)
+    told |= {"host_gib": resident_gib() - before, "host_forecast_gib": on_host}
+    told["forecast_gib"] = memory.peak_gib(planned)
+    if is_cuda:
+        told |= {
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "device": torch.cuda.get_device_name(0),
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+            "retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        }  # fmt: skip
+    torch.distributed.destroy_process_group()
+    return told
+
+
+def _train(arguments, engine, device) -> dict:
+    """Seconds of each step after the first ones, and losses."""
+    import torch
+
+    from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
+
+    generator, vocab = torch.Generator().manual_seed(SEED), shape_of(arguments)["vocab_size"]
     seconds, losses = [], []
     for number in range(arguments.warmup + arguments.steps):
         ids = torch.randint(3, vocab, (arguments.rows, arguments.length), generator=generator).to(device)
@@ -115,29 +210,29 @@ def measure(arguments) -> dict:
         _wait(device)
         at = time.perf_counter()
         loss = sum_of_nats(engine, batch) / num_label_tokens(batch)
+        _wait(device)
+        forward = time.perf_counter() - at
         engine.backward(loss)
         engine.add_up(1)
         engine.step(LEARNING_RATE)
         _wait(device)
-        if number >= arguments.warmup:
-            seconds.append(time.perf_counter() - at)
-        losses.append(float(loss))
-    told |= {"seconds": min(seconds), "tokens_per_second": arguments.rows * arguments.length / min(seconds),
-             "losses": losses, "device": torch.cuda.get_device_name(0) if is_cuda else "cpu"}  # fmt: skip
-    if is_cuda:
-        told["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
-    torch.distributed.destroy_process_group()
-    return told
+        seconds.append(time.perf_counter() - at)
+        losses.append(float(loss.detach()))
+        say(f"step {number}: {seconds[-1]:.2f} s, {forward:.2f} of them forward, loss {losses[-1]:.6f}")
+    best = min(seconds[arguments.warmup :])
+    return {"seconds": best, "tokens_per_second": arguments.rows * arguments.length / best, "losses": losses}
 
 
-def _bandwidth(ring, device) -> dict:
+def _bandwidth(ring, device) -> float:
     """GB/s of some slabs, one after the other, with nothing else to do."""
+    slabs = ring.slabs[: min(TIMED_SLABS, ring.num_passing)]
+    ring.fetch(len(slabs) - 1, 0)  # the first copy of all, and not what is asked for next
     _wait(device)
-    at, slabs = time.perf_counter(), ring.slabs[:8]
+    at = time.perf_counter()
     for number in range(len(slabs)):
         ring.fetch(number, 0)
     _wait(device)
-    return {"gb_per_second": sum(slab.num_bytes for slab in slabs) / (time.perf_counter() - at) / 1e9}
+    return sum(slab.num_bytes for slab in slabs) / (time.perf_counter() - at) / 1e9
 
 
 def _wait(device) -> None:
@@ -149,12 +244,13 @@ def _wait(device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=["whole", "host", "disk"], default=["whole", "host"])
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--cap", type=float, default=24, help="GiB that a process with weights away may take")
     parser.add_argument("--resident", type=int, default=0, help="last layers that stay on the GPU")
-    parser.add_argument("--disk", help="a folder on a local disk: one case more")
+    parser.add_argument("--disk", default="/tmp", help="a folder on a local disk")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--limit", type=float, default=150, help="seconds of each case")
@@ -166,33 +262,47 @@ def main() -> None:
     if arguments.case:
         print("RESULT " + json.dumps(measure(arguments)))
         return
-    results = []
-    for case in ("whole", "host", *(["disk"] if arguments.disk else [])):
-        command = [sys.executable, "-m", "benchmarks.offload", "--case", case, *sys.argv[1:]]
-        try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
-        except subprocess.TimeoutExpired:
-            print(f"{case}: not done in {arguments.limit:g} s", file=sys.stderr)
-            continue
-        found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
-            print(f"{case}: failed\n{ran.stderr[-3000:]}", file=sys.stderr)
-            continue
-        results.append(json.loads(found[0].removeprefix("RESULT ")))
+    results = [found for case in arguments.cases if (found := _in_a_process(case, arguments.limit))]
     _show(results)
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.out).write_text(json.dumps(results, indent=1))
 
 
+def _in_a_process(case: str, limit: float) -> dict | None:
+    """What a case measured, or None with a line that says why not; what it says on the way is passed on."""
+    command, found = [sys.executable, "-m", "benchmarks.offload", *sys.argv[1:], "--case", case], None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        timer = threading.Timer(limit, process.kill)
+        timer.start()
+        for line in process.stdout or ():
+            if line.startswith("RESULT "):
+                found = json.loads(line.removeprefix("RESULT "))
+            else:
+                print(f"{case:6}{line}", end="", flush=True)
+        timer.cancel()
+    if found is None:
+        print(f"{case}: ended with {process.returncode}, after {limit:g} s at most", flush=True)
+    return found
+
+
 def _show(results: list[dict]) -> None:
-    print("| case | s a step | tokens/s | of whole | GB/s alone | peak GiB | resident | load s | losses |")
-    print("|---" * 9 + "|")
-    whole = next((r["tokens_per_second"] for r in results if r["case"] == "whole"), None)
+    whole = next((r["seconds"] for r in results if r["case"] == "whole"), None)
+    names = ["case", "layers", "s a step", "tokens/s", "of whole", "of what the bandwidth allows", "GB/s alone"]
+    names += ["GPU GiB", "forecast", "reserved", "retries", "host GiB", "forecast", "resident", "begun s", "losses"]
+    print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
     for r in results:
-        share = f"{r['tokens_per_second'] / whole:.3f}" if whole else "-"
-        print(f"| {r['case']} | {r['seconds']:.2f} | {r['tokens_per_second']:,.0f} | {share} | "
-              f"{r.get('gb_per_second', 0):.1f} | {r.get('peak_gib', 0):.1f} | {r.get('resident', '-')} | "
-              f"{r['load_seconds']:.0f} | {' '.join(f'{loss:.6f}' for loss in r['losses'])} |")  # fmt: skip
+        share = f"{whole / r['seconds']:.3f}" if whole else "-"
+        allowed = "-"
+        if whole and "moved_gb" in r:
+            allowed = f"{max(whole, r['moved_gb'] / r['gb_per_second']) / r['seconds']:.3f}"
+        peak = r.get("peak_gib", 0)
+        error = f" ({r['forecast_gib'] / peak - 1:+.1%})" if peak else ""
+        on_host = f"{r['host_forecast_gib']:.2f} ({r['host_forecast_gib'] / max(r['host_gib'], 1e-3) - 1:+.1%})"
+        print(f"| {r['case']} | {r['layers']} | {r['seconds']:.2f} | {r['tokens_per_second']:,.0f} | {share} | "
+              f"{allowed} | {r.get('gb_per_second', 0):.1f} | {peak:.2f} | {r['forecast_gib']:.2f}{error} | "
+              f"{r.get('reserved_gib', 0):.1f} | {r.get('retries', 0)} | {r['host_gib']:.2f} | {on_host} | "
+              f"{r.get('resident', '-')} | {r['load_seconds']:.0f} | "
+              f"{' '.join(f'{loss:.6f}' for loss in r['losses'])} |")  # fmt: skip
 
 
 if __name__ == "__main__":

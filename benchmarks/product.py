@@ -14,7 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.throughput import SHAPES, floor_tokens_per_second, save_chats, save_checkpoint, save_rows
+from benchmarks.bases import save_checkpoint
+from benchmarks.records import save_chats, save_rows
+from benchmarks.shapes import SHAPES, floor_tokens_per_second
 
 STEPS = 25
 
@@ -68,6 +70,7 @@ def train(settings: list[str], num_steps: int = STEPS) -> dict:
         "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in steady),
         "samples_per_second": statistics.median(entry["samples_per_second"] for entry in steady),
         "peak_gib": max(entry.get("peak_memory_gib", 0) for entry in metrics), "log": said,
+        "phases": {name: value for name, value in metrics[-1].items() if name.endswith("_seconds")},
         "forecast_gib": json.loads((run / "plan.json").read_text())["memory_forecast_gib"],
         "seconds": json.loads((run / "summary.json").read_text())["seconds"],
         "wall_seconds": time.perf_counter() - began,

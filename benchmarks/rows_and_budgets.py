@@ -13,8 +13,9 @@ import statistics
 import time
 from pathlib import Path
 
+from benchmarks.bases import build_base
 from benchmarks.memory import facts_of
-from benchmarks.throughput import LEARNING_RATE, RANK, SEED, SHAPES, build_base
+from benchmarks.shapes import LEARNING_RATE, RANK, SEED, SHAPES
 
 ROWS = ((4, 2048), (2, 4096), (1, 8192))  # rows x tokens: as many tokens each
 MEAN_LOG_LENGTH, SPREAD_LOG_LENGTH = 5.6, 0.9  # of samples, in tokens
@@ -28,7 +29,8 @@ def build(shape: dict, device: str):
     from qlora_ray.data.stats import DataStats
     from qlora_ray.model.adapter import add_adapter
     from qlora_ray.model.fused import fuse
-    from qlora_ray.planning.plan import Hardware, make_plan
+    from qlora_ray.planning.hardware import Hardware
+    from qlora_ray.planning.plan import make_plan
     from qlora_ray.worker.engine import Engine
 
     config = Config.model_validate(

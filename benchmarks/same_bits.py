@@ -15,7 +15,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks import throughput
+from benchmarks.bases import save_checkpoint
+from benchmarks.records import save_rows
+from benchmarks.shapes import SHAPES
 from tests.chaos import random_kills
 from tests.integration import door
 
@@ -24,7 +26,7 @@ STEPS, KILL_AT = 24, (6, 12, 18)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-8b", choices=throughput.SHAPES)
+    parser.add_argument("--shape", default="llama-8b", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048, help="tokens of each row, all of one sample")
@@ -33,11 +35,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     shape = f"{arguments.shape}-{arguments.layers}"
-    throughput.SHAPES[shape] = throughput.SHAPES[arguments.shape] | {"num_hidden_layers": arguments.layers}
+    SHAPES[shape] = SHAPES[arguments.shape] | {"num_hidden_layers": arguments.layers}
     with tempfile.TemporaryDirectory() as folder:
-        base = throughput.save_checkpoint(shape, folder, arguments.device)
+        base = save_checkpoint(shape, folder, arguments.device)
         common = [f"model.base_model={base}", f"training.max_length={arguments.length}",
-                  f"data.train_file={throughput.save_rows(folder, arguments.length)}"]  # fmt: skip
+                  f"data.train_file={save_rows(folder, arguments.length)}"]  # fmt: skip
         rows = []
         for kind in ("fast", "deterministic"):
             if arguments.only in (None, kind):

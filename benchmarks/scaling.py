@@ -15,8 +15,10 @@ import json
 import time
 from pathlib import Path
 
+from benchmarks.bases import save_checkpoint
 from benchmarks.product import STEPS, train
-from benchmarks.throughput import SHAPES, floor_tokens_per_second, save_checkpoint, save_rows, shape_of
+from benchmarks.records import save_rows
+from benchmarks.shapes import SHAPES, floor_tokens_per_second, shape_of
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def seconds_of_quick_look() -> float:
     from qlora_ray.cluster.found import Found, look
     from qlora_ray.cluster.needs import needs_of
     from qlora_ray.config import Config, ModelConfig
-    from qlora_ray.planning.plan import Hardware
+    from qlora_ray.planning.hardware import Hardware
 
     question = node_facts.Question(ModelConfig(), None, ".probe", "127.0.0.1", ask_hub=False)
     node_facts.gather(question)

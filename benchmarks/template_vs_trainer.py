@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from benchmarks import product
-from benchmarks.throughput import save_checkpoint, save_rows
+from benchmarks.bases import save_checkpoint
+from benchmarks.records import save_rows
 
 ROWS, LENGTH, STEPS, WARMUP = 4, 512, 60, 10
 
@@ -46,8 +47,9 @@ def main() -> None:
     if not found:
         sys.exit(ran.stderr[-3000:])
     peer = json.loads(found[0].removeprefix("RESULT "))
+    told = ("tokens_per_second", "peak_gib", "phases", "steps", "log")
     print(json.dumps({
-        "qlora_ray": {name: ours[name] for name in ("tokens_per_second", "peak_gib", "steps")}, "trainer": peer,
+        "qlora_ray": {name: ours[name] for name in told}, "trainer": peer,
         "ours_over_trainer": ours["tokens_per_second"] / peer["tokens_per_second"],
     }, indent=1))  # fmt: skip
 

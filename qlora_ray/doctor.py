@@ -50,7 +50,7 @@ def examine(config: Config, seconds: float, debug: bool) -> list[Any]:
         from qlora_ray.planning.early import facts_at_hand
 
         needs = needs_of(config, hardware, facts_at_hand(config))
-        found = ask(config, folder, hardware, needs, seconds, quick=False)
+        found = ask(config, folder, needs, seconds, quick=False)
         interfaces = {name: facts["interface"]["name"] for name, facts in found.nodes.items() if facts["interface"]}
         reduced = all_reduce.measure(needs.use_gpu, interfaces, seconds)
         return look(dataclasses.replace(found, all_reduce=reduced), CHECKS)

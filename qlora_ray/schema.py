@@ -11,7 +11,7 @@ from qlora_ray.config import Config
 HEAD = """\
 # Every key of the config
 
-Made from `qlora_ray/config.py` by `qlora-ray schema --markdown > docs/config.md`. A key stands in the YAML file under
+Made from `qlora_ray/config/` by `qlora-ray schema --markdown > docs/config.md`. A key stands in the YAML file under
 its section, or on the command line as `section.key=value`, which wins. Unknown keys are refused.
 """
 RULES = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}

@@ -44,7 +44,7 @@ def _look(config: Config, num_rows: int, debug: bool) -> dict[str, Any]:
     from qlora_ray.data.work import encoder_of
     from qlora_ray.model.facts import read_facts
     from qlora_ray.planning.early import check_files, local_base
-    from qlora_ray.planning.plan import layout
+    from qlora_ray.planning.rows import layout
 
     check_files(config)
     folder = storage.open_folder(config.ray.storage_path)
@@ -151,6 +151,8 @@ def _show(data: dict[str, Any]) -> None:
         for i, piece in enumerate(row["pieces"]):
             if i and piece["sample"] != row["pieces"][i - 1]["sample"]:
                 text.append("\n┄┄ next sample, which does not see the one above ┄┄\n", style="cyan")
+            if not piece["trained"] and "desirable" in piece:
+                text.append("desirable\n" if piece["desirable"] else "undesirable\n", style="cyan")
             text.append(_visible(piece["text"]), style="bold green" if piece["trained"] else "dim")
         console.print(text)
 
@@ -172,7 +174,8 @@ def _show_pairs(pairs: list[dict[str, Any]]) -> None:
 
 def _lines(data: dict[str, Any]) -> dict[str, str]:
     rejected = "; ".join(f"{count:,} {reason}" for reason, count in data["rejected"].items()) or "none"
-    rows = f"{data['num_rows']:,} of {data['max_length']:,} tokens"
+    room = data["max_length"] * (2 if data["shares_prompts"] else 1)
+    rows = f"{data['num_rows']:,} of {room:,} tokens"
     what = "pair" if data["pairs"] and not data["labelled"] else "sample"
     per_row = data["num_samples"] / data["num_rows"] / (2 if what == "pair" else 1)
     how = ", behind shared prompts" if data["shares_prompts"] else ", in two rows of tokens" if data["pairs"] else ""

@@ -15,13 +15,27 @@ os.environ.update(
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SLOW_SECONDS = 900  # instead of pyproject's timeout: a slow test is one of many runs
+# Instead of pyproject's timeout, with room for a machine twice as slow: a slow test is one of many runs, and so may be
+# the fixtures of a module that starts processes, which is one that imports a helper for it.
+SLOW_SECONDS, PROCESSES_SECONDS = 900, 600
+RUNS = {f"tests.integration.{helper}" for helper in ("door", "many_runs", "ray_nodes", "sweeps")}
+PROCESSES = {*RUNS, "tests.integration.ranks"}
 
 
-def pytest_collection_modifyitems(items):
+def uses(item: pytest.Item, helpers: set[str]) -> bool:
+    return any(getattr(one, "__name__", None) in helpers for one in vars(item.module).values())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+        if not item.get_closest_marker("timeout"):
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+            elif uses(item, PROCESSES):
+                item.add_marker(pytest.mark.timeout(PROCESSES_SECONDS))
+        if config.pluginmanager.hasplugin("xdist"):  # runs one after the other, and beside them all other files
+            item.add_marker(pytest.mark.xdist_group("runs" if uses(item, RUNS) else item.module.__name__))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

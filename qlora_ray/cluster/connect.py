@@ -13,7 +13,7 @@ from qlora_ray.cluster import authentication
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import Patch
-from qlora_ray.planning.plan import Hardware
+from qlora_ray.planning.hardware import Hardware
 
 VITAL = {"raylet", "gcs_server"}
 

@@ -28,6 +28,7 @@ class Needs:
     object_store_bytes: int  # of a node's rows that wait to be trained on
     row_parts: int = 1  # workers that hold each row together
     sharing: str = ""  # what these hold and send; "": not known
+    unfit: str = ""  # why the cluster cannot hold the workers; "": it can
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Found:
     needs: Needs
     resources: dict[str, dict[str, float]] = field(default_factory=dict)  # Ray's, by node
     silent: dict[str, str] = field(default_factory=dict)  # why a node gave no facts
-    workers_fit: str | None = None  # why they do not
     authentication: str = "private"  # or an answer of authentication.ask
     token_mode: int | None = None  # of the token file
     all_reduce: dict[str, Any] | None = None

@@ -6,7 +6,9 @@ from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import Keep
 from qlora_ray.planning import memory
-from qlora_ray.planning.plan import Hardware, storage_bytes, uses_gpu, zero_stage
+from qlora_ray.planning.deepspeed import zero_stage
+from qlora_ray.planning.hardware import Hardware, check_workers_fit, resources_of_a_worker, uses_gpu
+from qlora_ray.planning.plan import storage_bytes
 from qlora_ray.planning.sharing import refuse_sharing, shown_sharing, tokens_of_a_worker
 
 BYTES_PER_TOKEN = 12  # input_ids, labels and position_ids, int32 each
@@ -31,6 +33,7 @@ def needs_of(config: Config, hardware: Hardware, base: ModelFacts | None) -> Nee
         object_store_bytes=rows * workers_a_node,
         row_parts=training.sequence_parallel,
         sharing=shown_sharing(config, layer, base.num_layers, training.max_length) if base and layer else "",
+        unfit=_why_workers_do_not_fit(config, hardware),
     )
 
 
@@ -39,6 +42,14 @@ def refuse(rows: list[Row]) -> None:
     if bad := [row for row in rows if row.state == "bad"]:
         lines = [f"{row.check} of node {row.node}: {row.found}. {row.todo}" for row in bad]
         raise ConfigError("\n".join([*lines, "`python -m qlora_ray.doctor` with the same arguments shows more."]))
+
+
+def _why_workers_do_not_fit(config: Config, hardware: Hardware) -> str:
+    try:
+        check_workers_fit(config, resources_of_a_worker(config, uses_gpu(config, hardware)), hardware)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _worker_gib(config: Config, base: ModelFacts) -> float:

@@ -122,8 +122,8 @@ def shared_memory(found: Found):
 def cpus(found: Found):
     """Whether the workers fit, by the plan's own arithmetic."""
     total = sum(held.get("CPU", 0) for held in found.resources.values())
-    if found.workers_fit:
-        yield Row("CPUs", "all", "bad", found.workers_fit, "See there.")
+    if found.needs.unfit:
+        yield Row("CPUs", "all", "bad", found.needs.unfit, "See there.")
     else:
         yield Row("CPUs", "all", "ok", f"{total:g}: {found.needs.num_workers} workers, and Ray Data has some left")
 

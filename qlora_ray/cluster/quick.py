@@ -10,7 +10,7 @@ from qlora_ray.cluster.found import Found, look
 from qlora_ray.cluster.needs import needs_of, refuse
 from qlora_ray.config import Config
 from qlora_ray.model.facts import ModelFacts
-from qlora_ray.planning.plan import Hardware
+from qlora_ray.planning.hardware import Hardware
 from qlora_ray.storage import Folder
 
 SECONDS = 15  # a node's first task starts a process there
@@ -18,7 +18,7 @@ SECONDS = 15  # a node's first task starts a process there
 
 def ask_quickly(config: Config, folder: Folder, hardware: Hardware) -> Found:
     """What the nodes say, before a worker of the run takes memory there. Raises ConfigError."""
-    return ask(config, folder, hardware, needs_of(config, hardware, None), SECONDS, quick=True)
+    return ask(config, folder, needs_of(config, hardware, None), SECONDS, quick=True)
 
 
 def look_quickly(

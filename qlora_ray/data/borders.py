@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from qlora_ray.data.mask import Rendered, Span
+from qlora_ray.data.mask import Rendered
+from qlora_ray.data.shape import Span
 from qlora_ray.data.words import Words
 
 

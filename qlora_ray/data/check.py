@@ -1,12 +1,13 @@
 """Looks at records before anything is tokenized: what is unusable is told in the time that parsing takes."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from qlora_ray.config import Config
 from qlora_ray.data.formats import FORMATS, load_function
-from qlora_ray.data.mask import CALL, NAME, THOUGHT, TOLD, TOOLS
-from qlora_ray.data.pairs import convert
+from qlora_ray.data.missing import CALL, NAME, THOUGHT, TOLD, TOOLS
+from qlora_ray.data.pairs import convert, label_of
 from qlora_ray.data.read import BLANK, DamagedFile, cut, place_unit, read
 from qlora_ray.data.samples import INLINE_BYTES
 from qlora_ray.data.sources import Source, find_sources
@@ -33,15 +34,34 @@ def check_records(config: Config) -> None:
         load_function(config.data.format)
     find_template(config.data.chat_template)
     for key in ("train_file", "validation_file"):
-        for source in find_sources(config, key, download=False):
-            is_small = source.num_bytes <= INLINE_BYTES
+        sources = find_sources(config, key, download=False)
+        are_whole, labels = all(map(_is_small, sources)), []
+        for source in sources:
             rejected = Rejected()
             found = messages_of(source, config.data.format, config.training.records)
-            records = itertools.islice(found, None if is_small else PEEKED_RECORDS)
-            for where, made in records:
+            for where, made in itertools.islice(found, None if _is_small(source) else PEEKED_RECORDS):
                 rejected.count(where, made)
-            limit = config.data.max_bad_fraction if is_small else 1.0
+                if not isinstance(made, BadRecord):
+                    labels.append(label_of(made))
+            limit = config.data.max_bad_fraction if _is_small(source) else 1.0
             refuse_too_many(source, rejected.num_records, rejected.by_reason, limit)
+        if config.training.records == "labels" and key == "train_file" and are_whole:
+            refuse_one_kind(labels, f"data.{key}={', '.join(source.entry.path for source in sources)}")
+
+
+def refuse_one_kind(are_desirable: Sequence[Any], what: str) -> None:
+    """Raise ConfigError where labelled answers are all of one kind."""
+    kinds = set(are_desirable)
+    if len(kinds) == 1:
+        kind = "desirable (label: true)" if True in kinds else "undesirable (label: false)"
+        raise ConfigError(
+            f"{what}: all {len(are_desirable):,} answers are {kind}, and training.objective=kto tells one kind from "
+            "the other. Add answers of the other kind, or learn good ones with training.objective=sft."
+        )
+
+
+def _is_small(source: Source) -> bool:
+    return source.num_bytes <= INLINE_BYTES
 
 
 def messages_of(source: Source, format: str, records: str = "answers") -> Iterator[tuple[str, Messages | BadRecord]]:

@@ -85,12 +85,14 @@ def _show_pairs(rows: Rows, row: int, tokenizer) -> dict[str, Any]:
 
 
 def _show_labelled(rows: Rows, row: int, tokenizer) -> dict[str, Any]:
-    """The labelled answers of a row: prompts and answers in pieces, each of one sample."""
+    """The labelled answers of a row: prompts and answers in pieces, each of one sample that is desirable or not."""
     pieces = []
-    for number, sample in enumerate(rows.halves(np.array([row]))[0].to_pylist(), start=1):
+    answers, are_desirable = rows.halves(np.array([row]))[0], rows.gather(np.array([row]))["is_desirable"][0]
+    for number, (sample, label) in enumerate(zip(answers.to_pylist(), are_desirable.as_py(), strict=True), start=1):
         ids, start = _with_start(sample)
         for trained, part in ((False, ids[:start]), (True, ids[start:])):
-            pieces.append({"sample": number, "trained": trained, "text": tokenizer.decode(part)})
+            piece = {"sample": number, "trained": trained, "desirable": label, "text": tokenizer.decode(part)}
+            pieces.append(piece)
     counts = {name: int(getattr(rows, name)[row]) for name in ("num_tokens", "num_label_tokens")}
     return {**counts, "pieces": pieces}
 

@@ -87,6 +87,7 @@ FIELDS = {
     "prompt_completion": {"prompt", "completion", "tools", "functions"},
     "text": {"text"},
 }
+LABELS = ("label", "kto_tag")  # whether an answer is desirable: TRL's name, and LLaMA-Factory's
 TURNS_IN = {"messages": ("messages",), "sharegpt": ("conversations",), "prompt_completion": ("prompt", "completion")}
 # The first whose field a record has.
 DETECTED_BY = {
@@ -200,8 +201,11 @@ def _refuse_other_kinds(record: dict[str, Any]) -> None:
             "a preference record (chosen, rejected): training.objective=sft takes single answers; set dpo, or keep the "
             "chosen"
         )
-    if isinstance(record.get("label"), bool) and record.get("completion") is not None:
-        raise BadRecord("a preference record (completion with a label true or false): only answers can be trained on")
+    if record.get("text") is None and any(isinstance(record.get(name), bool) for name in LABELS):
+        raise BadRecord(
+            "an answer with a label true or false: training.objective=sft takes single answers; set kto, or keep the "
+            "desirable ones without it"
+        )
     for field in record:
         if str(field).removesuffix("s") in MEDIA and field != "file" and record[field]:
             raise BadRecord(

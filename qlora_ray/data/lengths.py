@@ -10,7 +10,7 @@ import numpy as np
 
 from qlora_ray.config import Config
 from qlora_ray.data.formats import convert
-from qlora_ray.data.mask import TOLD
+from qlora_ray.data.missing import TOLD
 from qlora_ray.data.prepare import make_recipe
 from qlora_ray.data.read import BLANK, Chunk, count, cut, read
 from qlora_ray.data.sources import Source, find_sources

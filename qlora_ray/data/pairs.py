@@ -14,8 +14,7 @@ from qlora_ray.errors import BadRecord
 # Names that people give to the two answers, and what else a preference record may hold beside its format's own fields.
 HALVES = {"chosen": ("chosen", "chosen_response"), "rejected": ("rejected", "rejected_response")}
 READ_BY_ALL = {name for known in HALVES.values() for name in known} | {"prompt", "question", "system"}
-LABELS = ("label", "kto_tag")  # TRL's name, and LLaMA-Factory's
-READ_OF_LABELLED = {*LABELS, "completion", "prompt", "question", "system"}
+READ_OF_LABELLED = {*formats.LABELS, "completion", "prompt", "question", "system"}
 FORMATS_OF_PAIRS = ("alpaca", "messages", "sharegpt", "prompt_completion")
 
 
@@ -42,13 +41,17 @@ def to_labelled(record: Any, format: str) -> tuple[Messages, str]:
         record = formats.call(record, format)
         if not isinstance(record, dict):
             raise BadRecord(f"{format} does not return a mapping with a label")
-    label = next((record[name] for name in LABELS if name in record), None)
+    label = next((record[name] for name in formats.LABELS if name in record), None)
     if not isinstance(label, bool | int) or label not in (0, 1):
+        if label is None and any(record.get(name) is not None for known in HALVES.values() for name in known):
+            raise BadRecord("a pair of answers: training.objective=kto takes single ones with a label; set dpo")
         why = "is neither true nor false" if label is not None else "is not there"
         raise BadRecord(f"`label` {why}: training.objective=kto asks for answers that are desirable or not")
     answer = record.get("completion")
     if answer is None:
-        messages, name = formats.convert({key: value for key, value in record.items() if key not in LABELS}, "auto")
+        messages, name = formats.convert(
+            {key: value for key, value in record.items() if key not in formats.LABELS}, "auto"
+        )
     elif not isinstance(answer, str | list) or not (answer.strip() if isinstance(answer, str) else answer):
         raise BadRecord("`completion` is empty")
     else:
@@ -92,7 +95,11 @@ def halves(messages: Messages) -> list[Messages]:
 def _half(record: dict[str, Any], which: str) -> Any:
     found = next((record[name] for name in HALVES[which] if record.get(name) is not None), None)
     if found is None:
-        raise BadRecord(f"no `{which}`: training.objective asks for pairs of answers, chosen and rejected")
+        is_labelled = any(isinstance(record.get(name), bool) for name in formats.LABELS)
+        way_out = "; an answer with a label is for kto" if is_labelled else ""
+        raise BadRecord(f"no `{which}`: training.objective asks for pairs of answers, chosen and rejected{way_out}")
+    if not isinstance(found, str | list | dict):
+        raise BadRecord(f"`{which}` is neither a text nor turns")
     if isinstance(found, str | list) and not (found.strip() if isinstance(found, str) else found):
         raise BadRecord(f"`{which}` is empty")
     return found

@@ -27,7 +27,7 @@ class Sample:
     ids: Sequence[int]
     spans: list[tuple[int, int]]  # [start, end) in tokens, of what is trained on; never token 0, which nothing predicts
     truncated: bool
-    missing: tuple[str, ...] = ()  # kinds of what the record has and the text has not (see mask.py)
+    missing: tuple[str, ...] = ()  # kinds of what the record has and the text has not (see missing.py)
     num_shared: int = 0  # first tokens of a rejected answer's sample that may be read in the chosen one's
     is_desirable: bool = True
 

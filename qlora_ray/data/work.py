@@ -61,7 +61,7 @@ class Done:
     rejected: dict[str, tuple[int, int]]  # by reason: how many, and the place of the first
     missing: dict[
         str, tuple[int, int]
-    ]  # by kind, of what records have and their texts have not: the same (see mask.py)
+    ]  # by kind, of what records have and their texts have not: the same (see missing.py)
     unused: dict[str, tuple[int, int]]  # by name, of fields that look like content and no format reads
     damage: str | None  # why the rest of the file cannot be read
 

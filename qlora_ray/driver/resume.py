@@ -19,7 +19,7 @@ from qlora_ray.worker.state import State
 # compared on its own (rundir/directory.py). A key that is not here is told, and refused where nothing is left to train.
 DECIDES_NO_STEP = (
     "quantization", "data", "deepspeed", "ray", "checkpoint", "watchdog", "logging",
-    "model.base_model", "model.revision", "model.trust_remote_code", "model.factory",
+    "model.base_model", "model.revision", "model.trust_remote_code", "model.factory", "model.rope_scaling",
     "model.start_from", "model.cache_quantized",
     "training.batch_size", "training.gradient_accumulation_steps", "training.global_batch_size",
     "training.max_length", "training.packing", "training.share_prompts",

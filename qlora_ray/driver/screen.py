@@ -26,6 +26,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
     table.add_column(style="bold")
     forecast = plan.memory_forecast_gib
     needed = sum(value for part, value in forecast.items() if part != "while_loading")
+    sharing = shown(plan.shares_base, plan.is_shared_by_node, plan.why_shared)
     kind, is_shared = "GPU" if plan.use_gpu else "CPU", config.training.sequence_parallel > 1
     rows = {
         "base": f"{config.model.base_model} ({base.model_type}, {base.num_parameters / 1e6:,.1f} M parameters, "
@@ -35,7 +36,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
         **({"objective": _show_objective(config)} if config.training.prefers else {}),
         "data": _show_data(data),
         "workers": f"{plan.num_workers} x 1 {kind}, ZeRO stage {plan.zero_stage}, {plan.compute_dtype}",
-        **({"base on each": sharing} if (sharing := shown(plan.shares_base, plan.why_shared)) else {}),
+        **({"base on each": sharing} if sharing else {}),
         **({f"base on {'disk' if plan.passing.disk_bytes else 'host'}": str(plan.passing)} if plan.passing else {}),
         "batch": f"{plan.global_batch_size} rows = {plan.micro_batch_size} a forward pass x "
         f"{plan.gradient_accumulation_steps} accumulated x {_show_groups(config)}",

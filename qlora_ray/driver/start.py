@@ -19,8 +19,10 @@ from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.model.start import copy_weights, open_start
 from qlora_ray.model.start import notes as start_notes
 from qlora_ray.planning import offload
-from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
-from qlora_ray.planning.plan import Hardware, Plan, layout, make_plan, storage_bytes
+from qlora_ray.planning.early import as_stored, check_room, exact_facts, read_deepspeed_json, refuse_before_ray
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import Plan, make_plan, storage_bytes
+from qlora_ray.planning.rows import layout
 from qlora_ray.planning.tokens import check_vocabulary
 from qlora_ray.rundir import directory, names
 from qlora_ray.storage import Folder
@@ -76,6 +78,8 @@ class Start:
             ready = self._prepare(folder, run, unless_trained)
             config = as_stored(config)  # its base is here now
             plan = make_plan(config, ready.data.stats, ready.facts, ready.hardware, read_deepspeed_json(config))
+            if plan.passing and not connect.address(config):
+                check_room(config, plan.passing)
             if not replace(self, config=config)._open(run, plan, ready):
                 return 0
             unless_trained.pop_all()

@@ -34,7 +34,7 @@ def find_converter(llama_cpp: str | None) -> Path:
 def convert(adapter: Adapter, output: Path, dtype: str, llama_cpp: str | None) -> None:
     """Write the adapter as a GGUF file. Raises ConfigError where llama.cpp cannot hold it, or its converter fails."""
     converter = find_converter(llama_cpp)
-    _refuse_unknown(adapter.peft)
+    _refuse_unknown(adapter)
     with tempfile.TemporaryDirectory() as temporary:
         for name in ("adapter_model.safetensors",):
             shutil.copyfile(adapter.folder / name, f"{temporary}/{name}")
@@ -48,12 +48,14 @@ def convert(adapter: Adapter, output: Path, dtype: str, llama_cpp: str | None) -
         raise ConfigError(f"--to gguf: {converter} failed (exit code {ran.returncode}): {reason}")
 
 
-def _refuse_unknown(peft: dict) -> None:
+def _refuse_unknown(adapter: Adapter) -> None:
     """Raise ConfigError for what a LoRA of llama.cpp does not have: it multiplies by one alpha / r of each layer."""
+    peft = adapter.peft
     has_ranks = bool(peft.get("rank_pattern"))
     unknown = {
         "rows of new tokens (model.new_tokens)": peft.get("trainable_token_indices"),
         "modules that are trained whole (model.modules_to_save)": peft.get("modules_to_save"),
+        "RoPE of its own (model.rope_scaling)": adapter.rope_scaling,
         "magnitudes (DoRA)": peft.get("use_dora"),
         "scale of its own for a layer (model.alpha_pattern)": peft.get("alpha_pattern"),
         "scale by the root of a layer's own rank (rslora with model.rank_pattern)": has_ranks and peft["use_rslora"],

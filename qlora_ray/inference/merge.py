@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from qlora_ray.errors import ConfigError
-from qlora_ray.model import card
+from qlora_ray.model import card, rope
 from qlora_ray.model.base import four_bit_modules, pieces_in_files
 from qlora_ray.model.facts import HEAD
 from qlora_ray.model.record import Adapter, base_tensors
@@ -308,6 +308,9 @@ def _merged_tensors(merger: Merger, names: list[str]) -> Iterator[torch.Tensor]:
 
 def _write_config(adapter: Adapter, target: Path, dtype: str, into: Into) -> None:
     config = json.loads((Path(adapter.base) / "config.json").read_text("utf-8"))
+    if adapter.rope_scaling:
+        text = config.get("text_config") or config
+        text.update(rope.scaled(text, adapter.rope_scaling))
     for section in (config, config.get("text_config") or {}):
         section.pop("torch_dtype", None)
         section["dtype"] = dtype

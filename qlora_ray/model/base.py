@@ -15,11 +15,12 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import Patch
-from qlora_ray.model.architecture import dense_config, load_filled
+from qlora_ray.model.architecture import config_of, dense_config, load_filled
 from qlora_ray.model.experts import misshapen_stacks, packed_while_loading
 from qlora_ray.model.facts import has_mxfp4, loadable_folder, packed_weights, stored_quantization
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.own_code import refuse_unread_code
+from qlora_ray.model.rope import put_on
 from qlora_ray.model.routed import compute_in_4_bits
 from qlora_ray.model.stack_files import Piece, pieces_of_stacks
 from qlora_ray.model.whole import build_from_headers, refuse_unfilled
@@ -74,10 +75,11 @@ def load_base(
     refuse_unread_code(folder, model, key)
     four_bit = four_bit_config(quantization, dtype)
     is_mxfp4 = has_mxfp4(folder)
+    config = _config_of(folder, model, is_mxfp4)
     with packed_while_loading(is_mxfp4) if four_bit and pack_experts else nullcontext():
         base, found = load_filled(
             loadable_folder(folder, key), model.trust_remote_code, model.factory, quantization_config=four_bit,
-            dtype=dtype, device_map={"": device}, **({"config": dense_config(folder)} if is_mxfp4 else {}),
+            dtype=dtype, device_map={"": device}, **({"config": config} if config else {}),
         )  # fmt: skip
     found["mismatched_keys"] = {*found["mismatched_keys"], *misshapen_stacks(base)}
     refuse_unfilled(key, base, found)
@@ -88,6 +90,14 @@ def load_base(
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
+
+
+def _config_of(folder: str, model: ModelConfig, is_mxfp4: bool) -> Any:
+    """The config that the base is built from; None where that is its config.json as it is."""
+    if not is_mxfp4 and not model.rope_scaling:
+        return None
+    config = dense_config(folder) if is_mxfp4 else config_of(folder, model.trust_remote_code)
+    return put_on(config, model.rope_scaling)
 
 
 def four_bit_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:

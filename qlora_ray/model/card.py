@@ -1,5 +1,6 @@
 """The model card of an adapter: README.md with the front matter that the model hub reads. Imports no torch."""
 
+import json
 from typing import Any
 
 import yaml
@@ -33,6 +34,7 @@ def render(record: dict[str, Any]) -> str:
         "base": f"{name} ({base['model_type']}, {base['num_parameters']:,} parameters)",
         "base revision": base["commit"] or base["revision"] or "none: a local folder",
         "base weights": f"sample sha256 {base['sample_sha256']}",
+        **_of_rope(base),
         **_of_start(record),
         **({} if objective == "sft" else {"objective": _shown_objective(record["config"]["training"])}),
         "LoRA": _shown_lora(record["config"].get("model", {})),
@@ -109,6 +111,14 @@ def _shown_objective(settings: dict[str, Any]) -> str:
     """Objective of pairs with its settings; `settings` are those of its config's training that are not defaults."""
     training = TrainingConfig.model_validate(settings)
     return f"{training.objective}, " + ", ".join(f"{n} {getattr(training, n)}" for n in OBJECTIVES[training.objective])
+
+
+def _of_rope(base: dict[str, Any]) -> dict[str, str]:
+    """What must be put on the base's config, wherever it is loaded with the adapter; nothing where it is as it was."""
+    if not base.get("rope_scaling"):
+        return {}
+    given = json.dumps(base["rope_scaling"])
+    return {"RoPE": f"`rope_scaling` {given} on the base's config; in plain transformers see docs/bases.md"}
 
 
 def _of_start(record: dict[str, Any]) -> dict[str, str]:

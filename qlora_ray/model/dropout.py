@@ -11,7 +11,9 @@ back to where it stood.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,19 @@ class Drop:
     """With which probability values are dropped, and which mask says so."""
 
     probability: float
-    key: int = 0  # 32 bits
+    place: int = 0  # layer and group
+    word: int = 0  # of the micro-batch's seed, 32 bits
     numbers: torch.Tensor | None = field(default=None, compare=False)  # of the rows, int32; None: as they lie
+    held: torch.Tensor | None = field(default=None, compare=False)  # (1,) int32 to read the word from; None: `word`
+
+    @property
+    def key(self) -> int:
+        """Of the mask, 32 bits; kernels make the same."""
+        return pcg(self.word ^ self.place & MASK_32)
+
+    def word_on(self, device: torch.device) -> torch.Tensor:
+        """The word where a kernel reads it: (1,) int32."""
+        return word_on(self.word, device) if self.held is None else self.held
 
     @property
     def threshold(self) -> int:
@@ -53,10 +66,31 @@ NOTHING = Drop(0.0)
 
 def drop_of(probability: float, seed: int, place: int, numbers: torch.Tensor | None = None) -> Drop:
     """The mask of one place (layer and group) in a micro-batch of this seed."""
-    if not probability:
-        return NOTHING
-    key = pcg(seed & MASK_32)
-    return Drop(probability, pcg(pcg(key ^ (seed >> 32 & MASK_32)) ^ place & MASK_32), numbers)
+    return Drop(probability, place, word_of(seed), numbers, _held.get()) if probability else NOTHING
+
+
+def word_of(seed: int) -> int:
+    """What masks take of a micro-batch's seed: 32 bits."""
+    return pcg(pcg(seed & MASK_32) ^ (seed >> 32 & MASK_32))
+
+
+@lru_cache(4)
+def word_on(word: int, device: torch.device) -> torch.Tensor:
+    """32 bits on a device: (1,) int32."""
+    return torch.full((1,), word - 2**32 * (word >= 2**31), dtype=torch.int32, device=device)
+
+
+_held: ContextVar[torch.Tensor | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def reading(held: torch.Tensor) -> Iterator[None]:
+    """Within, masks follow what this (1,) int32 holds whenever their kernels run, and no seed."""
+    token = _held.set(held)
+    try:
+        yield
+    finally:
+        _held.reset(token)
 
 
 def probability_of(lora: Any) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.pickled import converted_folder, pickled_files
+from qlora_ray.model.rope import own_kind
 from qlora_ray.model.tensors import SAMPLE_BYTES, Entry, read_header
 
 # Names of 2-D weights that transformers does not build as nn.Linear or Conv1D, or that bitsandbytes leaves alone.
@@ -88,6 +89,8 @@ class BaseFacts:
     num_heads: int | None = field(default=None, kw_only=True)  # of queries
     num_key_heads: int | None = field(default=None, kw_only=True)
     rope_limit: RopeLimit | None = field(default=None, kw_only=True)
+    own_rope: str | None = field(default=None, kw_only=True)  # for rows longer than usual: yarn, llama3, ...
+    takes_rope_scaling: bool = field(default=False, kw_only=True)  # known once the model is built
     is_packed: bool = field(default=False, kw_only=True)  # stored in bitsandbytes' 4 bits
     experts: ExpertSizes | None = field(default=None, kw_only=True)  # known once the model is built
 
@@ -140,6 +143,7 @@ def read_facts(folder: str) -> BaseFacts:
         num_heads=text.get("num_attention_heads") or text.get("n_head"),
         num_key_heads=text.get("num_key_value_heads") or text.get("num_attention_heads") or text.get("n_head"),
         rope_limit=_rope_limit(text),
+        own_rope=own_kind(text),
         is_packed=_quantization_of(config) is not None,
     )
 

@@ -6,17 +6,15 @@ says its `Family`. Nothing but activations is kept between forward and backward,
 """
 
 # B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP, U = 2 I with a gate, else I
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qlora_ray.model import slices
-from qlora_ray.model.attention import Sight, attend
+from qlora_ray.model.attention import attend
 from qlora_ray.model.dropout import (
-    NOTHING,
-    Drop,
     drawing_from,
     drop_of,
     generator_state,
@@ -24,66 +22,13 @@ from qlora_ray.model.dropout import (
     probability_of,
 )
 from qlora_ray.model.families import Family
+from qlora_ray.model.kept import Kept, Shared
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.ops_plain import Angles
 from qlora_ray.model.parked import ParkedAttention, input_slot
 from qlora_ray.model.projection import Group, Single, Turn, member, ops_for
 from qlora_ray.model.recompute import Keep
-from qlora_ray.model.row_group import Holders, RowGroup
-from qlora_ray.model.stash import HostStash
-
-
-@dataclass
-class Kept:
-    """Activations of one layer between forward and backward; None is computed again."""
-
-    x: torch.Tensor | None  # (M, D)
-    n1: torch.Tensor | None = None  # (M, D + R) what q, k, v read, with its LoRA
-    heads: torch.Tensor | None = None  # (M, H of q and k, E) as projected, where a norm follows or DoRA learns
-    attention: tuple[torch.Tensor, ...] | None = None  # q, k, v and the output, each (B, H, T, E), with their graph
-    parked: ParkedAttention | None = None  # what attention keeps, where q, k and v are made again
-    attended: torch.Tensor | None = None  # (B, H, T, E) the output for the tokens and heads that x has
-    values: torch.Tensor | None = None  # (B, H, T, E) v for these, where DoRA learns
-    z_o: torch.Tensor | None = None  # (M, R)
-    given1: torch.Tensor | None = None  # (M, D) of o_proj, in the same cases
-    x1: torch.Tensor | None = None  # (M, D)
-    n2: torch.Tensor | None = None  # (M, D + R) what gate and up read, with its LoRA
-    gate_up: torch.Tensor | None = None  # (M, U)
-    z_down: torch.Tensor | None = None  # (M, R)
-    given2: torch.Tensor | None = None  # (M, D) of down, in the same cases
-    routed: Any = None  # of a mixture: model/mixture.py
-    turns: tuple[Turn, ...] = field(default_factory=lambda: tuple(Turn() for _ in range(4)))  # q k v, o, gate up, down
-    drops: Sequence[Drop] = (NOTHING, NOTHING)  # of what attention and MLP add
-    dropout: float = 0.0  # of attention
-    generator: torch.Tensor | None = None  # where it stood before that, for layers whose attention is computed again
-    places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
-    slices: tuple[slice, ...] = ()  # that the MLP takes its rows in, where these are many: see model/slices.py
-    row_group: RowGroup | None = None  # the workers that hold the rows in parts: `attention` has whole ones
-
-    def rows(self, whole: torch.Tensor) -> torch.Tensor:
-        """Those that are asked for."""
-        return whole if self.places is None else whole[self.places]
-
-    def all_rows(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """They among zeros."""
-        if self.places is None:
-            return rows
-        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, self.places, rows)
-
-
-class Passed:
-    """What one layer's backward leaves to the next one's: the buffer (M, D + room) that its gradient lies in."""
-
-    buffer: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What the layers of a model have in common."""
-
-    stash: HostStash | None
-    passed: Passed = field(default_factory=Passed)
-    holders: Holders = field(default_factory=Holders)
+from qlora_ray.model.traits import GELU_BY_TANH, activation_of, own_dropout, sight_of
 
 
 class FusedLayer:
@@ -251,7 +196,8 @@ class FusedLayer:
         """What the MLP makes of n2, (M, D). Fill in gate_up and z_down."""
         kept.gate_up = self.gate_up.forward(kept.n2, kept.turns[2], kept.gate_up)
         h = self._hidden(kept)
-        kept.z_down = h[:, self.down.inputs :].clone() if self.down.rank else None
+        inputs, rank = self.down.inputs, self.down.members[0].rank
+        kept.z_down = h[:, inputs : inputs + rank].clone() if rank else None
         return self.down.forward(h, kept.turns[3])
 
     def _hidden(self, kept: Kept) -> torch.Tensor:
@@ -364,9 +310,10 @@ class FusedLayer:
         self._learn_from(2, kept, kept.gate_up)
         d_gate_up = torch.empty_like(kept.gate_up) if self.learns_lengths[2] else kept.gate_up
         ops_for(h.device).activate_backward(h, kept.gate_up, self.is_gelu, d_gate_up)  # dh becomes h
-        of_down = self.down_back.parameter_gradients(d_given[:, :width], dz, h, kept.z_down, turn)
+        read = (d_given[:, :width], dz, h, kept.z_down)
+        of_down = slices.summed(kept.blocks, self.down_back.parameter_gradients, turn, *read)
         turn.given = None
-        del h, dz, d_given
+        del h, dz, d_given, read
         of_gate_up, buffer1 = self._through_group(1, kept, d_gate_up, buffer[:, :width])
         return [*of_gate_up, *of_down], buffer1
 
@@ -421,7 +368,8 @@ class FusedLayer:
         x, buffer = ((kept.x, kept.n1), (kept.x1, kept.n2))[which]
         turn, norm = kept.turns[2 * which], self.before[which]
         both = group.backward(d_out, turn)
-        gradients = group.parameter_gradients(d_out, both[:, group.inputs :], buffer, turn)
+        blocks = kept.blocks if group is self.gate_up else ()
+        gradients = slices.summed(blocks, group.parameter_gradients, turn, d_out, both[:, group.inputs :], buffer)
         turn.given = None
         dx = x.new_empty(x.shape[0], x.shape[1] + room)
         back, out = both[:, : group.inputs], dx[:, : group.inputs]
@@ -432,37 +380,16 @@ class FusedLayer:
         return gradients, dx
 
 
-GELU_BY_TANH = ("GELUTanh", "NewGELUActivation")
-ACTIVATIONS = ("SiLU", "SiLUActivation", *GELU_BY_TANH)
 OWN_PLACE = 2**30  # of a layer's own dropout, in the masks: those of its LoRAs come before
-
-
-def activation_of(mlp: torch.nn.Module) -> str:
-    """Class of the activation of an MLP."""
-    return type(next(getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name))).__name__
-
-
-def own_dropout(attention: Any) -> float:
-    """The dropout that the base's config asks of an attention in training."""
-    return float(attention.attn_dropout.p if hasattr(attention, "attn_dropout") else attention.attention_dropout)
-
-
-def sight_of(attention: torch.nn.Module) -> Sight:
-    """What each token of a layer sees: its window is its own, or that of all layers."""
-    config: Any = attention.config
-    window: Any = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    types = getattr(config, "layer_types", None)
-    if types and types[attention.layer_idx] == "full_attention":
-        window = None
-    return Sight(float(attention.scaling), window, getattr(attention, "sinks", None))  # type: ignore[arg-type]
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fused: FusedLayer, angles: Angles | None, mask, with_graph: bool, *parameters):
         kept = fused.begin(x)
+        kept.blocks = slices.of_rows(len(kept.x if kept.places is None else kept.places), x.shape[1])
         if fused.takes_slices:
-            kept.slices = slices.of_rows(len(kept.x if kept.places is None else kept.places), x.shape[1])
+            kept.slices = kept.blocks
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)
         fused.residual_part(kept)
         y = fused.mlp_part(kept, with_graph)

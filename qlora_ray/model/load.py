@@ -21,6 +21,7 @@ from qlora_ray.model.hub import local_folder
 from qlora_ray.model.packed_cache import Writer
 from qlora_ray.model.pieces import Packed, Pieces, lazily
 from qlora_ray.model.shares import FourBit, Share, num_packed, pack_share, state_of
+from qlora_ray.model.staging import Staging
 from qlora_ray.model.tensors import TensorFiles
 
 OWN_PARAMETERS = Patch(
@@ -116,6 +117,7 @@ def load_shares(
     maker = _Maker(model, getattr(torch, compute_dtype), device, keeper, cache or Cache())
     with _making_parameters(weights, maker.set_parameter):
         base = load_base(model, quantization, compute_dtype, device)
+    maker.staging.finish()
     return base, maker.sources
 
 
@@ -131,7 +133,7 @@ class _Maker:
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device, keeper: Keeper, cache: Cache):
         self._model, self._dtype, self._device, self._keeper = model, dtype, device, keeper
-        self._cache, self._has_begun = cache, False
+        self._cache, self._has_begun, self.staging = cache, False, Staging(device)
         self.sources: list[Source] = []
 
     def set_parameter(
@@ -185,7 +187,7 @@ class _Maker:
         if isinstance(value, Packed):
             state, size = value.state(self._device), value.content.numel()
             ends = self._keeper.share.of(size)
-            mine = self._keeper.share.padded(value.content.cut(*ends).to(self._device), size)
+            mine = self._keeper.share.padded(self.staging.cut(value.content, *ends), size)
         else:
             size = num_packed(value.numel())
             how = FourBit(old.quant_type, old.compress_statistics, old.blocksize)
@@ -203,7 +205,7 @@ class _Maker:
         return parameter
 
     def _cut(self, value: Any, start: int, stop: int) -> torch.Tensor:
-        part = value.cut(start, stop) if isinstance(value, Pieces) else value.reshape(-1)[start:stop]
+        part = self.staging.cut(value, start, stop) if isinstance(value, Pieces) else value.reshape(-1)[start:stop]
         return part.to(self._device, self._dtype)
 
     def _nothing(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

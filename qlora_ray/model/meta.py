@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_ray.config import ModelConfig
 from qlora_ray.errors import ConfigError
+from qlora_ray.model import rope
 from qlora_ray.model.adapter import ADAPTER_NAME, trainable, wrap
 from qlora_ray.model.balance import routers_of
 from qlora_ray.model.base import build_without_weights, count_parameters, packs_experts
@@ -34,6 +35,7 @@ def model_facts(folder: str, model: ModelConfig, new_tokens: NewTokens) -> Model
     """
     facts = read_facts(folder)
     base = build_without_weights(folder, model.trust_remote_code, model.factory)
+    rope.check(base, model)
     packed, all_of_them = count_parameters(copy.deepcopy(base), folder)
     names = layer_names(base)
     adapted = check_names(model, names, type(base).__name__)
@@ -44,10 +46,14 @@ def model_facts(folder: str, model: ModelConfig, new_tokens: NewTokens) -> Model
         check_tokens(start, new_tokens)
     wrapped = _wrap(base, model, new_tokens)
     if start:
-        check_base(start, folder)
+        check_base(start, folder, model)
         check_tensors(start, _names_of_peft(wrapped), model)
     experts = expert_sizes(base, packs_experts(folder))
-    sizes = {"num_linear_parameters": packed, "num_parameters": all_of_them, "experts": experts}
+    context = rope.context_length(facts.context_length, model.rope_scaling)
+    sizes = {
+        "num_linear_parameters": packed, "num_parameters": all_of_them, "experts": experts, "context_length": context,
+        "takes_rope_scaling": not rope.why_not(base, {"rope_type": "yarn", "factor": 2.0}),
+    }  # fmt: skip
     return ModelFacts(
         **{**vars(facts), **sizes},
         num_trainable_parameters=sum(parameter.numel() for parameter in trainable(wrapped).values()),

@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 1024  # of a weight in float32
 
 PACKED_FORMAT = Patch(
     "bitsandbytes", "0.50.2", "reads quant_state (absmax, code, offset, state2) and the order of packed values, here "
-    "and in ops_triton.py",
+    "and in ops_triton/weights.py",
     gains="a weight is unpacked by one kernel, to where the product reads it, instead of by two and a copy",
     delete_when="dequantize_4bit writes into a slice of a buffer",
 )  # fmt: skip

@@ -7,7 +7,7 @@ Weights are read from their modules each time and never kept: under ZeRO-3 what 
 after it, and backward reads what was gathered again.
 """
 
-# M tokens, K inputs, N outputs (of all members), R the members' LoRA ranks together
+# M tokens, K inputs, N outputs (of all members), R the members' LoRA ranks together, of a group rounded up
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -87,7 +87,8 @@ class Turn:
 
     def of_rows(self, rows: slice, device: torch.device) -> "Turn":
         """The same for a slice of the rows."""
-        return replace(self, drop=self.drop.of_rows(rows, device), given=None)
+        given = None if self.given is None else self.given[rows]
+        return replace(self, drop=self.drop.of_rows(rows, device), given=given)
 
 
 def why_not(module: torch.nn.Module) -> str | None:
@@ -136,7 +137,9 @@ class Group:
         self.adapted = [m for m in members if m.lora]
         self.rows = [m.base.out_features for m in members]
         self.inputs = members[0].base.in_features
-        self.rank = sum(m.rank for m in members)
+        ranks = sum(m.rank for m in members)
+        self.rank = -(-ranks // 8) * 8  # rows begin at multiples of 16 bytes, which fast products need
+        self._spare_ranks = self.rank - ranks  # columns of zeros
         self.factor = members[0].factor
         self.products = [[m] for m in members] if apart else [members]
         self.hold_weights = False  # dequantized ones, between steps: the same values for more memory
@@ -205,7 +208,10 @@ class Group:
         return gradients
 
     def _a(self) -> torch.Tensor:
-        return self.adapted[0].a.data if len(self.adapted) == 1 else torch.cat([m.a.data for m in self.adapted])
+        each = [m.a.data for m in self.adapted]
+        if self._spare_ranks:
+            each.append(each[0].new_zeros(self._spare_ranks, self.inputs))
+        return each[0] if len(each) == 1 else torch.cat(each)
 
     def _weights(self, like: torch.Tensor, turn: Turn) -> Iterator[torch.Tensor]:
         """[W, s B] of each product: (n, K + R), members one under the other, each member's B in its own columns."""

@@ -55,10 +55,9 @@ class LayerShape:
     @property
     def parks(self) -> bool:
         """Whether attention's output comes back from the host sooner than it is made again."""
-        seconds = 2.0 * self.row_tokens * self.queries / ATTENTION_FLOPS
+        seconds = 2.0 * self.row_tokens * self.row_parts * self.queries / ATTENTION_FLOPS
         more = self.host_bytes(Keep.PARKED) - self.host_bytes(Keep.HOST)
-        is_long = self.row_tokens > LONG_ROW and self.row_parts == 1  # parts of rows: nobody has tried it there
-        return is_long and seconds > 2 * more / HOST_BYTES_PER_SECOND
+        return self.row_tokens > LONG_ROW and seconds > 2 * more / HOST_BYTES_PER_SECOND
 
     def of_rows(self, num_tokens: int) -> "LayerShape":
         """The same for rows of so many tokens."""

@@ -14,6 +14,7 @@ from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import check_folder, read_facts, read_shapes, weight_files
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.own_code import code_digest, refuse_unread_code
+from qlora_ray.model.rope import context_length
 from qlora_ray.model.tensors import TensorFiles
 
 FILE = "qlora_ray.json"
@@ -50,12 +51,17 @@ class Adapter:
         base = self.record["base"]
         pin = base.get("code") or base["revision"]  # adapters of earlier versions know the commit alone
         remote = {"trust_remote_code": True, "revision": pin} if base["trust_remote_code"] else {}
-        return ModelConfig(base_model=self.base, factory=base.get("factory"), **remote)
+        return ModelConfig(base_model=self.base, factory=base.get("factory"), rope_scaling=self.rope_scaling, **remote)
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """What was put on the base's config in training; None also in adapters of earlier versions."""
+        return self.record["base"].get("rope_scaling")
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens that the base was trained on at a time; None where its config does not say."""
-        return read_facts(self.base).context_length
+        """Most tokens that base and adapter were made for at a time; None where the base's config does not say."""
+        return context_length(read_facts(self.base).context_length, self.rope_scaling)
 
     @property
     def num_token_rows(self) -> int:

@@ -16,10 +16,12 @@ import torch
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.homes import Away, Home, InMemory, scales_of, values_of
 from qlora_ray.model.layer import FusedLayer
+from qlora_ray.model.pinned import host_memory, lock
 from qlora_ray.model.plain import plain_layers
 
 NUM_SLOTS = 3
 BORDER = 256  # bytes: where each tensor of a slab begins
+NUM_FILLERS = 8  # threads that put slabs together: one touches new memory at 1 to 2 GB/s
 SMALLEST = 2**16  # bytes of a weight that is worth a copy at each turn; packed ones always are
 
 
@@ -145,23 +147,29 @@ def _mark(device: torch.device) -> Any:
 
 
 class FromMemory:
-    """Slabs in host memory: one mapping that the device copies from; on a CPU the same at once."""
+    """Slabs in host memory, each a mapping of its own that the device copies from; on a CPU the same at once."""
 
     def __init__(self, slabs: list[Slab], device: torch.device):
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._places: dict[int, torch.Tensor] = {}
-        self._all = torch.empty(sum(slab.num_bytes for slab in slabs), dtype=torch.uint8)
-        start = 0
-        for slab in slabs:
-            place = self._all[start : (start := start + slab.num_bytes)]
-            slab.read_into(place)
-            for at, (offset, home) in enumerate(slab.homes):  # what they held is free from here on
-                slab.homes[at] = offset, InMemory(place[offset : offset + home.num_bytes])
-            for parameter in slab.parameters:
-                parameter.home = None
-            self._places[id(slab)] = place
-        if self._stream:  # torch's own pinned memory comes in powers of two
-            self._pin()
+        with ThreadPoolExecutor(NUM_FILLERS) as fillers, ThreadPoolExecutor(1) as locker:
+            codes = []
+            for slab in slabs:  # one by one, so that no more than one lies here twice
+                place = self._places[id(slab)] = self._take(slab, fillers)
+                codes += [locker.submit(_lock, place, device)] if self._stream else []
+            for code in codes:
+                _check_lock(code.result(), "cpu", sum(place.numel() for place in self._places.values()))
+
+    def _take(self, slab: Slab, fillers: ThreadPoolExecutor) -> torch.Tensor:
+        """Its bytes in one piece. What held them is free from here on."""
+        place = host_memory(slab.num_bytes)
+        parts = [(home, place[at : at + home.num_bytes]) for at, home in slab.homes]
+        list(fillers.map(lambda part: part[0].read_into(part[1]), parts))
+        for number, ((at, _), (_, part)) in enumerate(zip(slab.homes, parts, strict=True)):
+            slab.homes[number] = at, InMemory(part)
+        for parameter in slab.parameters:
+            parameter.home = None
+        return place
 
     def copy(self, slab: Slab, slot: torch.Tensor, passed: Any) -> Any:
         """Launch it on a stream of its own."""
@@ -171,23 +179,16 @@ class FromMemory:
         """Of the device alone."""
         _wait(arrival)
 
-    def _pin(self) -> None:
-        code = int(torch.cuda.cudart().cudaHostRegister(self._all.data_ptr(), self._all.numel(), 0))
-        if code:
-            raise ConfigError(
-                f"deepspeed.offload_params=cpu: {self._all.numel() / 2**30:.2f} GiB of host memory cannot be locked "
-                f"for copies to the GPU (CUDA error {code}). Raise the limit of locked memory (ulimit -l), or use nvme."
-            )
-
 
 class FromDisk:
     """Slabs in a file: a thread reads them into a window of host memory, from where the device copies."""
 
     def __init__(self, slabs: list[Slab], device: torch.device):
         largest = max(slab.num_bytes for slab in slabs)
-        is_cuda = device.type == "cuda"
-        self._stream: Any = torch.cuda.Stream(device) if is_cuda else None
-        self._window = [torch.empty(largest, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(NUM_SLOTS)]
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._window = [host_memory(largest) for _ in range(NUM_SLOTS)]
+        for buffer in self._window if self._stream else ():
+            _check_lock(lock(buffer), "nvme", NUM_SLOTS * largest)
         self._left: list[Any] = [None] * NUM_SLOTS  # when the device has copied what was there
         self._next = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="ring")
@@ -208,6 +209,21 @@ class FromDisk:
         slab.read_into(buffer)
         self._left[number] = _copy(buffer[: slab.num_bytes], slot, self._stream, passed)
         return self._left[number]
+
+
+def _lock(memory: torch.Tensor, device: torch.device) -> int:
+    with torch.cuda.device(device):  # in a thread that begins with the first
+        return lock(memory)
+
+
+def _check_lock(code: int, offload: str, num_bytes: int) -> None:
+    """Raise ConfigError where CUDA did not lock memory."""
+    if code:
+        raise ConfigError(
+            f"deepspeed.offload_params={offload}: {num_bytes / 2**30:.2f} GiB of host memory cannot be locked for "
+            f"copies to the GPU (CUDA error {code}). Raise the limit of locked memory (ulimit -l)"
+            f"{', or use nvme' if offload == 'cpu' else ''}."
+        )
 
 
 def _copy(source: torch.Tensor, slot: torch.Tensor, stream: Any, passed: Any) -> Any:

@@ -62,8 +62,8 @@ def open_start(model: ModelConfig) -> Start | None:
     return start
 
 
-def check_base(start: Start, base: str) -> None:
-    """Raise ConfigError where the record names other weights than those in the folder of the run's base."""
+def check_base(start: Start, base: str, model: ModelConfig) -> None:
+    """Raise ConfigError where the record names other weights than those in the folder of the run's base, or a RoPE."""
     if start.record is None:
         return
     wanted = start.record["base"]
@@ -72,6 +72,11 @@ def check_base(start: Start, base: str) -> None:
         raise ConfigError(
             f"{start.asked}: was trained on another base: {wanted['base_model']}, weights {wanted['sample_sha256']}; "
             f"model.base_model is {base}, weights {sample}. Name the base that it was trained on."
+        )
+    if wanted.get("rope_scaling") and not model.rope_scaling:
+        raise ConfigError(
+            f"{start.asked}: was trained with model.rope_scaling={wanted['rope_scaling']}, and this run has none. Give "
+            "the same."
         )
 
 

@@ -1,8 +1,8 @@
 """Layer inputs parked in pinned host memory between forward and backward, copied while the GPU computes."""
 
-import weakref
-
 import torch
+
+from qlora_ray.model.pinned import host_memory, lock
 
 
 class HostStash:
@@ -14,7 +14,6 @@ class HostStash:
         self._shapes: dict[int, torch.Size] = {}
         self._parked: dict[int, torch.cuda.Event] = {}
         self._coming: dict[int, tuple[torch.Tensor, torch.cuda.Event]] = {}
-        weakref.finalize(self, _unpin_all, self._slots).atexit = False
 
     def put(self, slot: int, x: torch.Tensor) -> None:
         """Copy x (on the GPU) to the host, behind what the current stream has been given so far."""
@@ -22,8 +21,7 @@ class HostStash:
         held = self._slots.get(slot)
         if held is None or held.numel() < x.numel() or held.dtype != x.dtype:
             if held is not None:
-                self._stream.synchronize()
-                _unpin(held)
+                self._stream.synchronize()  # of copies into what is let go of
             held = self._slots[slot] = _pinned(x.numel(), x.dtype)
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
@@ -55,16 +53,6 @@ class HostStash:
 
 
 def _pinned(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Pinned memory of exactly this size: torch's own pool rounds up to a power of two."""
-    held = torch.empty(numel, dtype=dtype)
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(held.data_ptr(), held.nbytes, 0))
-    return held
-
-
-def _unpin(held: torch.Tensor) -> None:
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(held.data_ptr()))
-
-
-def _unpin_all(slots: dict[int, torch.Tensor]) -> None:
-    for held in slots.values():
-        _unpin(held)
+    held = host_memory(numel * dtype.itemsize)
+    torch.cuda.check_error(lock(held))
+    return held.view(dtype)

@@ -63,6 +63,12 @@ def read_bytes(name: str, entry: Entry, start: int, stop: int) -> "torch.Tensor"
     import torch
 
     content = torch.empty(stop - start, dtype=torch.uint8)
+    read_into(content, name, entry, start)
+    return content
+
+
+def read_into(content: "torch.Tensor", name: str, entry: Entry, start: int) -> None:
+    """Fill uint8 values on the CPU with the bytes of a tensor from there on. Raises ConfigError."""
     view, done = memoryview(content.numpy()), 0  # type: ignore[arg-type]
     with entry.file.open("rb", buffering=0) as file:
         file.seek(entry.offset + start)
@@ -71,7 +77,6 @@ def read_bytes(name: str, entry: Entry, start: int, stop: int) -> "torch.Tensor"
             if not count:
                 raise ConfigError(f"{entry.file}: ends inside the tensor {name}. Download or copy it again.")
             done += count
-    return content
 
 
 def read_header(file: Path, key: str) -> dict[str, Entry]:

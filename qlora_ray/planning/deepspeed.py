@@ -4,6 +4,7 @@ from typing import Any
 
 from qlora_ray.config import Config, flat
 from qlora_ray.errors import ConfigError
+from qlora_ray.planning import offload
 
 DECIDED_BY = {
     "train_micro_batch_size_per_gpu": "training.batch_size",
@@ -28,6 +29,25 @@ NOT_THEIRS = {
     "checkpoint": "checkpoints come from the YAML (checkpoint.*).",
     "activation_checkpointing": "recomputation comes from the YAML (training.recompute).",
 }
+
+
+def zero_stage(config: Config) -> int:
+    """The ZeRO stage of the run. Raises ConfigError where a setting does not go with it."""
+    ds = config.deepspeed
+    stage = ds.zero_stage if ds.zero_stage != "auto" else (3 if config.ray.max_workers > 1 else 0)
+    is_left_to_peft = config.model.lora_variant == "dora" and config.model.lora_dropout > 0
+    if is_left_to_peft and stage == 3 and config.quantization.type != "none":
+        raise ConfigError(
+            f"model.lora_dropout={config.model.lora_dropout:g} with model.lora_variant=dora: is left to PEFT, which "
+            "reads the base weight in backward, when ZeRO-3 has released it. Set model.lora_dropout: 0, or "
+            "deepspeed.zero_stage: 2 (each worker then holds the whole 4-bit base)."
+        )
+    offload.refuse(config, stage)
+    if ds.offload_optimizer != "none" and stage == 0:
+        raise ConfigError(
+            f"deepspeed.offload_optimizer={ds.offload_optimizer}: needs zero_stage 1, 2 or 3, the stage is 0."
+        )
+    return stage
 
 
 def defaults(config: Config, stage: int, accumulation: int, compute_dtype: str, num_trainable: int) -> dict[str, Any]:

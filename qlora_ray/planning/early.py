@@ -10,11 +10,16 @@ from typing import Any
 from qlora_ray import environment
 from qlora_ray.config import Config, find_file
 from qlora_ray.errors import ConfigError
+from qlora_ray.model import host
 from qlora_ray.model.facts import ModelFacts, check_folder, has_mxfp4, read_facts, stored_quantization
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.start import check_base, open_start
 from qlora_ray.planning import deepspeed, offload
-from qlora_ray.planning.plan import Hardware, accumulation_of, check_workers_fit, zero_stage
+from qlora_ray.planning.deepspeed import zero_stage
+from qlora_ray.planning.hardware import Hardware, check_workers_fit
+from qlora_ray.planning.memory import GIB
+from qlora_ray.planning.offload import Passing
+from qlora_ray.planning.rows import accumulation_of
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 
@@ -40,6 +45,29 @@ def check_disk(config: Config) -> None:
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         why = "cannot be written to" if os.path.isdir(folder) else "no such folder"
         raise ConfigError(f"{key}: {why}. Name a folder on a local disk, or use deepspeed.offload_params=cpu.")
+
+
+def check_room(config: Config, passing: Passing) -> None:
+    """Refuse weights that pass where this machine, on which all workers will be, has no room. Raises ConfigError."""
+    from qlora_ray.model.homes import disk_free
+
+    ds, workers = config.deepspeed, config.ray.min_workers
+    each = f"{workers} workers keep" if workers > 1 else "a worker keeps"
+    need, free = workers * passing.host_bytes, host.available_bytes()
+    if need > free:
+        raise ConfigError(
+            f"deepspeed.offload_params={ds.offload_params}: {each} {need / GIB:.2f} GiB in host memory, and "
+            f"{free / GIB:.2f} are free. Use fewer workers (ray.num_workers)"
+            f"{', or nvme with deepspeed.nvme_path' if ds.nvme_path is None else ''}."
+        )
+    if ds.nvme_path is None:
+        return
+    need, free = workers * passing.disk_bytes, disk_free(ds.nvme_path)
+    if need > free:
+        raise ConfigError(
+            f"deepspeed.nvme_path={ds.nvme_path}: {each} {need / GIB:.2f} GiB there, and {free / GIB:.2f} are free. "
+            "Free space, or name a folder on a larger local disk."
+        )
 
 
 def check_trackers(config: Config) -> None:
@@ -73,7 +101,7 @@ def check_files(config: Config) -> None:
         _check_base(config, folder)
         read_facts(folder)
         if start:
-            check_base(start, folder)
+            check_base(start, folder, config.model)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model.base_model) or config.model.base_model.startswith("."):
         raise ConfigError(f"model.base_model={config.model.base_model}: no such folder, and not a hub id (owner/name).")
 

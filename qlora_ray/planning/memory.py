@@ -20,6 +20,7 @@ PRODUCT_FLOPS = {"H200": 795e12, "H100": 795e12, "A100": 250e12, "L40S": 290e12,
 BESIDE_LAYERS = {"lm_head", "embed_tokens", "model.norm", "ln_f"}  # trained whole, they leave decoder layers fused
 SHARE_OF_FLOOR = 0.69  # of the products' time, measured on an H200: benchmarks/README.md
 SHARE_OF_FLOOR_NOT_FUSED = 0.42  # the same where projections alone are fused: a Qwen3-8B shape on an H100, all again
+LAUNCH_SECONDS = 2e-3  # products of a layer that take less wait for the host: a gpt2-medium layer took 7 ms, not 0.2
 SAME_INPUT = re.compile(r"(^|\.)(q|k|v|gate|up)_proj$")  # of layers that read one tensor, and no name says so else
 
 
@@ -39,11 +40,17 @@ class Sizes:
     begins_whole: bool  # the adapter is made of whole weights, before ZeRO takes them apart
     shares_base: bool  # over the workers; else each holds all of it
     offload: str  # none, or where the layers' weights lie: cpu, nvme
+    num_of_node: int | None = None  # workers that share the base, where those of each node do; None: all do
 
     @property
     def loads_in_shares(self) -> bool:
         """Whether each worker reads and packs its share of the base alone."""
         return self.shares_base and not self.begins_whole
+
+    @property
+    def num_sharing(self) -> int:
+        """Workers that hold the base together."""
+        return (self.num_of_node or self.num_workers) if self.shares_base else 1
 
     def of_rows(self, num_tokens: int) -> "Sizes":
         """The same for rows of at most so many tokens."""
@@ -147,13 +154,12 @@ def resident_gib(sizes: Sizes) -> dict[str, float]:
     packed = quantized * 0.5
     scales = quantized * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5)  # ZeRO shards weights, not their scales
     rest = (base.num_parameters - quantized) * wide
-    shards = sizes.num_workers if sizes.shares_base else 1
     shares = sizes.num_workers if sizes.stage > 0 else 1
     master = 4 if wide == 2 else 0
     # Weights and gradients; the float32 sum of gradients, and DeepSpeed's share of it; float32 copy and two moments.
     here = sizes.num_trainable * wide * 2
     ours = sizes.num_trainable * (4 / sizes.num_workers + (wide / shares if sizes.stage > 0 else 0))
-    held = (packed + rest) / shards + scales
+    held = (packed + rest) / sizes.num_sharing + scales
     if sizes.offload != "none":
         held = packed + scales + rest - passing_bytes(sizes) + NUM_SLOTS * slab_bytes(sizes)
     return {
@@ -180,7 +186,7 @@ def loading_gib(sizes: Sizes) -> float:
             base.experts and max(base.experts.up, base.experts.inner) * base.experts.hidden * base.experts.num_experts
         )
         largest = max(stack or 0, *(rows * columns for _, rows, columns in base.linear_shapes), 0)
-        share = 1 / sizes.num_workers if sizes.loads_in_shares else 1.0
+        share = 1 / sizes.num_sharing if sizes.loads_in_shares else 1.0
         one = largest * (wide * share + 2 * 4 / 64)  # its share, and float32 scales of all of it
         return resident_gib(sizes)["base"] + one / GIB
     return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB
@@ -196,10 +202,11 @@ def peak_gib(forecast: dict[str, float]) -> float:
     return sum(value for name, value in forecast.items() if name != "while_loading")
 
 
-def tokens_per_second(sizes: Sizes, length: int, choice: Choice, gpu: str) -> float | None:
-    """Of one worker: what its products take, at the share of their rate reached. None where that is unknown.
+def tokens_per_second(sizes: Sizes, num_tokens: int, length: int, choice: Choice, gpu: str) -> float | None:
+    """Of one worker, for micro-batches of so many tokens: what their products take, at the share of their rate reached.
 
-    It is for mixtures of experts: nothing was measured of how fast these products are.
+    None where that is unknown: for mixtures of experts nothing was measured of how fast these products are, and small
+    layers take the time of Python and launches, not that of products.
     """
     base, layer = sizes.base, sizes.layer
     if gpu not in PRODUCT_FLOPS or base.experts:
@@ -211,7 +218,8 @@ def tokens_per_second(sizes: Sizes, length: int, choice: Choice, gpu: str) -> fl
         width, share = layer.queries, SHARE_OF_FLOOR
     flops += 7.0 * length * base.num_layers * width
     flops += sum(layer.repeated_flops(level, length) for level in choice.levels)
-    return share * PRODUCT_FLOPS[gpu] / flops
+    speed = share * PRODUCT_FLOPS[gpu] / flops
+    return speed if num_tokens / speed >= LAUNCH_SECONDS * base.num_layers else None
 
 
 def all_layers(sizes: Sizes, level: Keep) -> Choice:

@@ -49,7 +49,7 @@ def passing(known: Sizes, num_tokens: int, length: int, gpu_gib: float | None, g
         room = memory.SHARE_OF_MEMORY * gpu_gib - memory.peak_gib(memory.memory_gib(known, num_tokens, leanest))
         num_resident = max(0, min(num_layers, int(room * GIB // slab)))
     count, on_disk = num_layers - num_resident, known.offload == "nvme"
-    speed = memory.tokens_per_second(known, length, leanest, gpu)
+    speed = memory.tokens_per_second(known, num_tokens, length, leanest, gpu)
     return Passing(
         num_layers, num_resident, slab,
         host_bytes=NUM_SLOTS * slab if on_disk else num_layers * slab,
@@ -108,8 +108,10 @@ def refuse(config: Config, stage: int) -> None:
     if (ds.offload_params == "nvme") != (ds.nvme_path is not None):
         way_out = "Set deepspeed.nvme_path to a folder on a local disk." if ds.nvme_path is None else "Use nvme."
         raise ConfigError(f"{key}: deepspeed.nvme_path is {ds.nvme_path or 'not set'}. {way_out}")
-    if ds.share_base == "world":
-        raise ConfigError(f"deepspeed.share_base=world: with {key} each worker keeps all of the base. Leave it out.")
+    if ds.share_base in ("node", "world"):
+        raise ConfigError(
+            f"deepspeed.share_base={ds.share_base}: with {key} each worker keeps all of the base. Leave it out."
+        )
     if memory.begins_whole(config):
         raise ConfigError(
             f"{key}: model.lora_variant={config.model.lora_variant} begins from whole weights on the GPU. Use lora."

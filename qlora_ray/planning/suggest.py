@@ -15,8 +15,10 @@ from qlora_ray.data.lengths import Lengths
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.facts import ModelFacts
+from qlora_ray.planning.hardware import Hardware
 from qlora_ray.planning.memory import SHARE_OF_MEMORY, peak_gib
-from qlora_ray.planning.plan import Hardware, Plan, layout, make_plan
+from qlora_ray.planning.plan import Plan, make_plan
+from qlora_ray.planning.rows import layout
 from qlora_ray.planning.table import BATCH_SIZES
 
 TOKENS_PER_PASS = {True: 8192, False: 1024}  # on a GPU or not; more is no faster

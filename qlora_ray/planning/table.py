@@ -8,9 +8,11 @@ from qlora_ray.model import host
 from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import LONG_ROW, Choice, Keep, Room, choose
 from qlora_ray.planning import holding, memory, offload
+from qlora_ray.planning.deepspeed import zero_stage
 from qlora_ray.planning.early import as_stored, facts_at_hand
 from qlora_ray.planning.memory import GIB, SHARE_OF_MEMORY
-from qlora_ray.planning.plan import may_hold_weights, shown_layers, zero_stage
+from qlora_ray.planning.plan import shown_layers
+from qlora_ray.planning.recomputation import may_hold_weights
 from qlora_ray.planning.sharing import refuse_sharing, shown_sharing, tokens_of_a_worker
 from qlora_ray.planning.speed import speed_notes
 
@@ -35,14 +37,14 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     each = 2 if config.training.prefers else 1  # rows of tokens
     known = memory.sizes(config, base, base.num_trainable_parameters, zero_stage(config), "bfloat16")
     num_tokens = config.training.batch_size * each * of_worker
-    known, why_shared = holding.decide(config, known, num_tokens, gib)
+    known, why_shared = holding.decide(config, known, num_tokens, gib, workers)  # on one node: others are not known
     refuse_sharing(config, base, known.layer, length)
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
     loading = memory.loading_gib(known)
-    active = f" ({base.num_active_parameters / 1e9:.2f} B for a token)" if base.experts else ""
+    active = f" ({shown_count(base.num_active_parameters)} for a token)" if base.experts else ""
     lines = [
-        f"{config.model.base_model}: {base.num_parameters / 1e9:.2f} B parameters{active}, "
+        f"{config.model.base_model}: {shown_count(base.num_parameters)} parameters{active}, "
         f"LoRA r={config.model.lora_r}, rows of {row} tokens, ZeRO stage {known.stage}, "
         f"{workers} x {gib:g} GiB ({gpu})",
         f"{base.num_trainable_parameters:,} parameters trained, in {shown_layers(base)}",
@@ -51,15 +53,17 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
         *([shown_sharing(config, known.layer, base.num_layers, length)] if is_shared else []),
         f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",
     ]
-    lines[2:2] = filter(None, [holding.shown(known.shares_base, why_shared)])
+    lines[2:2] = filter(None, [holding.shown(known.shares_base, known.num_of_node is not None, why_shared)])
     if passing := offload.passing(known, num_tokens, length, gib, gpu):
         lines.insert(2, f"base on {'disk' if passing.disk_bytes else 'host'}: {passing}")
+    is_unknown = False
     for rows in BATCH_SIZES:
         room = Room((SHARE_OF_MEMORY * gib - resident) * GIB, host_gib * GIB, may_hold_weights(config, known))
         for choice in _choices(known, rows * each * of_worker, room):
             peak = memory.peak_gib(memory.memory_gib(known, rows * each * of_worker, choice))
-            speed = memory.tokens_per_second(known, length, choice, gpu)
+            speed = memory.tokens_per_second(known, rows * each * of_worker, length, choice, gpu)
             shown = f"{workers * speed:,.0f}" if speed else "-"
+            is_unknown |= speed is None
             parked = memory.host_gib(known, rows * each * of_worker, choice)
             on_host = f" ({parked:.1f} GiB on the host)" if of_worker > LONG_ROW else ""
             fits = "" if peak <= SHARE_OF_MEMORY * gib and parked <= host_gib else "  does not fit"
@@ -67,26 +71,35 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     lines += _longest_rows(known, each, config.training.sequence_parallel, gib, host_gib)
     if not _fits(known, each * of_worker, gib) and (way_out := _what_fits(config, base, gib)):
         lines.append(f"one row fits with {way_out}")
+    if is_unknown and not base.experts and gpu in memory.PRODUCT_FLOPS:
+        lines.append("tokens/s is not told where layers are so small that launching them takes longer than their work")
     return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
 
 
+def shown_count(number: int) -> str:
+    """Of parameters, for people."""
+    return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.1f} M"
+
+
 def _longest_rows(known: memory.Sizes, each: int, parts: int, gib: float, host_gib: float) -> list[str]:
-    """Of one row a pass, by where the layers' inputs lie, with the GiB of GPU and host that it takes."""
+    """Of one row a pass, with and without host memory, with the GiB of GPU and host that it takes."""
     lines = []
-    for level, where in ((Keep.HOST, "on the host"), (Keep.INPUT, "on the GPU")):
-        choice, length, taken = memory.all_layers(known, level), 0, (0.0, 0.0)
+    for where, most in (("longest row", host_gib), ("longest row with nothing on the host", 0.0)):
+        length, taken = 0, (0.0, 0.0)
         for step in (2**bit for bit in range(23, 9, -1)):
-            tokens = each * (length + step)
-            of_row = known.of_rows(length + step)
-            peak = memory.peak_gib(memory.memory_gib(of_row, tokens, choice))
-            parked = memory.host_gib(of_row, tokens, choice)
-            if peak <= SHARE_OF_MEMORY * gib and parked <= host_gib:
+            peak, parked = _leanest(known.of_rows(length + step), each * (length + step), most)
+            if peak <= SHARE_OF_MEMORY * gib and parked <= most:
                 length, taken = length + step, (peak, parked)
-        lines.append(
-            f"longest row with the layers' inputs {where}: {length * parts:,} tokens ({taken[0]:.1f} GiB, and "
-            f"{taken[1]:.1f} of {host_gib:.1f} on the host)"
-        )
+        on_host = f", and {taken[1]:.1f} of {most:.1f} on the host" if most else ""
+        lines.append(f"{where}: {length * parts:,} tokens ({taken[0]:.1f} GiB{on_host})")
     return lines
+
+
+def _leanest(known: memory.Sizes, num_tokens: int, host_gib: float) -> tuple[float, float]:
+    """GiB of GPU and host with the layers' inputs on the host, as far as it has room, and the others' on the GPU."""
+    num_layers, room = max(1, known.base.num_layers), Room(0, host_gib * GIB)
+    choice = choose(known.layer, num_layers, num_tokens, known.base.vocab_size, room)
+    return memory.peak_gib(memory.memory_gib(known, num_tokens, choice)), memory.host_gib(known, num_tokens, choice)
 
 
 def _fits(known: memory.Sizes, num_tokens: int, gib: float) -> bool:

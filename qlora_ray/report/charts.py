@@ -43,9 +43,8 @@ def build_charts(run: RunRecord) -> "dict[str, Figure]":
     if series(run.metrics, "loss")[0] or series(run.metrics, "eval_loss")[0]:
         charts["loss"] = loss_chart(run)
     for curve in CURVES:
-        steps, values = series(run.metrics, curve.metric)
-        if steps:
-            charts[curve.metric] = curve_chart(curve, steps, values)
+        if series(run.metrics, curve.metric)[0]:
+            charts[curve.metric] = curve_chart(curve, run)
     if split := time_split(run):
         charts["seconds"] = seconds_chart(split)
     found = memory(run)
@@ -78,16 +77,22 @@ def loss_chart(run: RunRecord) -> "Figure":
     return figure
 
 
-def curve_chart(curve: Curve, steps: list[int], values: list[float]) -> "Figure":
-    """One metric over steps."""
+def curve_chart(curve: Curve, run: RunRecord) -> "Figure":
+    """One metric over steps, and what validations found of it."""
     import plotly.graph_objects as go
 
+    steps, values = series(run.metrics, curve.metric)
+    eval_steps, of_validation = series(run.metrics, f"eval_{curve.metric}")
     figure = go.Figure(layout=layout(height=210))
     hover = f"step %{{x:,}}<br><b>%{{y:{curve.hover_format}}}</b><extra></extra>"
     raw_style = {"opacity": 0.4, "line": {"color": BLUE, "width": 1}} if curve.is_noisy else {"line": {"color": BLUE}}
     figure.add_scatter(x=steps, y=values, hovertemplate=hover, **raw_style)
     if curve.is_noisy:
         figure.add_scatter(x=steps, y=smooth(values), hoverinfo="skip", line={"color": BLUE, "width": 2})
+    if eval_steps:
+        held_out = hover.replace("<extra></extra>", "<extra>validation</extra>")
+        style = {"line": {"color": ORANGE, "width": 2}, "marker": {"color": ORANGE, "size": 5}}
+        figure.add_scatter(x=eval_steps, y=of_validation, mode="lines+markers", hovertemplate=held_out, **style)
     figure.update_yaxes(tickformat=curve.tick_format, rangemode="tozero", nticks=5)
     return figure
 

@@ -33,6 +33,7 @@ KEYS = {
     "(training.global_batch_size)",
     "start_from": "sha256 of model.start_from's adapter_model.safetensors",
     "base": "model.base_model", "base.model_type": "model.base_model's model_type",
+    "base.rope_scaling": "model.rope_scaling",
     "base.num_parameters": "model.base_model's parameters", "base.sha256": "model.base_model's files",
 }  # fmt: skip
 
@@ -75,7 +76,10 @@ def run_identity(
 ) -> dict[str, Any]:
     """What must not change between a run and its resumption; `start` is the lineage of model.start_from."""
     model = config.model
-    code = {"factory": model.factory, "code": model.revision if model.trust_remote_code else None}
+    code = {
+        "factory": model.factory, "code": model.revision if model.trust_remote_code else None,
+        "rope_scaling": model.rope_scaling,
+    }  # fmt: skip
     return {
         "order": config.data.order,
         "data": data.fingerprint,

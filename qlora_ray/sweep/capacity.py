@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
-from qlora_ray.planning.plan import Hardware, Plan, held
+from qlora_ray.planning.hardware import Hardware, held
+from qlora_ray.planning.plan import Plan
 from qlora_ray.sweep import space
 
 

@@ -13,7 +13,8 @@ from qlora_ray.console import console, say_note
 from qlora_ray.model.facts import read_facts
 from qlora_ray.planning import memory
 from qlora_ray.planning.early import local_base
-from qlora_ray.planning.plan import Hardware, Plan
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import Plan
 from qlora_ray.sweep import capacity, screen, space
 
 REFERENCE_GPU = "H100"
@@ -59,12 +60,13 @@ def hardware_of(config: Config) -> tuple[Hardware, bool]:
 
 
 def _cost(config: Config, one: Config, plan: Plan, steps: int) -> dict[str, str]:
-    tokens = steps * plan.global_batch_size * one.training.max_length
-    rows = {"tokens": f"at most {tokens:,} ({plan.global_batch_size} rows x {one.training.max_length} a step)"}
+    of_row = plan.tokens_per_micro_batch * one.training.sequence_parallel // plan.micro_batch_size
+    tokens = steps * plan.global_batch_size * of_row
+    rows = {"tokens": f"at most {tokens:,} ({plan.global_batch_size} rows x {of_row} a step)"}
     facts = read_facts(local_base(one))
     known = memory.sizes(one, facts, plan.num_trainable_parameters, plan.zero_stage, "bfloat16")
     choice = memory.all_layers(known, memory.Keep.HOST)
-    speed = memory.tokens_per_second(known, one.training.max_length, choice, REFERENCE_GPU)
+    speed = memory.tokens_per_second(known, plan.tokens_per_micro_batch, one.training.max_length, choice, REFERENCE_GPU)
     if speed:
         rows["time"] = f"about {tokens / speed / 3600:.2f} {REFERENCE_GPU} hours at {speed:,.0f} tokens/s each, and "
         rows["time"] += "the start of each trial; on CPUs only a trial can tell"

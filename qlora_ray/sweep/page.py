@@ -14,8 +14,6 @@ from qlora_ray.sweep import charts, results, space
 from qlora_ray.sweep.importance import MIN_TRIALS, common_step, importance
 from qlora_ray.sweep.ledger import Ledger, TrialRecord
 
-CURVES = {"loss": "Training loss, nats per token", "eval_loss": "Validation loss, nats per token"}
-
 
 def write(run: Path, config: Config, ledger: Ledger, summary: dict[str, Any]) -> Path:
     """Write sweep.html in one rename."""
@@ -29,7 +27,8 @@ def render_sweep(run: Path, config: Config, ledger: Ledger, summary: dict[str, A
     folders = {record.name: run / names.TRIALS / record.name for record in records}
     lines = {name: read_run(folder).metrics for name, folder in folders.items() if folder.exists()}
     exploits = {record.name: record.exploits for record in records}
-    figures = {name: charts.curves_chart(lines, name, exploits) for name in CURVES}
+    titles = curves(config)
+    figures = {name: charts.curves_chart(lines, name, exploits) for name in titles}
     figures = {name: figure for name, figure in figures.items() if figure is not None}
     step, points = comparable(records, sweep.metric)
     sign = 1 if space.mode_of(sweep) == "min" else -1
@@ -43,7 +42,7 @@ def render_sweep(run: Path, config: Config, ledger: Ledger, summary: dict[str, A
         status=summary["status"],
         reason=summary["reason"],
         figures=key_figures(summary, sweep.metric),
-        curves={name: title for name, title in CURVES.items() if name in figures},
+        curves={name: title for name, title in titles.items() if name in figures},
         keys=list(sweep.parameters),
         rows=[_row(record, config) for record in ranked(records, config)],
         best=summary["best"],
@@ -56,6 +55,14 @@ def render_sweep(run: Path, config: Config, ledger: Ledger, summary: dict[str, A
         config_yaml=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
     )
     return render(Page("sweep.html.j2", figures, values))
+
+
+def curves(config: Config) -> dict[str, str]:
+    """The title of each curve: both losses, and what decides where that is another figure."""
+    unit = {"answers": "nats per token", "pairs": "mean over pairs", "labels": "mean over answers"}
+    of = unit[config.training.records]
+    titles = {"loss": f"Training loss, {of}", "eval_loss": f"Validation loss, {of}"}
+    return {space.sweep_of(config).metric: space.sweep_of(config).metric, **titles}
 
 
 def comparable(records: list[TrialRecord], metric: str) -> tuple[int | None, list[tuple[str, dict[str, Any], float]]]:

@@ -20,7 +20,9 @@ from qlora_ray.data.prepare import prepare
 from qlora_ray.data.spread import run_on_cores, run_on_ray
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import as_stored, exact_facts, read_deepspeed_json, refuse_before_ray
-from qlora_ray.planning.plan import Hardware, Plan, layout, make_plan, storage_bytes
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import Plan, make_plan, storage_bytes
+from qlora_ray.planning.rows import layout
 from qlora_ray.rundir import directory, names
 from qlora_ray.sweep import board, capacity, exploit, page, results, screen, space
 from qlora_ray.sweep.ledger import FILE, Ledger
@@ -77,7 +79,7 @@ def check_early(config: Config, configs: list[Config]) -> None:
 
 def check_records_once(configs: list[Config]) -> None:
     """Look at the records, once for all trials that read the same. Raises ConfigError."""
-    for one in {repr(one.data): one for one in configs}.values():
+    for one in {repr((one.data, one.training.records)): one for one in configs}.values():
         check_records(one)
 
 
@@ -95,17 +97,9 @@ def prepare_trials(configs: list[Config], folder: Any, hardware: Hardware, inlin
             bases[base] = exact_facts(one)
         one, facts = as_stored(one), bases[base]
         how = layout(one, facts)
-        key = repr(
-            (
-                one.data,
-                one.model.base_model,
-                one.model.revision,
-                one.model.new_tokens,
-                one.training.seed,
-                one.training.max_length,
-                how,
-            )
-        )
+        model, training = one.model, one.training
+        of_base = model.base_model, model.revision, model.new_tokens
+        key = repr((one.data, of_base, training.records, training.seed, training.max_length, how))
         if key not in prepared:
             prepared[key] = prepare(one, folder, how, runner, console.out)
         plans.append(make_plan(one, prepared[key].stats, facts, hardware, read_deepspeed_json(one)))

@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from qlora_ray.errors import ConfigError
@@ -46,7 +49,8 @@ def load(run: Run, team: Team, device: torch.device) -> Loaded:
         return Loaded(load_base(config.model, config.quantization, plan.compute_dtype, device), [], False)
     keeper: Keeper = Whole() if away is None else away
     if is_share:
-        keeper = patches.Shares(plan.deepspeed, getattr(torch, plan.compute_dtype))
+        group = _group_of_node(team) if plan.is_shared_by_node else None
+        keeper = patches.Shares(plan.deepspeed, getattr(torch, plan.compute_dtype), group)
 
     def load_with(cache: Cache) -> Loaded:
         how = config.model, config.quantization, plan.compute_dtype, device, keeper, cache
@@ -71,6 +75,15 @@ def load(run: Run, team: Team, device: torch.device) -> Loaded:
         elif team.rank == 0:
             place.finish(Path(folder))
         return loaded
+
+
+def _group_of_node(team: Team) -> Any:
+    """The process group of this node's workers. Every worker must call this."""
+    nodes = team.gather(os.environ.get("NODE_RANK", "0"))  # which Ray Train sets
+    groups = {
+        node: dist.new_group([r for r, other in enumerate(nodes) if other == node]) for node in sorted(set(nodes))
+    }
+    return groups[nodes[team.rank]]
 
 
 def _away_of(run: Run, team: Team) -> Away:

@@ -1,6 +1,6 @@
 """The home of DeepSpeed: builds the ZeRO engine, steps it, and takes its state apart by parameter name.
 
-What is changed or read inside DeepSpeed for it lies in deepspeed_patches.py.
+What is changed or read inside DeepSpeed for it lies in deepspeed_patches/.
 """
 
 import math
@@ -15,6 +15,7 @@ from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import trainable
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.flat import FlatLora
+from qlora_ray.worker.graphs import Graphs
 from qlora_ray.worker.state import MOMENTS, AdapterState
 from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.sums import OrderedSum
@@ -69,6 +70,7 @@ class Engine:
             self._verdict = torch.empty((), dtype=torch.bool, pin_memory=True)
         self._sum = OrderedSum(self._flat.numel, wholes[0].device)
         self._grad_norm: torch.Tensor | None = None
+        self.graphs: Graphs | None = None  # of micro-batches, where those gain from them
         model.register_forward_pre_hook(lambda *_: self._flat.attach())  # after ZeRO's own
         for state in self._torch_optimizer().state.values():  # some wrappers begin with an empty step: not counted
             state["step"].zero_()
@@ -100,9 +102,17 @@ class Engine:
         else:
             (loss * self._loss_scale()).backward()
 
-    def add_up(self, num_present: int) -> None:
-        """Add what `backward` has computed on the first `num_present` workers. Every worker must call this."""
-        self._sum.add(self._flat.take_gradients(), num_present)
+    def record_graphs(self, widest: int) -> None:
+        """Have micro-batches of rows of up to `widest` tokens recorded from now on. Not at stage 3."""
+        assert not self._is_sharded, "ZeRO-3's hooks are Python, which no graph repeats"
+        self.graphs = Graphs(self, self._flat, widest)
+
+    def add_up(self, num_present: int, gradient: torch.Tensor | None = None) -> None:
+        """Add what `backward` has computed on the first `num_present` workers, or a gradient that a graph has made.
+
+        Every worker must call this.
+        """
+        self._sum.add(self._flat.take_gradients() if gradient is None else gradient, num_present)
 
     def step(self, learning_rate: float) -> bool:
         """Update the weights with what `add_up` has added up; False where it is not finite, and nothing changes.

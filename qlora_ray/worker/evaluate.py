@@ -150,7 +150,9 @@ def _length(prompt: dict[str, Any]) -> int:
 def context_length(config: Any) -> int:
     """Positions of a model; where its config does not say, more than there can be."""
     text = config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or sys.maxsize
+    learned, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+    # The other types of RoPE for long rows say in max_position_embeddings how far they reach.
+    return int(learned * rope["factor"]) if learned and rope.get("rope_type") == "linear" else learned or sys.maxsize
 
 
 def _answers(worker: Worker, prompts: list[dict[str, Any]], adapter_on: bool) -> list[str]:

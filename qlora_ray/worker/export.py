@@ -84,9 +84,12 @@ def about(run: Run, reached: dict[str, Any]) -> dict[str, Any]:
         "layout": LAYOUT,
         "run_name": run.folder.name,
         "step": reached["step"],
-        "base": _describe_base(
-            config.model.base_model, config.model.revision, config.model.trust_remote_code, config.model.factory
-        ),
+        "base": {
+            **_describe_base(
+                config.model.base_model, config.model.revision, config.model.trust_remote_code, config.model.factory
+            ),
+            **({"rope_scaling": config.model.rope_scaling} if config.model.rope_scaling else {}),
+        },
         "quantization": {**config.quantization.model_dump(), "compute_dtype": plan.compute_dtype},
         **({"start_from": manifest["start_from"]} if "start_from" in manifest else {}),
         "data": manifest["data"],

@@ -86,6 +86,18 @@ class FlatLora:
                 matrix.grad = None
         return torch.cat(parts)
 
+    def gradients_of(self, loss: torch.Tensor) -> torch.Tensor:
+        """Those of a loss alone, as `take_gradients` has them; nothing is added to what that returns."""
+        matrices = [owner.__dict__[attribute] for places in self._places.values() for owner, attribute, *_ in places]
+        found = torch.autograd.grad(loss, matrices, allow_unused=True)
+        pairs = zip(matrices, found, strict=True)
+        return torch.cat([torch.zeros_like(one).flatten() if grad is None else grad.flatten() for one, grad in pairs])
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the matrices lie now."""
+        return tuple(parameter.data_ptr() for parameter in self.parameters.values())
+
     def cut(self, gradients: torch.Tensor) -> dict[str, torch.Tensor]:
         """What `take_gradients` returned, by whole, each padded as its parameter is."""
         sizes = [sum(shape.numel() for *_, shape in places) for places in self._places.values()]

@@ -160,17 +160,31 @@ def optimizer_step(
     stopwatch.start()
     for micro_batch in micro_batches:
         stopwatch.mark("data")
-        loss, sums = _sums(engine, micro_batch)
-        stopwatch.mark("forward")
-        engine.backward(loss / num_summands)
-        stopwatch.mark("backward")
-        engine.add_up(micro_batch.num_present)
+        sums = _learn(engine, micro_batch, num_summands, stopwatch)
         stopwatch.mark("communication")
         if micro_batch.counts:
             each.append(sums)
     is_finite = engine.step(learning_rate)
     stopwatch.mark("optimizer")
     return each, is_finite
+
+
+def _learn(engine: Engine, micro_batch: MicroBatch, num_summands: int, stopwatch: Stopwatch) -> torch.Tensor:
+    """Forward and backward pass, whose gradient is added up; returns what is added up for the log."""
+    batch = engine.graphs.padded(micro_batch.tensors) if engine.graphs else None
+    if engine.graphs and batch is not None:
+        micro_batch = replace(micro_batch, tensors=batch)
+        if recorded := engine.graphs.of(batch):
+            sums, gradient = recorded.replay(batch, num_summands)
+            stopwatch.mark("backward")  # forward too: they are one launch
+            engine.add_up(micro_batch.num_present, gradient)
+            return sums
+    loss, sums = _sums(engine, micro_batch)
+    stopwatch.mark("forward")
+    engine.backward(loss / num_summands)
+    stopwatch.mark("backward")
+    engine.add_up(micro_batch.num_present)
+    return sums
 
 
 def _sums(engine: Engine, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,6 +86,15 @@ def keep_what_fits(
     return choice
 
 
+def fits_twice(model: Any, config: Config, plan: Plan, device: torch.device) -> bool:
+    """Whether all that fused layers keep for backward has room twice: what a graph holds, nothing else can use."""
+    if device.type != "cuda":
+        return False
+    choice = Choice((Keep.ALL,) * len(fused_layers(model)))
+    once = activation_bytes(plan.layer_shape, choice, plan.tokens_per_micro_batch, model.config.vocab_size)
+    return 2 * once <= _room_for_activations(config, plan, device)
+
+
 def _room_on_host(device: torch.device) -> float:
     """Bytes of host memory for this worker's layers; nothing is parked on a CPU."""
     if device.type != "cuda":

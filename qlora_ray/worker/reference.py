@@ -50,6 +50,7 @@ def fingerprint(run: Run, device: str) -> str:
     parts = (
         run.rows.name, describe_base(config.model)["sample_sha256"], config.quantization.model_dump(),
         plan.compute_dtype, plan.micro_batch_size, start, device,
+        *([config.model.rope_scaling] if config.model.rope_scaling else []),
     )  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

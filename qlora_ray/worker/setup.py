@@ -26,12 +26,12 @@ from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse, fused_layers, is_fused
 from qlora_ray.model.homes import Away
 from qlora_ray.model.hub import local_folder
-from qlora_ray.model.layer import own_dropout
 from qlora_ray.model.load import Source
 from qlora_ray.model.plain import plain_layers
 from qlora_ray.model.ring import Ring, make_ring
 from qlora_ray.model.row_group import make_row_group
 from qlora_ray.model.start import WEIGHTS, load_weights
+from qlora_ray.model.traits import own_dropout
 from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import names
 from qlora_ray.storage import SHARE_IT, Folder
@@ -39,6 +39,7 @@ from qlora_ray.worker import base, recomputation
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.engine import Engine
+from qlora_ray.worker.graphs import gains_from_graphs
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Run
 from qlora_ray.worker.state import AdapterState
@@ -192,7 +193,10 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
         check_same_weights(loaded.sources, config.training.seed, team, ring)
         if before is not None:
             check_same_loss(before, _loss(engine.module, sample), plan)
-    recomputation.keep_what_fits(model, config, plan, device, ring)
+    choice = recomputation.keep_what_fits(model, config, plan, device, ring)
+    if gains_from_graphs(model, config, plan, choice) and recomputation.fits_twice(model, config, plan, device):
+        log.info("micro-batches are launched as one graph each, once their shape has come a few times")
+        engine.record_graphs(plan.longest_sample)
     engine.train()
     return engine
 
@@ -249,7 +253,7 @@ def check_same_loss(before: float, after: float, plan: Plan) -> None:
 def check_same_weights(sources: list[Source], seed: int, team: Team, ring: Ring | None = None) -> None:
     """Raise GuardError where the workers do not hold together what the files hold: of a layer in 4 bits and another.
 
-    Those are chosen by seed; rank 0 reads and packs them anew. Every worker must call this.
+    Those are chosen by seed; the first of those that hold one reads and packs it anew. Every worker must call this.
     """
     generator = random.Random(seed)
     packed = [one for one in sources if hasattr(one.parameter, "quant_state")]
@@ -258,8 +262,8 @@ def check_same_weights(sources: list[Source], seed: int, team: Team, ring: Ring 
         if ring:
             ring.bring(source.parameter)
         whole = patches.whole_of(source.parameter)
-        is_held = team.gather(team.rank > 0 or source.is_held(whole))[0]
-        if not is_held:
+        is_other = patches.rank_among_holders(source.parameter, team.rank) > 0
+        if not all(team.gather(is_other or source.is_held(whole))):
             raise GuardError(
                 f"{source.name}: what the workers hold together is not what the base's files give. Likely cause: "
                 "packed 4-bit bytes were cast (bnb_4bit_quant_storage must be uint8), a DeepSpeed option re-quantizes "

@@ -6,6 +6,7 @@ import torch
 from qlora_ray.model import ops_plain, slices
 from qlora_ray.model.dropout import Drop
 from qlora_ray.model.fused import fused_layers, keep
+from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.norm import Norm
 from qlora_ray.model.ops_plain import Angles
 from qlora_ray.model.recompute import Choice, Keep
@@ -104,16 +105,41 @@ def test_what_long_rows_keep_changes_no_bit(tmp_path, dtype, batch, monkeypatch)
         assert all(torch.equal(value, found[0][1][name]) for name, value in gradients.items())
 
 
-def test_attention_of_a_long_row_is_the_same_from_the_host(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of two layers that are wide enough for the kernels of large ones."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return tiny_models.save("llama", tmp_path_factory.mktemp("wide"), **sizes)
+
+
+def long_row(count: int) -> dict:
+    ids = torch.randint(3, 2048, (1, count), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("model", [{}, {"lora_dropout": 0.1}, {"lora_variant": "dora"}])
+def test_slices_on_and_off_have_the_same_bits(folder, model, monkeypatch):
+    """Of the last layer's MLP: kernels behind it, of attention, may add in another order each time."""
+    found = []
+    for takes_slices in (True, False):
+        monkeypatch.setattr(FusedLayer, "takes_slices", takes_slices)
+        made = fused_models.build(folder, torch.bfloat16, "cuda", **model)
+        keep(made, Choice((Keep.INPUT,) * 2))
+        torch.manual_seed(7)
+        found.append(fused_models.nats_and_gradients(made, long_row(20000)))
+    (nats, one), (other_nats, other) = found
+    of_last = [name for name in one if "layers.1.mlp" in name]
+    assert nats == other_nats and len(of_last) >= 6
+    assert all(torch.equal(one[name], other[name]) for name in of_last)
+
+
+def test_attention_of_a_long_row_is_the_same_from_the_host(folder):
     """16,384 tokens: large enough to be parked, by the kernel that long rows take."""
-    folder = tiny_models.save("llama", tmp_path, hidden_size=512, intermediate_size=1024, num_attention_heads=4,
-                              num_key_value_heads=2)  # fmt: skip
     made = fused_models.build(folder, torch.bfloat16, "cuda")
-    ids = torch.randint(3, 2048, (1, 16384), generator=torch.Generator().manual_seed(0))
     found = []
     for level in (Keep.ALL, Keep.PARKED):
         keep(made, Choice((level,) * 2))
-        found.append(fused_models.nats_and_gradients(made, {"input_ids": ids, "labels": ids}))
+        found.append(fused_models.nats_and_gradients(made, long_row(16384)))
     assert found[0][0] == found[1][0]
     error = fused_models.error(found[1][1], found[0][1])
     assert error < 1e-2  # backward kernels may add in another order each time

@@ -10,7 +10,8 @@ from qlora_ray.config import Config
 from qlora_ray.data.rows import find
 from qlora_ray.data.tokenize import IGNORE_INDEX, Sample
 from qlora_ray.planning.early import exact_facts
-from qlora_ray.planning.plan import Hardware, Plan, make_plan
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import Plan, make_plan
 from qlora_ray.storage import Folder, open_folder
 from qlora_ray.worker import setup
 from qlora_ray.worker.engine import Engine

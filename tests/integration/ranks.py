@@ -26,7 +26,9 @@ class Job:
     steps: int = 2
     is_loaded_whole: bool = False  # by each worker, before ZeRO takes it apart
     place: str = ""  # of run and cache, where jobs share it
+    takes_as_long: bool = False  # the rows: by slices of 16 tokens, with attention parked
     rows: list[list[int]] = dataclasses.field(default_factory=list)  # lengths of the samples of each; []: a batch's two
+    num_nodes: int = 1  # that the workers seem to live on
     fault: str = (
         ""  # "flip": the last worker holds a wrong byte of each weight; "cast": all hold packed bytes as numbers
     )
@@ -76,7 +78,7 @@ def run(size: int, folder: Path, *jobs: Job) -> list[list[Held]]:
         )
         for rank in range(size)
     ]  # fmt: skip
-    said = [worker.communicate(timeout=300)[0] for worker in workers]
+    said = [worker.communicate(timeout=500)[0] for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), (folder / "0.log").read_text()[-3000:]
     by_worker = [[Held(**held) for held in json.loads(one.splitlines()[-1])] for one in said]
     return list(map(list, zip(*by_worker, strict=True)))
@@ -96,6 +98,7 @@ def work(folder: Path, job: Job) -> Held:
     from tests.integration import engines, tiny_models
 
     rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ["NODE_RANK"] = str(rank * job.num_nodes // size)
     base.begins_whole = (lambda *_: True) if job.is_loaded_whole else begins_whole
     keep = deepspeed_patches.Shares.keep
 
@@ -122,7 +125,8 @@ def work(folder: Path, job: Job) -> Held:
         share = getattr(parameter, "ds_tensor", None)
         if "lora" in name or share is None:
             continue
-        held = max(0, min(share.numel(), parameter.ds_numel - rank * share.numel()))
+        place = deepspeed_patches.rank_among_holders(parameter, rank)
+        held = max(0, min(share.numel(), parameter.ds_numel - place * share.numel()))
         shares[name] = f"{share.dtype} {tuple(parameter.ds_shape)} {share.numel()} {digest(share[:held])}"
         persistent += [name] * parameter.ds_persist
         state = getattr(parameter, "quant_state", None)
@@ -139,7 +143,11 @@ def train_on_rows(folder: Path, job: Job, config: Any) -> Held:
     from qlora_ray.data.delivery import Stream
     from qlora_ray.data.order import Order
     from qlora_ray.data.rows import open_rows
+    from qlora_ray.model import slices
     from qlora_ray.model.adapter import add_adapter, trainable
+    from qlora_ray.model.fused import fused_layers
+    from qlora_ray.model.fused import keep as keep_of
+    from qlora_ray.model.recompute import LONG_ROW, SLICE_ROWS, Choice, Keep
     from qlora_ray.worker import setup
     from qlora_ray.worker.evaluate import validation_loss
     from qlora_ray.worker.loop import optimizer_step
@@ -163,6 +171,9 @@ def train_on_rows(folder: Path, job: Job, config: Any) -> Held:
     setup.add_adapter = add_begun  # type: ignore[assignment]
     engine = setup.build_engine(run, team, device, 0, None)  # type: ignore[arg-type]
     setup.add_adapter = add_adapter
+    slices.LONG_ROW, slices.SLICE_ROWS = (8, 16) if job.takes_as_long else (LONG_ROW, SLICE_ROWS)
+    if job.takes_as_long:
+        keep_of(engine.module, Choice((Keep.PARKED,) * len(fused_layers(engine.module))))
     order = Order(len(open_rows(rows, "train")), 0, run.plan.micro_batch_size, run.plan.micro_batches_per_step)
     counts, seat = RowCounts(rows, order), seat_of(team.rank, team.size, config.training.sequence_parallel)
     stream = Stream(rows, order, seat.group, seat.num_groups, 0, job.steps)

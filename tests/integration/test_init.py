@@ -10,7 +10,9 @@ from qlora_ray import init, plan
 from qlora_ray.config import load_config
 from qlora_ray.data.prepare import prepare
 from qlora_ray.planning.early import exact_facts, refuse_before_ray
-from qlora_ray.planning.plan import Hardware, layout, make_plan
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import make_plan
+from qlora_ray.planning.rows import layout
 from qlora_ray.storage import open_folder
 from tests.integration import door, tiny_models
 

@@ -85,7 +85,8 @@ def settings(folder: Path, name: str, num_workers: int) -> list[str]:
     return [
         "-c", "configs/dpo.yaml", "training.objective=kto", "training.rpo_alpha=0",
         f"data.train_file={folder}/kto.json", f"ray.storage_path={folder}", f"ray.run_name={name}",
-        f"ray.num_workers={num_workers}", f"training.gradient_accumulation_steps={2 // num_workers}",
+        f"ray.num_workers={num_workers}", f"training.gradient_accumulation_steps={4 // num_workers}",
+        "ray.resources_per_worker={CPU: 0.5}",
         "training.max_steps=6", "logging.every_steps=1", "training.eval_every_steps=2", "checkpoint.every_steps=2",
         "evaluation.num_prompts=0", "model.lora_r=8",
     ]  # fmt: skip
@@ -100,15 +101,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_one_worker_that_was_killed_and_resumed_ends_with_the_bits_of_two(folder):
-    arguments = settings(folder, "killed", 1)
+@pytest.mark.parametrize("num_workers", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 4))])
+def test_workers_that_were_killed_and_resumed_end_with_the_bits_of_two(num_workers, folder):
+    name = f"killed-{num_workers}"
+    arguments = settings(folder, name, num_workers)
     process = door.start(*arguments)
-    door.wait_for_step(folder / "killed", 3, process)
+    door.wait_for_step(folder / name, 3, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     resumed = door.run(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    ended = (folder / name / "adapter" / "adapter_model.safetensors" for name in ("two", "killed"))
+    ended = (folder / name / "adapter" / "adapter_model.safetensors" for name in ("two", name))
     assert len(set(map(door.sha256, ended))) == 1
 
 

@@ -1,9 +1,6 @@
 """New tokens and modules that are trained whole: through sharding, checkpoint, adapter, plain PEFT and merging."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -23,7 +20,7 @@ from qlora_ray.model.record import open_adapter
 from qlora_ray.planning.early import exact_facts
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.export import write_adapter
-from tests.integration import adapters, door, engines, tiny_models
+from tests.integration import adapters, door, engines, many_runs, tiny_models
 
 CPU = torch.device("cpu")
 TOKENS = ["<tool>", "</tool>"]
@@ -160,34 +157,28 @@ def test_what_cannot_be_trained_so_is_refused_by_name(family, model, said, tmp_p
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[Path]:
-    """The same run of one and of two workers, and one that was cut and went on, on records with new tokens."""
+    """The same run of one and of two workers on records with new tokens, the latter whole and gone on with."""
     folder = tmp_path_factory.mktemp("runs")
     lines = [{"instruction": f"count {i}", "output": f"<tool>{i}</tool>"} for i in range(24)]
     (folder / "rows.json").write_text(json.dumps(lines))
 
-    def config_of(name: str, workers: int, steps: int) -> dict:
+    def config_of(name: str, workers: int) -> dict:
         return {
             "data": {"train_file": f"{folder}/rows.json"}, "model": {"new_tokens": TOKENS},
-            "training": {"max_steps": steps, "batch_size": 2, "global_batch_size": 4, "max_length": 64,
-                         "learning_rate": 3e-3, "lr_schedule": "constant"},
-            "checkpoint": {"every_steps": 2}, "evaluation": {"num_prompts": 2, "max_new_tokens": 8},
+            "training": {"max_steps": 6, "batch_size": 2, "global_batch_size": 4, "max_length": 64,
+                         "learning_rate": 3e-3},
+            "checkpoint": {"every_steps": 2, "keep": 3}, "evaluation": {"num_prompts": 2, "max_new_tokens": 8},
             "ray": {"num_workers": workers, "storage_path": str(folder), "run_name": name},
         }  # fmt: skip
 
-    for configs in ([config_of("one", 1, 6)], [config_of("two", 2, 6), config_of("cut", 2, 4), config_of("cut", 2, 6)]):
-        ran = subprocess.run(
-            [sys.executable, "-m", "tests.integration.many_runs"], input=json.dumps(configs), text=True,
-            capture_output=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
-    return [folder / name for name in ("one", "two", "cut")]
+    many_runs.train([config_of("one", 1), config_of("two", 2), config_of("two", 2)])
+    return [folder / "one", folder / "two", many_runs.whole(folder / "two")]
 
 
 def weights_of(run: Path) -> str:
     return door.sha256(run / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.timeout(900)
 def test_runs_of_one_and_two_workers_and_a_resumed_one_have_the_same_bits(runs):
     assert len({weights_of(run) for run in runs}) == 1
     config = json.loads((runs[0] / "adapter" / "adapter_config.json").read_text())
@@ -197,7 +188,6 @@ def test_runs_of_one_and_two_workers_and_a_resumed_one_have_the_same_bits(runs):
     assert "`<tool>`, `</tool>`" in card and f"resize_token_embeddings({rows})" in card
 
 
-@pytest.mark.timeout(900)
 def test_doors_take_a_run_with_new_tokens_as_any_other(runs, tmp_path, capsys):
     adapter = str(runs[0] / "adapter")
     merged = tmp_path / "merged"

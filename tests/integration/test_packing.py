@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_ray.data.tokenize import Sample
-from qlora_ray.planning.plan import PACKED_MODEL_TYPES
+from qlora_ray.planning.rows import PACKED_MODEL_TYPES
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from tests.integration import tiny_models

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_ray import evaluate, train
-from qlora_ray.config import Config, TrainingConfig
-from qlora_ray.data.order import NO_ROW
+from qlora_ray.config import Config, TrainingConfig, base_model_path
+from qlora_ray.data.order import NO_ROW, Order
 from qlora_ray.data.rows import Rows
 from qlora_ray.data.tokenize import IGNORE_INDEX, Sample
 from qlora_ray.model.adapter import add_adapter, trainable
@@ -136,7 +136,8 @@ def one_thread_a_worker():
 def settings(storage, name, num_workers, *more):
     return [
         "-c", "configs/dpo.yaml", f"ray.storage_path={storage}", f"ray.run_name={name}",
-        f"ray.num_workers={num_workers}", f"training.gradient_accumulation_steps={2 // num_workers}",
+        f"ray.num_workers={num_workers}", f"training.gradient_accumulation_steps={4 // num_workers}",
+        "ray.resources_per_worker={CPU: 0.5}", "training.metric_for_best_model=eval_rewards/accuracies",
         "training.max_steps=8", "training.eval_every_steps=4", "logging.every_steps=1", "checkpoint.every_steps=2",
         "evaluation.num_prompts=2", "evaluation.max_new_tokens=8", "model.lora_r=8", *more,
     ]  # fmt: skip
@@ -169,6 +170,13 @@ def test_figures_have_trls_names_and_margins_grow(storage):
     assert validations[-1]["eval_loss"] < validations[0]["eval_loss"]
 
 
+def test_best_adapter_is_that_of_the_figure_that_decides(storage):
+    validations = [line for line in door.metrics(storage / "two") if "eval_loss" in line]
+    best = max(validations, key=lambda line: line["eval_rewards/accuracies"])  # the first of equals
+    assert best["eval_loss"] > min(line["eval_loss"] for line in validations)  # which would have chosen another
+    assert json.loads((storage / "two" / "adapter_best" / "qlora_ray.json").read_text())["step"] == best["step"]
+
+
 def test_report_shows_held_out_pairs_before_and_after(storage):
     pairs = json.loads((storage / "two" / "pairs.json").read_text())
     assert pairs and all(pair["adapter"] > pair["base"] for pair in pairs)
@@ -188,6 +196,27 @@ def test_reference_is_the_base_computed_alone(storage):
     with torch.no_grad():
         expected, _ = log_probabilities(base, batch)
     assert found[batch["places"]].tolist() == pytest.approx(expected.tolist(), abs=2e-4)
+
+
+def test_reference_of_the_cache_is_the_one_computed_live(storage):
+    """To the bit on the same batches; on those of the training, whose padding is another, to float32's last digits."""
+    torch.set_num_threads(1)
+    config = Config.model_validate(door_config(storage / "two"))
+    model = add_adapter(load_base(config.model, config.quantization, "float32", CPU), config.model, torch.float32, 0)
+    fuse(model)
+    manifest = json.loads((storage / "two" / "manifest.json").read_text())
+    rows = Rows(open_folder(str(storage / "cache" / manifest["identity"]["data"])), "train")
+    found, size = load_file(reference_file(storage))["train"], config.training.batch_size
+    order = Order(len(rows), config.training.seed, size, 4)
+
+    def live(places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = to_tensors(rows.gather(places), 0, CPU)
+        with torch.no_grad(), model.eval().disable_adapter():
+            return log_probabilities(model, batch)[0], found[batch["places"]]
+
+    for number in range(8):
+        assert torch.equal(*live(np.arange(number * size, (number + 1) * size)))
+        assert torch.allclose(*live(order.rows_of_micro_batch(number // 4, number % 4)), rtol=1e-6, atol=1e-5)
 
 
 def test_model_card_names_the_objective_and_what_its_losses_are_of(storage):
@@ -226,7 +255,7 @@ def door_config(run):
     return yaml.safe_load((run / "config.yaml").read_text())
 
 
-@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 4))])
 def test_reference_computed_anew_and_a_kill_end_with_the_same_bits(num_workers, storage, tmp_path):
     """In a storage path of its own nothing is cached; after the kill the reference is read."""
     name = f"killed-{num_workers}"
@@ -259,19 +288,51 @@ def test_run_from_an_adapter_measures_from_it_and_finds_it_again_once_the_cache_
     assert reference_file(tmp_path).read_bytes() == before
 
 
+SINGLE, PAIR = {"instruction": "x", "output": "y"}, {"prompt": "x", "chosen": "a", "rejected": "b"}
+LABELLED = {"prompt": "x", "completion": "y", "label": True}
+
+
+def turns(asked: str, said: str) -> list[dict]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+
 @pytest.mark.parametrize(
-    ("records", "objective", "told"),
+    ("objective", "record", "told"),
     [
-        ([{"instruction": "x", "output": "y"}], "dpo", "no `chosen`: training.objective asks for pairs"),
-        ([{"prompt": "x", "chosen": "a", "rejected": "b"}], "sft", "training.objective=sft takes single answers"),
-        ([{"prompt": "x", "chosen": "a", "rejected": "a"}], "dpo", "chosen and rejected are the same"),
-        ([{"prompt": "x", "chosen": "a"}], "orpo", "no `rejected`"),
+        ("dpo", SINGLE, "no `chosen`: training.objective asks for pairs"),
+        ("dpo", LABELLED, "no `chosen`: training.objective asks for pairs of answers, chosen and rejected; an answer"),
+        ("dpo", {**PAIR, "rejected": "a"}, "chosen and rejected are the same"),
+        ("dpo", {"chosen": turns("x", "a"), "rejected": turns("y", "b")}, "different prompts"),
+        ("dpo", {**PAIR, "chosen": 3}, "`chosen` is neither a text nor turns"),
+        ("simpo", {**PAIR, "chosen": " "}, "`chosen` is empty"),
+        ("orpo", {"prompt": "x", "chosen": "a"}, "no `rejected`"),
+        ("ipo", {"prompt": "x", "rejected": "a"}, "no `chosen`"),
+        ("cpo", {**PAIR, "rejected": None}, "no `rejected`"),
+        ("kto", SINGLE, "`label` is not there"),
+        ("kto", PAIR, "a pair of answers: training.objective=kto takes single ones with a label; set dpo"),
+        ("kto", {**LABELLED, "label": "good"}, "`label` is neither true nor false"),
+        ("kto", {**LABELLED, "completion": ""}, "`completion` is empty"),
+        ("kto", LABELLED, "all 2 answers are desirable (label: true)"),
+        ("kto", {**LABELLED, "label": False}, "all 2 answers are undesirable (label: false)"),
+        ("sft", PAIR, "training.objective=sft takes single answers; set dpo"),
+        ("sft", LABELLED, "training.objective=sft takes single answers; set kto"),
+        ("sft", {**SINGLE, "kto_tag": False}, "training.objective=sft takes single answers; set kto"),
     ],
 )
-def test_records_of_another_kind_are_refused_before_ray_starts(records, objective, told, tmp_path, refused):
-    (tmp_path / "records.json").write_text(json.dumps(records))
+def test_records_of_another_kind_are_refused_before_ray_starts(objective, record, told, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("ray.init", None)
+    (tmp_path / "records.json").write_text(json.dumps([record, record]))
     more = [f"data.train_file={tmp_path}/records.json", f"training.objective={objective}", "training.rpo_alpha=0"]
     assert told in refused(train, "-c", "configs/dpo.yaml", f"ray.storage_path={tmp_path}", *more)
+
+
+def test_objective_is_not_gone_on_to_from_an_adapter_of_another_rank_or_base(trained, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("ray.init", None)
+    more = ["-c", "configs/dpo.yaml", f"ray.storage_path={tmp_path}", f"model.start_from={trained}"]
+    assert "model.lora_r=16" in refused(train, *more)
+    other = tiny_models.save("llama", tmp_path / "base")
+    told = refused(train, *more, "model.lora_r=8", f"model.base_model={other}")
+    assert str(other) in told and base_model_path("embedded") in told
 
 
 def test_labels_are_of_answers_alone(tmp_path):

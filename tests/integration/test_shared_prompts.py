@@ -11,7 +11,7 @@ from qlora_ray.data.order import NO_ROW
 from qlora_ray.data.rows import Rows
 from qlora_ray.data.tokenize import Sample, _num_shared
 from qlora_ray.model.families import FAMILIES
-from qlora_ray.planning.plan import PACKED_MODEL_TYPES
+from qlora_ray.planning.rows import PACKED_MODEL_TYPES
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.loss import log_probabilities
 from tests import fused_models

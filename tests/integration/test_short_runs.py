@@ -1,21 +1,17 @@
 """A few records and a few steps: what everyone tries first works, and ends with the same bits whatever happens.
 
-All runs of a number of workers share their worker processes, which are what takes the time; each goes through the
-product's own preparation, plan and worker.
+All runs share a Ray, and those of a number of workers their worker processes, which are what takes the time; each goes
+through the product's own preparation, plan and worker.
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from qlora_ray.config import Config, make_config
-from tests.integration import door, tiny_models
+from tests.integration import door, many_runs, tiny_models
 
 
 @dataclass(frozen=True)
@@ -27,15 +23,18 @@ class Case:
     has_validation: bool
     steps: int = 3
     base: str = "embedded"
+    variant: str = "lora"
 
     @property
     def name(self) -> str:
         validated = "validated" if self.has_validation else "alone"
-        return f"{Path(self.base).name}-records{self.records}-stage{self.stage}-{validated}-steps{self.steps}"
+        what = f"{Path(self.base).name}-{self.variant}-records{self.records}-stage{self.stage}"
+        return f"{what}-{validated}-steps{self.steps}"
 
 
 FEW = [
-    Case(12, 3, True), Case(2, 3, True, steps=1), Case(1, 3, False), Case(3, 2, True), Case(5, 0, True)
+    Case(12, 3, True), Case(2, 3, True, steps=1), Case(1, 3, False), Case(3, 2, True), Case(5, 0, True),
+    Case(5, 3, True, variant="dora"),
 ]  # fmt: skip
 ALL = [
     Case(records, stage, has_validation)
@@ -47,11 +46,12 @@ ALL = [
 
 
 def config_of(case: Case, folder: Path, num_workers: int) -> Config:
-    """Validation and a checkpoint at each step, with dropout; the global batch is 4 rows for any number of workers."""
+    """Validation and a checkpoint at each step, dropout but for DoRA; a global batch of 4 rows for any workers."""
     data = folder / f"{case.records}.json"
     data.write_text(json.dumps([{"instruction": f"say {i}", "output": f"{i} it is"} for i in range(case.records)]))
     return make_config({
-        "model": {"base_model": case.base, "lora_dropout": 0.1},
+        "model": {"base_model": case.base, "lora_variant": case.variant,
+                  "lora_dropout": 0.1 if case.variant == "lora" else 0},
         "training": {"max_steps": case.steps, "batch_size": 2, "global_batch_size": 4, "max_length": 32,
                      "eval_every_steps": 1},
         "data": {"train_file": str(data), "validation_split": 0.1 if case.has_validation else 0},
@@ -62,42 +62,28 @@ def config_of(case: Case, folder: Path, num_workers: int) -> Config:
     })  # fmt: skip
 
 
-def train_all(cases: list[Case], folder: Path, num_workers: int) -> None:
-    """Train each case in its run directory, or go on with it."""
-    configs = [config_of(case, folder, num_workers).model_dump(mode="json") for case in cases]
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.integration.many_runs"], input=json.dumps(configs), text=True,
-        capture_output=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
-
-
-def bits(run: Path, step: int) -> list[str]:
+def bits(run: Path, step: int) -> tuple[str, str]:
     newest = run / "checkpoints" / f"step_{step:08d}"
-    return [door.sha256(newest / "optimizer.safetensors"), door.sha256(run / "adapter" / "adapter_model.safetensors")]
+    return door.sha256(newest / "optimizer.safetensors"), door.sha256(run / "adapter" / "adapter_model.safetensors")
 
 
 def check(cases: list[Case], folder: Path) -> None:
-    for num_workers in (1, 2):
-        train_all(cases, folder, num_workers)
-    ended = {}
+    """Train each case with one worker and with two, and again from its first checkpoint."""
+    made = [(config_of(case, folder, num_workers)) for num_workers in (1, 2) for case in 2 * cases]
+    many_runs.train([config.model_dump(mode="json") for config in made])
     for case in cases:
-        one, two = (folder / f"workers{num_workers}" / case.name for num_workers in (1, 2))
+        again = [folder / f"workers{num_workers}" / case.name for num_workers in (1, 2)]
+        runs = [*again, *map(many_runs.whole, again)]
         steps = list(range(1, case.steps + 1))
-        assert list(door.losses(one)) == steps, case
-        assert door.losses(one) == door.losses(two), case
-        assert [line["step"] for line in door.metrics(one) if "eval_loss" in line] == steps * case.has_validation
-        assert (one / "adapter_best").exists() == case.has_validation
-        ended[case] = bits(one, case.steps)
-        assert bits(two, case.steps) == ended[case], case
-        for run in (one, two):
-            for step in steps[1:]:
-                shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
-    for num_workers in (1, 2):
-        train_all(cases, folder, num_workers)
-    for case in cases:
-        for num_workers in (1, 2):
-            assert bits(folder / f"workers{num_workers}" / case.name, case.steps) == ended[case], (case, num_workers)
+        losses = door.losses(runs[0])
+        assert list(losses) == steps, case
+        for run in runs:
+            assert door.losses(run) == losses, run
+            assert [line["step"] for line in door.metrics(run) if "eval_loss" in line] == steps * case.has_validation
+            assert (run / "adapter_best").exists() == case.has_validation
+            log = (run / "logs" / "worker_0.log").read_text()
+            assert case.base != "embedded" or "fused: 4 decoder layers" in log, run
+        assert len({bits(run, case.steps) for run in runs}) == 1, case
 
 
 @pytest.mark.timeout(900)

@@ -71,7 +71,7 @@ def test_first_loss_is_that_of_the_adapter_and_not_of_the_base(storage, trained)
     assert all(0 < distance < 0.5 for distance in far.values())
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_any_number_of_workers_and_a_kill_end_with_the_same_adapter(num_workers, storage, trained, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     name = f"killed-{num_workers}"

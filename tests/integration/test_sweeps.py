@@ -44,6 +44,24 @@ def test_sweep_ends_with_the_best_adapter_and_one_trial_that_failed_on_its_own(t
 
 
 @pytest.mark.slow
+def test_sweep_by_margins_ends_with_the_adapter_that_tells_pairs_apart_best(tmp_path):
+    metric = "eval_rewards/margins"
+    ended = sweeps.run(
+        tmp_path, "margins", "-c", "configs/dpo.yaml", f"sweep.parameters={RATES.replace('1.0e+30', '0.0001')}",
+        "sweep.search=grid", f"sweep.metric={metric}", f"training.metric_for_best_model={metric}",
+        "training.max_steps=10", "ray.num_workers=1",
+    )  # fmt: skip
+    sweep = tmp_path / "margins"
+    assert ended.returncode == 0, ended.stderr
+    reports = {event["trial"]: event[metric] for event in sweeps.events(sweep, "report")}  # the last of each
+    best = door.summary(sweep)["best"]
+    assert best["trial"] == "t0000" and best["value"] == max(reports.values()) > 2 * reports["t0001"]
+    adapters = (sweep / "adapter", sweep / "trials/t0000/adapter_best")
+    assert len({door.sha256(folder / "adapter_model.safetensors") for folder in adapters}) == 1
+    assert len(list((tmp_path / "cache").glob("reference-*"))) == 1  # once for all trials
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("left, why", [(0, "MiB are free at"), (32 * 2**20, "No space left on device")])
 def test_sweep_whose_disk_is_full_fails_no_trial_and_goes_on_once_there_is_space(tmp_path, left, why):

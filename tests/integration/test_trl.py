@@ -1,13 +1,16 @@
 """Preference objectives against TRL's own trainers: ten steps on the same pairs from the same start, in float32.
 
-TRL is in the extra "bench" alone: without it these are skipped.
+Losses, rewards and the gradient of each LoRA matrix. TRL is in the extra "bench" alone: without it these are skipped.
 """
 
 import copy
-from types import SimpleNamespace
+import itertools
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,8 +23,8 @@ from tests.integration import tiny_models
 
 trl = pytest.importorskip("trl")
 
-STEPS, RATE, BETA = 10, 1e-2, 0.1
-CPU = SimpleNamespace(device=torch.device("cpu"))
+STEPS, RATE, BETA, NEAR = 10, 1e-2, 0.1, 1e-5
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
 @pytest.fixture
@@ -52,17 +55,31 @@ def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def step(model, optimizer, loss: torch.Tensor) -> float:
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
+@dataclass(frozen=True)
+class Side:
+    """A model that is trained, and its optimizer."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+
+    def step(self, loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+        """Takes a step; returns the loss and its gradient."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        gradient = {name: value.grad.clone() for name, value in weights_of(self.model).items()}
+        self.optimizer.step()
+        return float(loss.detach()), gradient
 
 
-def same(model, other) -> None:
-    ours, theirs = weights_of(model), weights_of(other)
-    for name, value in ours.items():
-        assert float((value - theirs[name]).detach().norm() / theirs[name].detach().norm()) < 1e-4, name
+def side(model) -> Side:
+    return Side(model, torch.optim.AdamW(weights_of(model).values(), lr=RATE))
+
+
+def same(ours: tuple[float, dict[str, torch.Tensor]], theirs: tuple[float, dict[str, torch.Tensor]]) -> None:
+    """Losses, and the gradient of each LoRA matrix."""
+    assert ours[0] == pytest.approx(theirs[0], rel=NEAR, abs=NEAR)
+    for name, value in ours[1].items():
+        assert float((value - theirs[1][name]).norm() / theirs[1][name].norm()) < NEAR, name
 
 
 PAIRS = [
@@ -71,94 +88,92 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("objective", "loss_types", "more"),
-    [("dpo", ["sigmoid"], {}), ("ipo", ["ipo"], {}), ("dpo", ["sigmoid", "sft"], {"rpo_alpha": 0.7})],
-)
-def test_ten_steps_are_those_of_trls_dpo_trainer(objective, loss_types, more, start, tmp_path):
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+def trainer_of(objective: str, more: dict[str, float], arguments: dict[str, Any]):
+    """TRL's trainer for an objective, and its settings."""
+    if objective in ("dpo", "ipo"):
+        from trl import DPOConfig, DPOTrainer
 
-    model, tokenizer = start
-    ours = copy.deepcopy(model)
-    pairs = 1 if more else 2  # TRL's own SFT term is a mean over the tokens of a batch
-    weights = [1.0, more["rpo_alpha"]] if more else None
-    arguments = DPOConfig(
-        output_dir=str(tmp_path / "out"), beta=BETA, loss_type=loss_types, loss_weights=weights, use_cpu=True,
-        bf16=False, per_device_train_batch_size=pairs, report_to=[], gradient_checkpointing=False,
-        disable_dropout=True,
-    )  # fmt: skip
-    trainer = DPOTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer
-    )
-    optimizers = [torch.optim.AdamW(weights_of(one).values(), lr=RATE) for one in (trainer.model, ours)]
-    training = TrainingConfig.model_validate({"objective": objective, "beta": BETA, **more})
-    frozen = copy.deepcopy(ours)
-    for number, given in enumerate(trainer.get_train_dataloader()):
-        if number == STEPS:
-            break
-        theirs = step(trainer.model, optimizers[0], trainer._compute_loss(trainer.model, given, return_outputs=False))
-        batch = batch_of(given["input_ids"], given["completion_mask"])
-        with torch.no_grad():
-            reference, _ = log_probabilities(frozen, batch)
-        loss, figures = Preference(training, reference).sums(ours, batch)
-        assert step(ours, optimizers[1], loss / pairs) == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-        logged = {name: trainer._metrics["train"][name][-1] for name in FIGURES if name in trainer._metrics["train"]}
-        assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"} <= logged.keys()
-        found = {name: value / pairs for name, value in zip(FIGURES, figures.tolist(), strict=True)}
-        assert {name: found[name] for name in logged} == pytest.approx(logged, rel=1e-4, abs=2e-5)
-    same(ours, trainer.model)
-
-
-def cpo_of(objective: str, training: TrainingConfig):
-    """TRL's loss functions behind ORPO, SimPO and CPO, as its trainers are configured for them."""
+        loss_types = ["ipo" if objective == "ipo" else "sigmoid"] + ["sft"] * bool(more)
+        weights = [1.0, more["rpo_alpha"]] if more else None
+        return DPOTrainer, DPOConfig(loss_type=loss_types, loss_weights=weights, **arguments)
     if objective == "orpo":
-        from trl.experimental.orpo import ORPOTrainer as Trainer
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-        return Trainer, lambda c, r: -Trainer.odds_ratio_loss(SimpleNamespace(beta=BETA, accelerator=CPU), c, r)[0]
-    from trl.experimental.cpo import CPOTrainer as Trainer
+        return ORPOTrainer, ORPOConfig(max_length=128, **arguments)
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    asked = SimpleNamespace(
-        alpha=0.0, beta=BETA, label_smoothing=training.label_smoothing, simpo_gamma=training.simpo_gamma,
-        accelerator=CPU, loss_type="simpo" if objective == "simpo" else "sigmoid",
-    )  # fmt: skip
-    return Trainer, lambda c, r: Trainer.cpo_loss(asked, c, r)[0]
+    settings = {"loss_type": "simpo", "cpo_alpha": 0.0} if objective == "simpo" else {"loss_type": "sigmoid"}
+    return CPOTrainer, CPOConfig(max_length=128, **{**settings, **more, **arguments})
+
+
+def of_answers_alone(trainer) -> None:
+    """Makes TRL's ORPO take the chosen answer's own loss without that of its prompt, as in the paper."""
+    forward = trainer.concatenated_forward
+
+    def forward_of_answers(*given):
+        made = forward(*given)
+        return *made[:4], -made[0].mean(), *made[5:]
+
+    trainer.concatenated_forward = forward_of_answers
+
+
+def loss_and_figures(trainer, given: dict) -> tuple[torch.Tensor, dict[str, float]]:
+    """What TRL makes of a batch of its own."""
+    if hasattr(trainer, "get_batch_loss_metrics"):
+        return trainer.get_batch_loss_metrics(trainer.model, given)
+    loss = trainer._compute_loss(trainer.model, given, return_outputs=False)
+    return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def as_ours(given: dict) -> dict[str, torch.Tensor]:
+    """TRL's batch of pairs as a worker has it."""
+    if "input_ids" in given:
+        return batch_of(given["input_ids"], given["completion_mask"])
+    halves = [(given[f"{name}_input_ids"], given[f"{name}_labels"]) for name in ("chosen", "rejected")]
+    width = max(ids.shape[1] for ids, _ in halves)
+    ids = torch.cat([F.pad(ids, (0, width - ids.shape[1])) for ids, _ in halves])
+    labels = torch.cat([F.pad(labels, (0, width - labels.shape[1]), value=IGNORE_INDEX) for _, labels in halves])
+    return batch_of(ids, labels != IGNORE_INDEX)
 
 
 @pytest.mark.parametrize(
-    ("objective", "more", "nll_weight"),
+    ("objective", "more", "pairs"),
     [
-        ("orpo", {}, 1.0),
-        ("simpo", {"label_smoothing": 0.1}, 0.0),
-        ("cpo", {"label_smoothing": 0.1, "cpo_alpha": 0.6}, 0.6),
+        ("dpo", {}, 2),
+        ("ipo", {}, 2),
+        ("dpo", {"rpo_alpha": 0.7}, 1),  # TRL's own SFT term is a mean over the tokens of a batch
+        ("orpo", {}, 1),
+        ("simpo", {"label_smoothing": 0.1, "simpo_gamma": 0.3}, 2),
+        ("cpo", {"label_smoothing": 0.1, "cpo_alpha": 0.6}, 1),
     ],
 )
-def test_ten_steps_are_those_of_trls_loss_functions(objective, more, nll_weight, start):
+def test_ten_steps_are_those_of_trls_trainer(objective, more, pairs, start, tmp_path):
+    from datasets import Dataset
+
     model, tokenizer = start
-    ours = copy.deepcopy(model)
+    frozen = copy.deepcopy(model)
+    arguments = dict(
+        output_dir=str(tmp_path / "out"), beta=BETA, use_cpu=True, bf16=False, per_device_train_batch_size=pairs,
+        report_to=[], gradient_checkpointing=False, disable_dropout=True, remove_unused_columns=False,
+    )  # fmt: skip
+    maker, settings = trainer_of(objective, more, arguments)
+    data = Dataset.from_list(PAIRS)
+    trainer = maker(model=copy.deepcopy(model), args=settings, train_dataset=data, processing_class=tokenizer)
+    if objective == "orpo":
+        of_answers_alone(trainer)
+    ours, theirs = side(model), side(trainer.model)
     training = TrainingConfig.model_validate({"objective": objective, "beta": BETA, **more})
-    trainer, losses_of = cpo_of(objective, training)
-    optimizers = [torch.optim.AdamW(weights_of(one).values(), lr=RATE) for one in (model, ours)]
-    for number in range(STEPS):
-        pairs = PAIRS[2 * number : 2 * number + 2]
-        ids = [
-            (tokenizer(pair["prompt"])["input_ids"], tokenizer(pair[which])["input_ids"])
-            for which in ("chosen", "rejected")
-            for pair in pairs
-        ]
-        width = max(len(prompt) + len(answer) for prompt, answer in ids)
-        input_ids = torch.tensor([p + a + [0] * (width - len(p) - len(a)) for p, a in ids])
-        is_answer = torch.tensor([[0] * len(p) + [1] * len(a) + [0] * (width - len(p) - len(a)) for p, a in ids])
-        batch = batch_of(input_ids, is_answer)
-        logits = model(input_ids=input_ids, use_cache=False).logits
-        logps = trainer.get_batch_logps(logits, batch["labels"], average_log_prob=objective != "cpo")
-        chosen, rejected = logps.chunk(2)
-        # The mean nats a token of each chosen answer: ORPO's and CPO's papers, in batches of one also TRL's CPO.
-        nll = -trainer.get_batch_logps(logits, batch["labels"], average_log_prob=True).chunk(2)[0]
-        theirs = step(model, optimizers[0], (losses_of(chosen, rejected) + nll_weight * nll).mean())
-        loss, _ = Preference(training, None).sums(ours, batch)
-        assert step(ours, optimizers[1], loss / 2) == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-    same(ours, model)
+    for given in itertools.islice(trainer.get_train_dataloader(), STEPS):
+        batch = as_ours(given)
+        with torch.no_grad():
+            reference = log_probabilities(frozen, batch)[0] if training.has_reference else None
+        loss, figures = Preference(training, reference).sums(ours.model, batch)
+        their_loss, logged = loss_and_figures(trainer, given)
+        same(ours.step(loss / pairs), theirs.step(their_loss))
+        found = {name: value / pairs for name, value in zip(FIGURES, figures.tolist(), strict=True)}
+        assert {name: found[name] for name in REWARDS} == pytest.approx(
+            {name: logged[name] for name in REWARDS}, rel=NEAR, abs=NEAR
+        )
 
 
 LABELLED = [
@@ -171,32 +186,29 @@ def test_ten_steps_are_those_of_trls_kto_trainer(start, tmp_path):
     from trl import KTOConfig, KTOTrainer
 
     model, tokenizer = start
-    ours = copy.deepcopy(model)
+    frozen = copy.deepcopy(model)
     settings = {"beta": BETA, "desirable_weight": 0.7, "undesirable_weight": 1.3}
     arguments = KTOConfig(
         output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, per_device_train_batch_size=3, report_to=[],
         gradient_checkpointing=False, disable_dropout=True, train_sampling_strategy="sequential", **settings,
     )  # fmt: skip
-    trainer = KTOTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_list(LABELLED), processing_class=tokenizer
-    )
-    optimizers = [torch.optim.AdamW(weights_of(one).values(), lr=RATE) for one in (trainer.model, ours)]
+    data = Dataset.from_list(LABELLED)
+    trainer = KTOTrainer(model=copy.deepcopy(model), args=arguments, train_dataset=data, processing_class=tokenizer)
+    ours, theirs = side(model), side(trainer.model)
     training = TrainingConfig.model_validate({"objective": "kto", **settings})
-    frozen = copy.deepcopy(ours)
-    loader = list(trainer.get_train_dataloader())
-    for number in range(STEPS):
-        given = loader[number % len(loader)]
-        theirs = step(trainer.model, optimizers[0], trainer._compute_loss(trainer.model, given, return_outputs=False))
+    for given in itertools.islice(itertools.cycle(trainer.get_train_dataloader()), STEPS):
         answers, others = (batch_of(given[f"{name}input_ids"], given[f"{name}completion_mask"]) for name in ("", "KL_"))
         with torch.no_grad():
             reference, of_others = (log_probabilities(frozen, batch)[0] for batch in (answers, others))
-            found = log_probabilities(ours, others)[0]
+            found = log_probabilities(ours.model, others)[0]
         kl = max(0.0, float((found - of_others).mean()))
         answers["is_desirable"] = torch.as_tensor(given["label"], dtype=torch.bool)
-        loss, figures = Preference(training, reference, kl).sums(ours, answers)
-        assert step(ours, optimizers[1], loss / 3) == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+        loss, figures = Preference(training, reference, kl).sums(ours.model, answers)
+        their_loss, logged = loss_and_figures(trainer, given)
+        same(ours.step(loss / 3), theirs.step(their_loss))
         made = figures_of_labelled(figures.tolist(), 3)
-        logged = {name: trainer._metrics["train"][name][-1] for name in made if name in trainer._metrics["train"]}
-        assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "kl"} <= logged.keys()
-        assert {name: made[name] for name in logged} == pytest.approx(logged, rel=1e-4, abs=2e-5)
-    same(ours, trainer.model)
+        names = {*REWARDS[:3], "kl"} & made.keys()
+        assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "kl"} == names
+        assert {name: made[name] for name in names} == pytest.approx(
+            {name: logged[name] for name in names}, rel=NEAR, abs=NEAR
+        )

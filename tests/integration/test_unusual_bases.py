@@ -14,6 +14,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from qlora_ray import train
 from qlora_ray.config import base_model_path
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
@@ -21,7 +22,9 @@ from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import load_base
 from qlora_ray.model.facts import RopeLimit, read_facts
 from qlora_ray.planning.early import exact_facts
-from qlora_ray.planning.plan import Hardware, layout, make_plan
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import make_plan
+from qlora_ray.planning.rows import layout
 from tests.integration import door, tiny_models
 
 CPU = torch.device("cpu")
@@ -95,9 +98,8 @@ def test_tokenizer_that_this_version_cannot_read_is_refused_by_the_driver(tmp_pa
     tokenizer = json.loads(file.read_text())
     tokenizer["model"] |= {"type": "NewBPE", "merges": [{"a": 1}]}
     file.write_text(json.dumps(tokenizer))
-    ended = door.run(f"model.base_model={folder}", f"ray.storage_path={tmp_path / 'runs'}")
-    assert ended.returncode == 2, ended.stderr
-    assert f"model.base_model={folder}: no usable tokenizer: data did not match" in ended.stderr
+    message = refused(train, f"model.base_model={folder}", f"ray.storage_path={tmp_path / 'runs'}")
+    assert f"model.base_model={folder}: no usable tokenizer: data did not match" in message
 
 
 def test_pad_token_without_a_row_in_the_embedding_does_not_end_a_padded_run(tmp_path):

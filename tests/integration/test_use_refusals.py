@@ -189,6 +189,7 @@ def test_gguf_hands_over_a_plain_alpha_and_the_right_base(tmp_path):
     ("model", "said"),
     [
         ({"alpha_pattern": {"o_proj": 4}}, "model.alpha_pattern"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "model.rope_scaling"),
         ({"rank_pattern": {"o_proj": 4}, "lora_variant": "rslora"}, "rslora with model.rank_pattern"),
     ],
 )

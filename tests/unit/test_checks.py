@@ -14,7 +14,7 @@ from qlora_ray.cluster.needs import needs_of, refuse
 from qlora_ray.config import Config, ModelConfig
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import facts_at_hand
-from qlora_ray.planning.plan import Hardware
+from qlora_ray.planning.hardware import Hardware
 
 GPU = {"name": "H100", "total_gib": 80.0, "free_gib": 79.0, "driver": "580.65.06", "compute_capability": "9.0"}
 NODE = {
@@ -105,7 +105,7 @@ def test_what_is_wrong_on_one_node_is_one_red_row_that_names_it_and_says_what_to
     ("more", "check", "found"),
     [
         ({"silent": {"10.0.0.3": "no answer within 60 s"}}, "answer", "no answer"),
-        ({"workers_fit": "ray.num_workers=4: ..."}, "CPUs", "ray.num_workers=4"),
+        ({"needs": dataclasses.replace(NEEDS, unfit="ray.num_workers=4: ...")}, "CPUs", "ray.num_workers=4"),
         ({"authentication": "open"}, "authentication", "without a token"),
         ({"token_mode": 0o100644}, "authentication", "mode 0644"),
         ({"all_reduce": {"why": "nccl: not done within 60 s"}}, "all-reduce", "not done"),

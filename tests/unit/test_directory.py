@@ -34,6 +34,10 @@ def test_run_begun_before_the_order_could_be_asked_goes_on_shuffled(tmp_path):
     [
         ({"model": {"lora_r": 4}}, "another lora: model.lora_r=4 (before: 16)."),
         ({"model": {"rank_pattern": {"q_proj": 4}}}, "another lora: model.rank_pattern={'q_proj': 4} (before: None)."),
+        (
+            {"model": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}},
+            "another base: model.rope_scaling={'rope",
+        ),
         ({"quantization": {"type": "fp4"}}, "another quantization: quantization.type=fp4 (before: nf4)."),
         ({"training": {"seed": 7}}, "another seed: training.seed=7 (before: 0)."),
         ({"training": {"batch_size": 2}}, "another batch: training.batch_size=2 (before: 4)."),

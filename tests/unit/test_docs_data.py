@@ -6,7 +6,7 @@ import re
 from qlora_ray import show_data as door
 from qlora_ray.config import bundled_root
 from qlora_ray.data.formats import FORMATS
-from qlora_ray.planning.plan import PACKED_MODEL_TYPES
+from qlora_ray.planning.rows import PACKED_MODEL_TYPES
 
 TEXT = (bundled_root() / "docs" / "data.md").read_text()
 

@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.memory import facts_of, num_lora_parameters
-from benchmarks.throughput import SHAPES
+from benchmarks.shapes import SHAPES
 from qlora_ray import plan
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
@@ -164,6 +165,12 @@ def test_no_speed_is_told_of_mixtures_of_experts_whose_products_nobody_has_measu
     assert speeds and set(speeds) == {"-"}
 
 
+def test_no_speed_is_told_where_launches_take_longer_than_products():
+    told = table.answer(Config.model_validate({}), 80, "H100")
+    assert set(re.findall(r"(?m)^ *\d+ +\d+\.\d\d +(\S+)", told)) == {"-"}
+    assert "embedded: 3.5 M parameters" in told and "launching them takes longer" in told
+
+
 def test_plan_door_refuses_a_base_that_is_not_there(capsys):
     assert plan.main(["model.base_model=/nowhere"]) == 2
     assert "model.base_model=/nowhere" in capsys.readouterr().err
@@ -182,6 +189,20 @@ def test_a_row_of_pairs_is_planned_as_two_rows_of_tokens(tmp_path):
     assert peaks[0] == peaks[1]
 
 
+def test_plan_says_the_longest_row_of_gpu_and_host_and_two_workers_hold_nearly_twice_as_many_tokens(tmp_path):
+    def longest(host_gib: float, **sections) -> list[int]:
+        model = {"base_model": base, "lora_r": 8}
+        text = table.answer(Config.model_validate({"model": model, **sections}), 4, "H100", host_gib)
+        return [int(found.replace(",", "")) for found in re.findall(r"(?m)^longest row.*: ([\d,]+) tokens", text)]
+
+    base = tiny_models.save("llama", tmp_path, hidden_size=512, intermediate_size=1024, num_hidden_layers=8)
+    alone, without = longest(1.0)
+    assert longest(0.5)[0] < alone < longest(2.0)[0] and longest(0.0) == [without, without]
+    assert without < alone
+    shared = longest(1.0, ray={"num_workers": 2}, training={"sequence_parallel": 2, "max_length": 4096})
+    assert all(1.8 < two / one < 2 for two, one in zip(shared, (alone, without), strict=True))
+
+
 def of_rows(length: int, gpu_gib: float, host_gib: float) -> Choice:
     return choose(LLAMA_8B.of_rows(length), LAYERS, length, VOCABULARY, Room(gpu_gib * 2**30, host_gib * 2**30))
 
@@ -191,6 +212,8 @@ def test_attention_of_long_rows_is_parked_where_the_host_has_room():
     assert {Keep.PARKED, Keep.HOST} <= set(of_rows(131072, 18, 40).levels)
     assert Keep.HOST in of_rows(131072, 16.5, 32).levels
     assert Keep.PARKED not in of_rows(8192, 5, 1000).levels  # to compute it again is faster
+    part = replace(LLAMA_8B, row_parts=4).of_rows(32768)  # which attends to a row of 131,072
+    assert part.parks and not LLAMA_8B.of_rows(32768).parks
 
 
 def test_what_the_host_has_no_room_for_stays_on_the_gpu():

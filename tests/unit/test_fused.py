@@ -55,6 +55,23 @@ def test_gradients_with_dropout_are_those_of_peft_with_the_same_masks(folders, f
     assert fused_models.nats_and_gradients(model.eval(), tiny_models.batch())[0] == pytest.approx(without, rel=1e-6)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_ranks_that_are_no_multiple_of_8_leave_rows_where_products_are_fast(folders, family, dropout):
+    settings = {"lora_r": 3, "rank_pattern": {"down_proj": 5}, "lora_alpha": 7}
+    settings |= {} if family == "llama" else {"rank_pattern": {}}
+    model = fused_models.build(folders[family], torch.float32, lora_dropout=dropout, **settings)
+    assert all((group.inputs + group.rank) % 8 == 0 for one in fused_layers(model) for group in (one.qkv, one.down))
+    torch.manual_seed(7)
+    nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
+    reference = fused_models.build_reference(folders[family], **settings)
+    exact_nats, exact = fused_models.nats_and_gradients(
+        fused_models.with_masks_of_fused(reference, dropout, 7), tiny_models.batch()
+    )
+    assert nats == pytest.approx(exact_nats, rel=1e-6)
+    assert fused_models.error(gradients, exact) < 1e-5
+
+
 @pytest.mark.parametrize("family", FUSED)
 @pytest.mark.parametrize("level, dropout", [(Keep.ALL, 0.0), (Keep.ALL, 0.3), (Keep.PRODUCTS, 0.0), (Keep.HOST, 0.3)])
 def test_places_without_a_label_are_left_out_where_they_cannot_matter(folders, family, level, dropout, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.memory import facts_of, num_lora_parameters
-from benchmarks.throughput import SHAPES
+from benchmarks.shapes import SHAPES
 from qlora_ray import init
 from qlora_ray.config import load_config
 from qlora_ray.data.lengths import Lengths

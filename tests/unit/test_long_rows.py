@@ -53,6 +53,24 @@ def test_gradients_by_slices_are_those_of_all_rows_at_once(folders, family, more
     assert fused_models.error(by_slices[1], at_once[1]) < 1e-5
 
 
+@pytest.mark.parametrize("batch", ["rows", "packed"])
+@pytest.mark.parametrize(
+    "family, more",
+    [*((family, {}) for family in FAMILIES), *((family, {"lora_dropout": 0.3}) for family in FEW),
+     *((family, DORA) for family in FEW)],
+)  # fmt: skip
+def test_slices_on_and_off_have_the_same_bits(folders, family, more, batch, short, monkeypatch):
+    batch = fused_models.packed_batch() if batch == "packed" else tiny_models.batch()
+    found = []
+    for takes_slices in (True, False):
+        monkeypatch.setattr(FusedLayer, "takes_slices", takes_slices)
+        made = fused_models.build(folders[family], torch.float32, **more)
+        keep(made, Choice((Keep.INPUT,) * 2))
+        torch.manual_seed(7)
+        found.append(fused_models.nats_and_gradients(made, batch))
+    assert same(*found)
+
+
 @pytest.mark.parametrize("level", [Keep.ALL, Keep.PARKED, Keep.INPUT])
 def test_dropout_of_the_base_itself_has_the_same_masks_by_slices(tmp_path, level, short, monkeypatch):
     folder = tiny_models.save("gpt2", tmp_path, **fused_models.OWN_DROPOUT["gpt2"])

@@ -6,8 +6,10 @@ import pytest
 
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
+from qlora_ray.model import homes, host
 from qlora_ray.planning import memory, offload, table
-from qlora_ray.planning.early import check_disk, refuse_early
+from qlora_ray.planning.early import check_disk, check_room, refuse_early
+from qlora_ray.planning.offload import Passing
 from tests.unit.test_plan import FACTS, GPUS, plan, refusal
 
 NVME = {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/disk", "buffer_count": 5}}}
@@ -74,6 +76,27 @@ def test_a_folder_that_cannot_take_the_weights_is_refused_before_ray(tmp_path):
         with pytest.raises(ConfigError, match=f"deepspeed.nvme_path=.*{name}: no such folder"):
             check_disk(Config.model_validate(asked))
     check_disk(Config.model_validate({"deepspeed": {"offload_params": "nvme", "nvme_path": str(tmp_path)}}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"offload_params": "cpu"}, "offload_params=cpu: 2 workers keep 6.00 GiB in host memory, and 5.00 are free. "
+         "Use fewer workers (ray.num_workers), or nvme with deepspeed.nvme_path."),
+        ({"offload_params": "nvme", "nvme_path": "/"}, "nvme_path=/: 2 workers keep 80.00 GiB there, and 79.00 are "
+         "free. Free space, or name a folder on a larger local disk."),
+    ],
+)  # fmt: skip
+def test_memory_or_disk_of_this_machine_that_has_no_room_is_refused_with_numbers(asked, said, monkeypatch):
+    on_disk = asked["offload_params"] == "nvme"
+    taken = Passing(80, 0, 2**30, (1 if on_disk else 3) * 2**30, 40 * 2**30 if on_disk else 0, 0, None)
+    config = Config.model_validate({"deepspeed": asked, "ray": {"num_workers": 2}})
+    monkeypatch.setattr(host, "available_bytes", lambda: 5 * 2**30)
+    monkeypatch.setattr(homes, "disk_free", lambda _: 79 * 2**30)
+    with pytest.raises(ConfigError) as refused:
+        check_room(config, taken)
+    assert str(refused.value) == f"deepspeed.{said}"
+    check_room(config.model_copy(update={"ray": config.ray.model_copy(update={"num_workers": 1})}), taken)
 
 
 def test_table_names_the_cheapest_setting_with_which_a_row_fits():

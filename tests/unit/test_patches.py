@@ -98,7 +98,7 @@ def test_untested_versions_give_one_note_with_those_that_were_tested():
 
 def test_a_run_shows_the_note():
     from qlora_ray.cluster import quick
-    from qlora_ray.planning.plan import Hardware
+    from qlora_ray.planning.hardware import Hardware
     from tests.unit import test_checks
 
     found = test_checks.changed("versions.torch", "2.13.0")

@@ -9,8 +9,11 @@ import pytest
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.stats import DataStats, Layout
 from qlora_ray.errors import ConfigError
+from qlora_ray.planning import holding, table
 from qlora_ray.planning.early import exact_facts, refuse_early
-from qlora_ray.planning.plan import Hardware, check_workers_fit, layout, learning_rate_at, make_plan
+from qlora_ray.planning.hardware import Hardware, check_workers_fit
+from qlora_ray.planning.plan import learning_rate_at, make_plan
+from qlora_ray.planning.rows import layout
 
 TINY = base_model_path("embedded")
 FACTS = exact_facts(Config())
@@ -68,6 +71,21 @@ def test_workers_beyond_the_cluster_are_refused_with_what_it_holds():
     assert "9 x 1 GPU = 9, the cluster holds 8" in refusal(GPUS, ray={"num_workers": 9})
     assert "TPU = 1, the cluster holds 0" in refusal(ray={"resources_per_worker": {"TPU": 1}})
     assert plan(ray={"num_workers": 8}).num_workers == 8
+
+
+def test_rows_beyond_the_context_are_told_with_the_scaling_that_reaches_them():
+    def told(length: int, scaling: dict | None = None, **facts) -> list[str]:
+        base = dataclasses.replace(FACTS, context_length=2048, **facts)
+        asked = config(training={"max_length": length}, model={"rope_scaling": scaling})
+        return [note for note in make_plan(asked, DATA, base, CPUS, None).notes if "rope" in note or "context" in note]
+
+    assert told(2048) == []
+    (note,) = told(5000)
+    assert "exceeds the base's context of 2048" in note and "model.rope_scaling={rope_type: yarn, factor: 3}" in note
+    assert "rope_scaling" not in "".join(told(5000, takes_rope_scaling=False))
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    assert "a factor of 6 reaches that far" in "".join(told(5000, yarn))
+    assert "takes the place of the base's own (llama3)" in "".join(told(2048, yarn, own_rope="llama3"))
 
 
 def test_gpu_asked_but_none_there_is_refused():
@@ -177,6 +195,18 @@ def test_base_is_whole_on_each_gpu_where_it_fits_with_activations_and_shared_whe
     assert plan(**two).shares_base and plan(GPUS, **two).shares_base  # not known: as little as can be
     assert not plan(GPUS, ray={"num_workers": 1}).shares_base
     assert plan(dataclasses.replace(GPUS, gpu_gib=80), deepspeed={"share_base": "world"}, **two).shares_base
+
+
+@pytest.mark.parametrize(
+    ("workers", "stage", "why"),
+    [(1, 3, "there is one worker"), (2, 2, "the ZeRO stage is 2"), (2, 3, None), ([1, 2], 3, None)],
+)
+def test_share_base_that_means_nothing_is_said_so_in_plan_and_run(workers, stage, why):
+    asked = {"ray": {"num_workers": workers}, "deepspeed": {"zero_stage": stage, "share_base": "world"}}
+    said = f"each worker holds all of the base: {why}, so deepspeed.share_base=world changes nothing"
+    made, answer = plan(**asked), table.answer(config(**asked), 80, "H100")
+    shown = holding.shown(made.shares_base, made.is_shared_by_node, made.why_shared)
+    assert (said in answer, said == shown) == (why is not None,) * 2
 
 
 @pytest.mark.parametrize(("stage", "key"), [(2, "offload_params"), (0, "offload_params"), (0, "offload_optimizer")])

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from qlora_ray.report import RunRecord, key_figures, main, read_run, render_report, smooth
+from qlora_ray.report.charts import build_charts
 from qlora_ray.report.compare import common_answers, config_differences, render_comparison
 from qlora_ray.rundir.record import answers_by_prompt, data_statistics, memory, time_split
 
@@ -201,3 +202,10 @@ def test_door_compares_several_runs_beside_the_first(run_dir, capsys):
     assert capsys.readouterr().out.strip() == str(run_dir / "comparison.html")
     assert main([str(other), str(run_dir), "--output", str(run_dir / "x.html")]) == 0 and (run_dir / "x.html").exists()
     assert main([str(other), str(run_dir / "no")]) == 2
+
+
+def test_figures_of_pairs_are_drawn_with_those_of_the_validations():
+    lines = [{**train_line(step, 0.5), "rewards/margins": 0.1 * step} for step in (1, 2, 3)]
+    lines += [{"step": 3, "eval_loss": 0.4, "eval_rewards/margins": 0.7}]
+    figure = build_charts(RunRecord("run", {}, {}, {}, lines))["rewards/margins"]
+    assert [(list(trace.x), list(trace.y)) for trace in figure.data][-1] == ([3], [0.7])

@@ -10,7 +10,8 @@ from qlora_ray.data.stats import DataStats
 from qlora_ray.driver import resume
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import exact_facts
-from qlora_ray.planning.plan import Hardware, learning_rate_at, make_plan
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import learning_rate_at, make_plan
 from qlora_ray.rundir import directory
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.checkpoint import save

@@ -18,7 +18,8 @@ from qlora_ray.model.dropout import drop_of, kept
 from qlora_ray.model.facts import ExpertSizes, RopeLimit
 from qlora_ray.model.row_group import RowGroup
 from qlora_ray.planning.early import exact_facts
-from qlora_ray.planning.plan import Hardware, make_plan
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import make_plan
 from qlora_ray.planning.sharing import exchanged_bytes
 from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.seat import Seat, seat_of

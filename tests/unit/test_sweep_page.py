@@ -63,6 +63,17 @@ def test_page_loads_nothing_and_runs_nothing_of_what_trials_say(rendered):
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
 
 
+def test_curves_are_of_what_decides_and_of_losses_in_their_unit():
+    sweep = {"parameters": {LR: {"loguniform": [1e-4, 1e-2]}}}
+    assert page.curves(make_config({"sweep": sweep})) == {
+        "eval_loss": "Validation loss, nats per token", "loss": "Training loss, nats per token",
+    }  # fmt: skip
+    metric = "eval_rewards/margins"
+    training = {"objective": "dpo", "metric_for_best_model": metric}
+    found = page.curves(make_config({"training": training, "sweep": {**sweep, "metric": metric}}))
+    assert list(found) == [metric, "loss", "eval_loss"] and found["loss"] == "Training loss, mean over pairs"
+
+
 def test_axis_places_by_size_by_logarithm_or_evenly():
     assert [Axis([1, 2, 3]).place(value) for value in (1, 2, 3)] == [0, 0.5, 1]
     assert [Axis([1e-4, 1e-2]).place(value) for value in (1e-4, 1e-3, 1e-2)] == pytest.approx([0, 0.5, 1])

@@ -112,6 +112,18 @@ def test_best_trial_is_the_best_report_of_those_that_did_not_fail(ledger):
     assert best is not None and (best.trial, best.step, best.value) == ("t0000", 20, 1.0)
 
 
+def test_best_trial_by_margins_is_the_one_with_the_largest(ledger):
+    metric = "eval_rewards/margins"
+    for name, margins in {"t0000": [0.3, 0.2], "t0001": [0.1, 0.9]}.items():
+        ledger.append("trial", trial=name, parameters={LR: 1e-3})
+        for step, margin in zip((10, 20), margins, strict=True):
+            ledger.append("report", trial=name, step=step, **{metric: margin})
+    training = {"objective": "dpo", "metric_for_best_model": metric}
+    sweep = {"parameters": {LR: {"loguniform": [1e-4, 1e-2]}}, "metric": metric}
+    best = find_best(ledger, make_config({"training": training, "sweep": sweep}).sweep)
+    assert best is not None and (best.trial, best.step, best.value) == ("t0001", 20, 0.9)
+
+
 def test_best_of_an_exploiting_trial_has_the_parameters_that_it_had_then(ledger):
     ledger.append("trial", trial="t0000", parameters={LR: 1e-3})
     ledger.append("report", trial="t0000", step=10, eval_loss=3.0)

@@ -6,7 +6,8 @@ import pytest
 
 from qlora_ray.config import make_config
 from qlora_ray.errors import ConfigError
-from qlora_ray.planning.plan import Hardware, make_plan
+from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.plan import make_plan
 from qlora_ray.sweep import capacity, space
 from tests.unit.test_plan import DATA, FACTS
 

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_ray.config import base_model_path
 from qlora_ray.data.formats import to_messages, to_question
-from qlora_ray.data.mask import OTHER_PROMPT, SAID_BY
+from qlora_ray.data.missing import OTHER_PROMPT, SAID_BY
 from qlora_ray.data.template import NAMED, fit_template
 from qlora_ray.data.tokenize import IGNORE_INDEX, Encoder, load_tokenizer, prompt_ids
 from qlora_ray.data.turns import split_tools

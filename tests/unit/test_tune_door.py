@@ -43,6 +43,7 @@ def test_config_without_a_sweep(said):
         ("data.validation_split=0", "eval_loss: is never reported"),
         ("sweep.scheduler=pbt", "would not fit"),
         ("sweep.metric=accuracy", "sweep.metric=accuracy"),
+        ('sweep.parameters={"training.objective": {"choice": ["sft", "dpo"]}}', "no `chosen`"),
         ("ray.num_workers=999", "999 x 1 CPU = 999, the cluster holds"),
         ("data.train_file=no.json", "data.train_file=no.json"),
         ("ray.storage_path=s3://bucket/runs", "object stores do not have"),
@@ -75,6 +76,15 @@ def test_plan_prints_trials_resources_and_cost_and_starts_nothing(tmp_path, caps
     out = " ".join(capsys.readouterr().out.split())
     assert "t0007" in out and "8 (random), each 60 steps at most" in out and "480 if none" in out
     assert "1 x 1 CPU" in out and "tokens" in out and not (tmp_path / "runs").exists()
+
+
+def test_plan_counts_the_tokens_of_rows_that_hold_whole_pairs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    trials = 'sweep.parameters={"training.learning_rate": {"grid": [0.001, 0.002]}}'
+    asked = ["-c", "configs/dpo.yaml", trials, "sweep.search=grid", f"ray.storage_path={tmp_path}/runs"]
+    assert tune.main(["--plan", *asked, "ray.num_workers=1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(2 rows x 249 a step)" in out  # the longest; max_length, 128, is of one answer with its prompt
 
 
 def test_console_script_knows_the_door(capsys):
