@@ -1,6 +1,6 @@
 """The home of DeepSpeed: builds the ZeRO engine, steps it, and takes its state apart by parameter name.
 
-What is changed or read inside DeepSpeed for it lies in deepspeed_patches.py.
+What is changed or read inside DeepSpeed for it lies in deepspeed_patches/.
 """
 
 import math
