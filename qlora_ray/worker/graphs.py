@@ -32,7 +32,6 @@ from qlora_ray.worker.flat import FlatLora
 from qlora_ray.worker.loss import sum_of_nats
 
 Batch = dict[str, torch.Tensor]
-IS_ON = False  # until tests/gpu/test_graphs_gpu.py has passed on a GPU
 INPUTS = {"input_ids", "labels", "label_places"}
 WIDTHS, PLACES = 64, 256  # T and L are padded to multiples of these
 BEFORE = 2  # micro-batches of a shape that are launched one by one first: their kernels are compiled, chosen and loaded
@@ -56,7 +55,7 @@ def gains_from_graphs(model: Any, config: Config, plan: Plan, choice: Choice | N
     ZeRO-3's collectives.
     """
     layers, training = fused_layers(model), config.training
-    if not IS_ON or choice is None or not layers or set(choice.levels) != {Keep.ALL}:
+    if choice is None or not layers or set(choice.levels) != {Keep.ALL}:
         return False
     has_ends = getattr(model, "takes_borders", False) and returns_nats(model.get_output_embeddings())
     is_lora = is_fused(model) and not config.model.modules_to_save and not plan.new_tokens

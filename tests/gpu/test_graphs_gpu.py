@@ -10,11 +10,6 @@ pytestmark = pytest.mark.gpu
 GPT2 = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
 
 
-@pytest.fixture(autouse=True)
-def is_on(monkeypatch):
-    monkeypatch.setattr(graphs, "IS_ON", True)
-
-
 def batch(seed: int) -> dict[str, torch.Tensor]:
     """Of two widths in turn, with as many places as are trained on."""
     made = tiny_models.batch(seed)
