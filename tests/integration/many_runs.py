@@ -23,7 +23,6 @@ from qlora_ray.planning.hardware import Hardware
 from qlora_ray.planning.plan import make_plan
 from qlora_ray.planning.rows import layout
 from qlora_ray.rundir import directory
-from qlora_ray.worker import train_worker
 from qlora_ray.worker.messages import Run
 
 
@@ -55,11 +54,13 @@ def made(values: dict[str, Any]) -> Run:
 
 def train_one_after_the_other(job: dict[str, Any]) -> None:
     """What each worker does."""
+    from qlora_ray.worker.loop import run_worker
+
     trained = set()
     for run in job["runs"]:
         if run.folder.path in trained:
             go_back(Path(run.folder.path))
-        train_worker({"run": run, "channel": job["channel"]})
+        run_worker(run, job["channel"])
         trained.add(run.folder.path)
 
 

@@ -272,9 +272,9 @@ def test_reference_computed_anew_and_a_kill_end_with_the_same_bits(num_workers, 
     assert door.sha256(tmp_path / name / "adapter" / WEIGHTS) == door.sha256(storage / "two" / "adapter" / WEIGHTS)
 
 
-def test_run_from_an_adapter_measures_from_it_and_finds_it_again_once_the_cache_is_gone(storage, tmp_path):
-    start = f"model.start_from={storage / 'two'}"
-    ended = door.run(*settings(tmp_path, "further", 1, start, "training.max_steps=3"))
+def test_run_from_an_adapter_measures_from_it_and_stops_early_by_rewards_though_the_cache_is_gone(storage, tmp_path):
+    more = [f"model.start_from={storage / 'two'}", "training.eval_every_steps=1", "training.early_stopping_patience=3"]
+    ended = door.run(*settings(tmp_path, "further", 1, *more, "training.max_steps=3"))
     assert ended.returncode == 0, ended.stderr
     first, of_base = (
         next(line for line in door.metrics(run) if "loss" in line) for run in (tmp_path / "further", storage / "two")
@@ -283,9 +283,13 @@ def test_run_from_an_adapter_measures_from_it_and_finds_it_again_once_the_cache_
     assert first["logps/chosen"] > of_base["logps/chosen"] + 1
     before = reference_file(tmp_path).read_bytes()
     shutil.rmtree(reference_file(tmp_path).parent)
-    ended = door.run(*settings(tmp_path, "further", 1, start, "training.max_steps=4"), "--resume")
+    ended = door.run(*settings(tmp_path, "further", 1, *more, "training.max_steps=9"), "--resume")
     assert ended.returncode == 0, ended.stderr
     assert reference_file(tmp_path).read_bytes() == before
+    validations = [line for line in door.metrics(tmp_path / "further") if "eval_loss" in line]
+    best = max(validations, key=lambda line: line["eval_rewards/accuracies"])["step"]
+    summary = door.summary(tmp_path / "further")
+    assert (summary["early"], summary["steps"]) == (True, best + 3)
 
 
 SINGLE, PAIR = {"instruction": "x", "output": "y"}, {"prompt": "x", "chosen": "a", "rejected": "b"}

@@ -223,7 +223,7 @@ def test_plan_says_the_longest_row_of_gpu_and_host_and_two_workers_hold_nearly_t
     base = tiny_models.save("llama", tmp_path, hidden_size=512, intermediate_size=1024, num_hidden_layers=8)
     alone, without = longest(1.0)
     assert longest(0.5)[0] < alone < longest(2.0)[0] and longest(0.0) == [without, without]
-    assert without < alone
+    assert without <= longest(0.001)[0] < alone  # the host has next to nothing
     shared = longest(1.0, ray={"num_workers": 2}, training={"sequence_parallel": 2, "max_length": 4096})
     assert all(1.8 < two / one < 2 for two, one in zip(shared, (alone, without), strict=True))
 
@@ -271,11 +271,3 @@ def test_free_host_memory_is_what_the_smallest_limit_leaves(tmp_path):
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000")
     write("sys/fs/cgroup/memory/memory.usage_in_bytes", "400")
     assert host.available_bytes(tmp_path) == 600
-
-
-def test_plan_tells_the_longest_row_and_the_host_memory_that_it_takes(tmp_path):
-    config = Config.model_validate({"model": {"base_model": tiny_models.save("llama", tmp_path)}})
-    told = table.answer(config, 1, "H100", 0.001)
-    found = re.findall(r"inputs on the (\w+): ([\d,]+) tokens", told)
-    lengths = {where: int(length.replace(",", "")) for where, length in found}
-    assert set(lengths) == {"host", "GPU"} and 0 < lengths["host"] < lengths["GPU"]  # the host has next to nothing
