@@ -16,7 +16,7 @@ from qlora_ray.cluster import connect
 from qlora_ray.config import Config
 from qlora_ray.driver.channel import Channel
 from qlora_ray.libraries import Patch
-from qlora_ray.planning.plan import Hardware, resources_of_a_worker, uses_gpu
+from qlora_ray.planning.hardware import Hardware, check_workers_fit, resources_of_a_worker, uses_gpu
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
 from qlora_ray.worker.messages import DEATH, Failed
@@ -27,6 +27,7 @@ FEWER_CALLBACKS = Patch(
     "dashboard, which not every cluster runs (see connect.release_workers)",
     delete_when="each starts its process only where there is work for it",
 )  # fmt: skip
+CALL_OFF_SECONDS = 60
 NEEDLESS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
@@ -39,10 +40,14 @@ class Fit:
     """
 
     def __init__(self, config: Config, hardware: Hardware, folder: Folder, network: dict[str, str]):
-        """`folder` is the run directory; `network` tells the workers which interface to use, as variables."""
+        """`folder` is the run directory; `network` tells the workers which interface to use, as variables.
+
+        Raises ConfigError for more workers than there is room for: they would be waited for.
+        """
         self.error: BaseException | None = None
         self._config, self._folder, self._network = config, folder, network
         self._use_gpu = uses_gpu(config, hardware)
+        check_workers_fit(config, resources_of_a_worker(config, self._use_gpu), hardware)
         self._tries_left = 1 + config.ray.max_failures
         # What Ray Train keeps is never needed again: on one node it need not lie in the run directory.
         self._own = tempfile.mkdtemp(prefix="qlora_ray-") if connect.address(config) is None else None
@@ -57,9 +62,10 @@ class Fit:
         return self._thread.is_alive()
 
     def call_off(self) -> None:
-        """Nothing will be trained: let the workers end."""
+        """Nothing will be trained: wait for the end of the workers, since Ray must outlive the thread that asks it."""
         self._tries_left = 0
         self.channel.call_off.remote()
+        self._thread.join(CALL_OFF_SECONDS)
 
     def _run(self) -> None:
         from ray.exceptions import RayActorError

@@ -23,6 +23,9 @@ def train_worker(job: dict[str, Any]) -> None:
     if reason := ray.get(channel.reason_to_give_up.remote(), timeout=60):
         ray.get(channel.tell.remote(Fatal(reason)), timeout=60)
         return
+    run, is_called_off = ray.get(channel.wanted.remote(), timeout=60)
+    if is_called_off:
+        return
     if not job["use_gpu"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else DeepSpeed takes a GPU that it sees for the workers' device
     # bitsandbytes wraps helpers in torch.compile, which imports a compiler for a second; nothing here is compiled.
@@ -31,9 +34,8 @@ def train_worker(job: dict[str, Any]) -> None:
     with laps.part("imports"):
         from qlora_ray.worker.loop import run_worker
 
-    run, is_called_off = None, False
     while run is None and not is_called_off:
+        time.sleep(POLL_SECONDS)
         run, is_called_off = ray.get(channel.wanted.remote(), timeout=60)
-        time.sleep(POLL_SECONDS if run is None else 0)
-    if run is not None and not is_called_off:
+    if not is_called_off:
         run_worker(run, channel)
