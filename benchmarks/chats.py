@@ -15,7 +15,10 @@ import time
 from pathlib import Path
 
 from benchmarks import product
-from benchmarks.throughput import MLP, RANK, SHAPES, checkpoint_of, save_chats, save_checkpoint
+from benchmarks.bases import checkpoint_of, save_checkpoint
+from benchmarks.records import save_chats
+from benchmarks.shapes import RANK, SHAPES
+from benchmarks.variants import MLP
 
 LENGTH, ROWS, STEPS, WARMUP = 2048, 4, 25, 5
 PEERS = ("unsloth_packing", "unsloth_padding_free")

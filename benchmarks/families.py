@@ -11,7 +11,8 @@ import gc
 import json
 import statistics
 
-from benchmarks.throughput import SHAPES, floor_tokens_per_second, ours, shape_of
+from benchmarks.shapes import SHAPES, floor_tokens_per_second, shape_of
+from benchmarks.variants import ours
 
 FEW, WARMUP = 4, 3
 
@@ -54,7 +55,7 @@ def seconds_of_a_step(name: str, num_layers: int, arguments: argparse.Namespace)
     import torch
 
     shape = shape_of(name, num_layers)
-    step = ours(arguments, shape)
+    step, _ = ours(arguments, shape)
     ids = torch.randint(3, shape["vocab_size"], (arguments.batch_size, arguments.length), device=arguments.device)
     marks = []
     for _ in range(WARMUP + arguments.steps + 1):

@@ -22,6 +22,7 @@ from qlora_ray.planning import memory
 
 LAYERS = 4
 NEWER = ("qwen3-8b", "gemma3-4b", "phi-4-mini", "granite-3-8b", "olmo2-7b", "smollm3-3b", "glm4-9b", "gpt2-medium")
+MIXTURES = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")
 CASES = [  # shape, rows, length, rank, what is kept, ZeRO stage
     ("llama-8b", 4, 2048, 16, "all", 0), ("llama-8b", 4, 2048, 16, "all", 3), ("llama-8b", 4, 2048, 16, "host", 3),
     ("llama-8b", 1, 8192, 64, "products", 3), ("llama-8b", 2, 512, 8, "attention", 0),
@@ -32,6 +33,7 @@ CASES = [  # shape, rows, length, rank, what is kept, ZeRO stage
     ("qwen2.5-7b", 2, 4096, 64, "half", 3), ("qwen2.5-7b", 1, 1024, 8, "products", 3),
     *((shape, 4, 2048, 16, kept, 3) for shape in NEWER for kept in ("all", "half", "host")),
     *((shape, 1, 4096, 64, "attention", 0) for shape in NEWER), *((shape, 2, 1024, 8, "weights", 3) for shape in NEWER),
+    *((shape, *size, 16, kept, 3) for shape in MIXTURES for size in ((4, 2048), (2, 2048)) for kept in ("host", "all")),
 ]  # fmt: skip
 
 
@@ -40,6 +42,8 @@ def facts_of(shape: dict) -> BaseFacts:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
+
+    from qlora_ray.model.experts import expert_sizes
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -53,6 +57,7 @@ def facts_of(shape: dict) -> BaseFacts:
         num_linear_parameters=sum(rows * columns for _, rows, columns in linear),
         num_layers=shape["num_hidden_layers"], hidden_size=shape["hidden_size"], vocab_size=shape["vocab_size"],
         linear_shapes=linear, context_length=8192, fingerprint="",
+        experts=expert_sizes(model, are_packed=True),
     )  # fmt: skip
 
 

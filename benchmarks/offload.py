@@ -103,14 +103,11 @@ def away_of(arguments):
             return self._known[values.data_ptr()]
 
     class Cold(DiskFile):
-        """Has the system forget what was read, and once all is written that."""
+        """Has the system forget what was read."""
 
         def read_into(self, out, start):
             super().read_into(out, start)
             self.forget(start, out.numel())
-
-        def forget(self, start=0, num_bytes=0):
-            os.posix_fadvise(self._file.fileno(), start, num_bytes, os.POSIX_FADV_DONTNEED)
 
     if arguments.case == "whole":
         return None
@@ -165,7 +162,6 @@ def measure(arguments) -> dict:
     say(f"made; {fuse(model)}")
     ring = make_ring(model, away, device) if away else None
     if arguments.case == "disk":
-        os.fsync(away._file._file.fileno())
         away._file.forget()
     say(f"{len(ring.slabs)} slabs of {ring.slabs[0].num_bytes / 1e6:,.0f} MB are there" if ring else "all stays")
     keep(model, Choice((Keep.HOST,) * len(fused_layers(model))))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from qlora_ray import door
@@ -37,12 +38,15 @@ def examine(config: Config, seconds: float, debug: bool) -> list[Any]:
     """The rows of all checks; starts a private Ray where the config names no cluster. Raises ConfigError."""
     from qlora_ray import storage
     from qlora_ray.cluster import connect
+    from qlora_ray.planning import offload
+    from qlora_ray.planning.early import read_deepspeed_json
 
+    config = offload.taken_from_json(config, read_deepspeed_json(config))
     connect.set_environment(config, debug)
     folder = storage.open_folder(config.ray.storage_path)
     with contextlib.nullcontext() if debug else chatter_goes_to(os.devnull):
         hardware = connect.start_ray(config, debug)
-        from qlora_ray.cluster import all_reduce
+        from qlora_ray.cluster import all_reduce, bandwidth
         from qlora_ray.cluster.ask import ask
         from qlora_ray.cluster.checks import CHECKS
         from qlora_ray.cluster.found import look
@@ -50,10 +54,17 @@ def examine(config: Config, seconds: float, debug: bool) -> list[Any]:
         from qlora_ray.planning.early import facts_at_hand
 
         needs = needs_of(config, hardware, facts_at_hand(config))
-        found = ask(config, folder, hardware, needs, seconds, quick=False)
+        found = ask(config, folder, needs, seconds, quick=False)
         interfaces = {name: facts["interface"]["name"] for name, facts in found.nodes.items() if facts["interface"]}
         reduced = all_reduce.measure(needs.use_gpu, interfaces, seconds)
-        return look(dataclasses.replace(found, all_reduce=reduced), CHECKS)
+        place = config.deepspeed.nvme_path or (_nearest(folder.path) if folder.is_local else None)
+        measured = bandwidth.measure(place, needs.use_gpu, seconds)
+        return look(dataclasses.replace(found, all_reduce=reduced, bandwidth=measured), CHECKS)
+
+
+def _nearest(path: str) -> str:
+    """A folder, or the one that it will be made in."""
+    return next(str(one) for one in (Path(path), *Path(path).absolute().parents) if one.is_dir())
 
 
 def show(rows: list[Any]) -> None:

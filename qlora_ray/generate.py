@@ -79,10 +79,10 @@ def _generate(arguments: argparse.Namespace) -> int:
 
         options = read_options(arguments.options)
         loaded = load.load(adapter, load.pick_device())
+    speaker = chat.Speaker(loaded, options, arguments.compare, arguments.seed)
     if arguments.chat:
-        return chat.talk(loaded, options, opening, arguments.compare, arguments.seed)
-    asked = [*opening, {"role": "user", "content": arguments.prompt}]
-    return chat.answer_once(loaded, options, asked, arguments.compare, arguments.seed)
+        return chat.talk(speaker, opening)
+    return chat.answer_once(speaker, [*opening, {"role": "user", "content": arguments.prompt}])
 
 
 if __name__ == "__main__":

@@ -15,14 +15,12 @@ from qlora_ray.cluster import authentication, connect
 from qlora_ray.cluster.found import Found, Needs
 from qlora_ray.cluster.node_facts import Question, gather
 from qlora_ray.config import Config
-from qlora_ray.errors import ConfigError
-from qlora_ray.planning.hardware import Hardware, check_workers_fit, resources_of_a_worker, uses_gpu
 from qlora_ray.storage import Folder
 
 GET_SECONDS = 5
 
 
-def ask(config: Config, storage: Folder, hardware: Hardware, needs: Needs, seconds: float, quick: bool) -> Found:
+def ask(config: Config, storage: Folder, needs: Needs, seconds: float, quick: bool) -> Found:
     """What is known of the cluster after at most about `seconds`. Ray must have started.
 
     Quick: a private Ray is asked without starting a process, and object stores and hubs are not asked.
@@ -51,7 +49,7 @@ def ask(config: Config, storage: Folder, hardware: Hardware, needs: Needs, secon
                 (storage / left).delete()
     mine = next(iter(facts.values())) if is_private and facts else gather(replace(question, storage=None))
     return Found(
-        driver=mine, nodes=facts, needs=needs, silent=silent, workers_fit=_why_workers_do_not_fit(config, hardware),
+        driver=mine, nodes=facts, needs=needs, silent=silent,
         resources={name: node["Resources"] for name, node in nodes.items()},
         authentication="private" if is_private else _authentication(), token_mode=_token_mode(),
         stop_seconds=int(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) if environment.in_job(os.environ) else None,
@@ -105,14 +103,6 @@ def _ask_each(nodes, question: Question, seconds: float) -> tuple[dict[str, dict
         ray.cancel(answer, force=True)
         silent[name] = f"no answer within {seconds:g} s"
     return {name: facts[name] for name in nodes if name in facts}, silent
-
-
-def _why_workers_do_not_fit(config: Config, hardware: Hardware) -> str | None:
-    try:
-        check_workers_fit(config, resources_of_a_worker(config, uses_gpu(config, hardware)), hardware)
-    except ConfigError as error:
-        return str(error)
-    return None
 
 
 def _authentication() -> str:

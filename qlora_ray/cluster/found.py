@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qlora_ray.planning.offload import Passing
+
 
 @dataclass(frozen=True)
 class Row:
@@ -28,6 +30,9 @@ class Needs:
     object_store_bytes: int  # of a node's rows that wait to be trained on
     row_parts: int = 1  # workers that hold each row together
     sharing: str = ""  # what these hold and send; "": not known
+    unfit: str = ""  # why the cluster cannot hold the workers; "": it can
+    passing: Passing | None = None  # the layers' weights, where they are offloaded
+    gathered_per_second: float | None = None  # bytes of the base that a worker gets from others; None: not known
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,10 @@ class Found:
     needs: Needs
     resources: dict[str, dict[str, float]] = field(default_factory=dict)  # Ray's, by node
     silent: dict[str, str] = field(default_factory=dict)  # why a node gave no facts
-    workers_fit: str | None = None  # why they do not
     authentication: str = "private"  # or an answer of authentication.ask
     token_mode: int | None = None  # of the token file
     all_reduce: dict[str, Any] | None = None
+    bandwidth: dict[str, dict[str, Any]] = field(default_factory=dict)  # by node: of its disk, and to its GPU
     stop_seconds: int | None = None  # in a Ray job, what `ray job stop` grants
 
 

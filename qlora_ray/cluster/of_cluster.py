@@ -54,8 +54,10 @@ def all_reduce(found: Found):
     else:
         speed = result["bytes_per_second"]
         text = f"{result['backend']} over {len(found.nodes)} nodes: {speed / 1e9:.2f} GB/s of bus bandwidth"
-        slow = speed < SLOW_BYTES_PER_SECOND[result["backend"] == "nccl"]
-        todo = "Use a faster interface, or deepspeed.zero_stage=2." if slow else ""
+        need = found.needs.gathered_per_second
+        text += f"; workers that share the base gather {need / 1e9:.1f}" if need else ""
+        slow = speed < (need or SLOW_BYTES_PER_SECOND[result["backend"] == "nccl"])
+        todo = "Use a faster interface, or deepspeed.share_base=replicate or node." if slow else ""
         yield Row("all-reduce", "all", "unknown" if slow else "ok", text, todo)
 
 
@@ -122,8 +124,8 @@ def shared_memory(found: Found):
 def cpus(found: Found):
     """Whether the workers fit, by the plan's own arithmetic."""
     total = sum(held.get("CPU", 0) for held in found.resources.values())
-    if found.workers_fit:
-        yield Row("CPUs", "all", "bad", found.workers_fit, "See there.")
+    if found.needs.unfit:
+        yield Row("CPUs", "all", "bad", found.needs.unfit, "See there.")
     else:
         yield Row("CPUs", "all", "ok", f"{total:g}: {found.needs.num_workers} workers, and Ray Data has some left")
 

@@ -7,6 +7,7 @@ import numpy as np
 from qlora_ray.config import Config
 from qlora_ray.data.order import held_out
 from qlora_ray.data.samples import Samples
+from qlora_ray.data.sources import Source
 from qlora_ray.errors import ConfigError
 
 
@@ -65,14 +66,22 @@ class Share:
     samples: np.ndarray  # their samples, each as often as it comes in an epoch
 
 
-def deal(config: Config, sources: dict, done: dict[str, tuple[Samples, ...]]) -> tuple[Share, Share]:
+@dataclass(frozen=True)
+class Read:
+    """What was read, by train_file and validation_file, and the samples that were made of it."""
+
+    sources: dict[str, tuple[Source, ...]]
+    samples: dict[str, tuple[Samples, ...]]
+
+
+def deal(config: Config, read: Read) -> tuple[Share, Share]:
     """The training and the validation split of an epoch. Raises ConfigError where nothing is left to train on."""
     seed, fraction = config.training.seed, config.data.validation_split
-    weights = {key: [source.entry.weight for source in of_key] for key, of_key in sources.items()}
-    train = Index.of(done["train_file"])
+    weights = {key: [source.entry.weight for source in of_key] for key, of_key in read.sources.items()}
+    train = Index.of(read.samples["train_file"])
     kept = np.arange(train.num_records)
-    if done["validation_file"]:
-        index = Index.of(done["validation_file"])
+    if read.samples["validation_file"]:
+        index = Index.of(read.samples["validation_file"])
         records = np.arange(index.num_records)
         held = Share(index, records, index.weighted(records, weights["validation_file"], seed))
     else:

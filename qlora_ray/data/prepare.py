@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.check import refuse_missing, refuse_one_kind, refuse_too_many
-from qlora_ray.data.deal import Share, deal
+from qlora_ray.data.deal import Read, Share, deal
 from qlora_ray.data.order import longest_first
 from qlora_ray.data.pack import pack, pack_in_order
 from qlora_ray.data.pairs import label_of
@@ -66,10 +66,11 @@ def prepare(
         for source, samples in zip(sources[key], done[key], strict=True):
             refuse_too_many(source, samples.num_records, samples.rejected, config.data.max_bad_fraction)
             refuse_missing(source, samples.num_records, samples.missing, config.data.max_bad_fraction)
-    entry = cache / _rows_fingerprint(config, sources, done, how)
+    read = Read(sources, done)
+    entry = cache / _rows_fingerprint(config, read, how)
     stats = find(entry)
     if stats is None:
-        stats = _make_rows(config, recipe, entry, sources, done, how)
+        stats = _make_rows(config, recipe, entry, read, how)
     return Prepared(entry, stats, done["train_file"], done["validation_file"])
 
 
@@ -102,23 +103,23 @@ def _runner_for(source: Source, runner: Callable[[], Runner] | None) -> Runner:
     return run_inline if runner is None or source.num_bytes <= INLINE_BYTES else lambda *task: runner()(*task)
 
 
-def _rows_fingerprint(config: Config, sources: dict, done: dict, how: Layout) -> str:
+def _rows_fingerprint(config: Config, read: Read, how: Layout) -> str:
     made_of = {
         key: [
-            (samples.entry.name, source.entry.weight) for source, samples in zip(sources[key], done[key], strict=True)
+            (samples.entry.name, source.entry.weight) for source, samples in zip(of_key, read.samples[key], strict=True)
         ]
-        for key in sources
+        for key, of_key in read.sources.items()
     }
-    split = None if done["validation_file"] else config.data.validation_split
+    split = None if read.samples["validation_file"] else config.data.validation_split
     training = config.training
     parts = (made_of, split, training.seed, how.packing, training.max_length, config.data.order, how.shares_prompts)
     return fingerprint([repr(parts)])
 
 
-def _make_rows(config: Config, recipe: Recipe, entry: Folder, sources: dict, done: dict, how: Layout) -> DataStats:
+def _make_rows(config: Config, recipe: Recipe, entry: Folder, read: Read, how: Layout) -> DataStats:
     """Write an entry of rows: which samples each holds, and the held-out prompts."""
     max_length, is_twofold = config.training.max_length, recipe.records != "answers"
-    train, held = deal(config, sources, done)
+    (train, held), done = deal(config, read), read.samples
     if recipe.records == "labels":
         refuse_one_kind(train.index.is_desirable[train.samples].tolist(), "data.train_file, less what is held out")
         if config.training.metric_for_best_model != "eval_loss":

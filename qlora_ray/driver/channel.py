@@ -2,7 +2,7 @@
 
 import ray
 
-from qlora_ray.worker.messages import DEATH, FREEZE, Failed, Fatal, Holding, Message, Ready, Refused
+from qlora_ray.worker.messages import DEATH, FREEZE, Failed, Fatal, Holding, Message, Ready, Refused, Run
 
 MAX_REPETITIONS = 3  # of one failure at one step
 
@@ -13,6 +13,8 @@ class Channel:
 
     def __init__(self) -> None:
         self._messages: list[Message] = []
+        self._run: Run | None = None
+        self._is_called_off = False
         self._stop = False
         self._hold: str | None = None
         self._is_holding = False
@@ -35,10 +37,21 @@ class Channel:
                 self._is_holding = True
         return self._stop, self._hold
 
-    def take(self) -> list[Message]:
-        """All messages since the last call, oldest first."""
+    def take(self, run: Run) -> list[Message]:
+        """All messages since the last call, oldest first. `run` is for workers that start: told each time, since this
+        process may have taken the place of one that died.
+        """
+        self._run = run
         taken, self._messages = self._messages, []
         return taken
+
+    def call_off(self) -> None:
+        """There will be nothing to do."""
+        self._is_called_off = True
+
+    def wanted(self) -> tuple[Run | None, bool]:
+        """What workers are to do, None while that is not known yet, and whether there will be nothing to do."""
+        return self._run, self._is_called_off
 
     def stop(self) -> None:
         """Ask the run to stop after its current step, leaving a checkpoint."""

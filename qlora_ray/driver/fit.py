@@ -1,36 +1,59 @@
-"""TorchTrainer.fit in a thread, and what it is given.
+"""Ray Train's fit in a thread, and what it is given.
 
 Leaves out two of Ray Train's own callbacks: FEWER_CALLBACKS.
 """
 
+import shutil
+import tempfile
 import threading
 import time
 from typing import Any
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from qlora_ray.cluster import connect
+from qlora_ray.config import Config
+from qlora_ray.driver.channel import Channel
 from qlora_ray.libraries import Patch
+from qlora_ray.planning.hardware import Hardware, check_workers_fit, resources_of_a_worker, uses_gpu
 from qlora_ray.rundir import names
-from qlora_ray.worker.messages import DEATH, Failed, Run
+from qlora_ray.storage import Folder
+from qlora_ray.worker.messages import DEATH, Failed
 
 FEWER_CALLBACKS = Patch(
-    "ray", "2.60.0", "TorchTrainer._create_default_callbacks leaves out those in NEEDLESS",
+    "ray", "2.60.0", "DataParallelTrainer._create_default_callbacks leaves out those in NEEDLESS",
     gains="two processes beside the workers: one for data that Ray Train delivers, which is none, and one that asks a "
     "dashboard, which not every cluster runs (see connect.release_workers)",
     delete_when="each starts its process only where there is work for it",
 )  # fmt: skip
+CALL_OFF_SECONDS = 60
 NEEDLESS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
 class Fit:
-    """TorchTrainer.fit in a thread, so that the main thread can listen and be interrupted.
+    """Ray Train's fit in a thread, so that the main thread can plan the run, listen and be interrupted.
 
-    Ray Train restarts worker groups. When its controller itself dies, a new trainer takes over from our checkpoints.
+    Its workers import what they need and wait until the channel has a run for them, or `call_off` says that there will
+    be none. Ray Train restarts worker groups. When its controller itself dies, a new trainer takes over from our
+    checkpoints.
     """
 
-    def __init__(self, run: Run, channel: Any, network: dict[str, str]):
+    def __init__(self, config: Config, hardware: Hardware, folder: Folder, network: dict[str, str]):
+        """`folder` is the run directory; `network` tells the workers which interface to use, as variables.
+
+        Raises ConfigError for more workers than there is room for: they would be waited for.
+        """
         self.error: BaseException | None = None
-        self._what, self._channel, self._network = run, channel, network
-        self._tries_left = 1 + run.config.ray.max_failures
+        self._config, self._folder, self._network = config, folder, network
+        self._use_gpu = uses_gpu(config, hardware)
+        check_workers_fit(config, resources_of_a_worker(config, self._use_gpu), hardware)
+        self._tries_left = 1 + config.ray.max_failures
+        # What Ray Train keeps is never needed again: on one node it need not lie in the run directory.
+        self._own = tempfile.mkdtemp(prefix="qlora_ray-") if connect.address(config) is None else None
+        # On the driver's own node: what is known of a run must not go with a worker's.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.channel: Any = Channel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # what ray.remote makes of the class
         self._thread = threading.Thread(target=self._run, daemon=True, name="fit")
         self._thread.start()
 
@@ -38,32 +61,45 @@ class Fit:
         """Whether Ray Train has not come to an end yet."""
         return self._thread.is_alive()
 
+    def call_off(self) -> None:
+        """Nothing will be trained: wait for the end of the workers, since Ray must outlive the thread that asks it."""
+        self._tries_left = 0
+        self.channel.call_off.remote()
+        self._thread.join(CALL_OFF_SECONDS)
+
     def _run(self) -> None:
         from ray.exceptions import RayActorError
         from ray.train import ControllerError, TrainingFailedError
 
-        while self._tries_left:
+        while self._tries_left > 0:
+            trainer = self._make_trainer()
+            if self._tries_left == 0:  # called off meanwhile
+                break
             self._tries_left -= 1
             try:
-                self._make_trainer().fit()
+                trainer.fit()
                 self.error = None
-                return
+                break
             except (TrainingFailedError, ControllerError) as error:
                 self.error = error
-                return
+                break
             except RayActorError as error:
                 self.error = error
-                self._channel.tell.remote(Failed(f"Ray Train's controller {DEATH}"))
-                connect.release_workers()
+                if self._tries_left > 0:
+                    self.channel.tell.remote(Failed(f"Ray Train's controller {DEATH}"))
+                    connect.release_workers()
+        if self._own:
+            shutil.rmtree(self._own, ignore_errors=True)
 
     def _make_trainer(self) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         from qlora_ray.driver.controller import ReportFailures, SaveBeforeResize, WholeGroups
+        from qlora_ray.driver.process_group import ProcessGroup
         from qlora_ray.worker import train_worker
 
-        class Trainer(TorchTrainer):
+        class Trainer(DataParallelTrainer):
             def _create_default_callbacks(self):
                 made = super()._create_default_callbacks()  # type: ignore[misc]  # Ray annotates its old trainer
                 return [one for one in made if type(one).__name__ not in NEEDLESS]
@@ -73,25 +109,25 @@ class Fit:
                     given["scaling_policy"] = WholeGroups(self.scaling_config, size)
                 return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
 
-        size = self._what.config.training.sequence_parallel
-        ray_config, plan, folder = self._what.config.ray, self._what.plan, self._what.folder
+        size, ray_config, folder = self._config.training.sequence_parallel, self._config.ray, self._folder
         logs = f"{folder.path}/{names.LOGS}" if folder.is_local else None
         # Ray's own bookkeeping gets a fresh name each time: what it leaves behind can never block a run of ours.
         return Trainer(
             train_worker,
-            train_loop_config={"run": self._what, "channel": self._channel},
+            backend_config=ProcessGroup(self._use_gpu),
+            train_loop_config={"use_gpu": self._use_gpu, "channel": self.channel},
             scaling_config=ScalingConfig(
                 num_workers=ray_config.num_workers,  # type: ignore[arg-type]  # Ray annotates its old ScalingConfig
-                use_gpu=plan.use_gpu,
-                resources_per_worker=plan.resources_per_worker,
+                use_gpu=self._use_gpu,
+                resources_per_worker=resources_of_a_worker(self._config, self._use_gpu),
                 elastic_resize_monitor_interval_s=ray_config.elastic_resize_monitor_interval_s,  # type: ignore[call-arg]
             ),
             run_config=RunConfig(
                 name=f"{time.time_ns()}",
-                storage_path=f"{folder.path}/.ray",
-                storage_filesystem=None if folder.is_local else folder.filesystem,
+                storage_path=self._own or f"{folder.path}/.ray",
+                storage_filesystem=None if self._own or folder.is_local else folder.filesystem,
                 failure_config=FailureConfig(max_failures=ray_config.max_failures),
                 worker_runtime_env={"env_vars": self._network} if self._network else None,  # type: ignore[call-arg]
-                callbacks=[ReportFailures(self._channel, logs), SaveBeforeResize(self._channel)],  # type: ignore[list-item]  # Ray annotates its old Callback
+                callbacks=[ReportFailures(self.channel, logs), SaveBeforeResize(self.channel)],  # type: ignore[list-item]  # Ray annotates its old Callback
             ),
         )

@@ -1,4 +1,4 @@
-"""Runs the TorchTrainer, listens to its workers, and closes the run directory whatever happens."""
+"""Runs Ray Train, listens to its workers, and closes the run directory whatever happens."""
 
 import contextlib
 import json
@@ -55,38 +55,26 @@ class Driver:
             run.config.model_dump(mode="json"),
         )
 
-    def fit(self, network: dict[str, str]) -> dict[str, Any]:
-        """Train to the end, to Ctrl-C or to failure; write summary.json and report.html; return the summary.
-
-        `network` is what tells the workers which interface to use, as environment variables.
-        """
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        from qlora_ray.driver.channel import Channel
-
+    def listen(self, fit: Fit) -> dict[str, Any]:
+        """Train to the end, to Ctrl-C or to failure; write summary.json and report.html; return the summary."""
         with self._quiet():
-            # On the driver's own node: what is known of a run must not go with a worker's.
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            channel = Channel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # what ray.remote makes of the class
-            return self._fit(channel, network)
+            return self._fit(fit)
 
-    def _fit(self, channel: Any, network: dict[str, str]) -> dict[str, Any]:
+    def _fit(self, fit: Fit) -> dict[str, Any]:
         import ray
 
-        fit = Fit(self._run, channel, network)
         with Progress(self._run.plan) as progress:
             try:
                 while fit.is_running() and not (dead := connect.dead_processes()):
-                    self._listen(ray.get(channel.take.remote(), timeout=60), progress)
+                    self._listen(self._news(fit, 60), progress)
                     time.sleep(POLL_SECONDS)
                 if fit.is_running():
                     self._fatal = f"Ray on this machine has lost its {' and '.join(dead)}."
             except KeyboardInterrupt:
                 progress.say("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
-                self._stop(channel, fit, progress)
+                self._stop(fit, progress)
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-                self._listen(ray.get(channel.take.remote(), timeout=10), progress)
+                self._listen(self._news(fit, 10), progress)
             self._trackers.close()
             self._say_what_failed(progress)
         summary = self._summary(fit)
@@ -160,11 +148,10 @@ class Driver:
             progress.note(f"{reason} Going on from step {message.step:,}.")
         if "to_first_step" not in self._seconds:
             self._seconds["to_first_step"] = time.perf_counter() - self._began
-            in_workers = sum(message.parts.values())
-            laps.note("workers", self._seconds["to_first_step"] - self._seconds["prepare"] - in_workers)
+            self._seconds["load"] = sum(message.parts.values()) - message.parts["imports"]
+            laps.note("workers", self._seconds["to_first_step"] - self._seconds["prepare"] - self._seconds["load"])
             for name, seconds in message.parts.items():
                 laps.note(name, seconds)
-            self._seconds["load"] = in_workers - message.parts["imports"]
 
     def _has_stepped(self, step: int) -> None:
         self._last_step = step
@@ -195,14 +182,19 @@ class Driver:
             path.write_bytes((path.read_bytes() if path.exists() else b"") + self._samples.encode())
             self._samples = ""
 
-    def _stop(self, channel: Any, fit: Fit, progress: Progress) -> None:
+    def _news(self, fit: Fit, seconds: float) -> list[Message]:
         import ray
 
-        ray.get(channel.stop.remote(), timeout=60)
+        return ray.get(fit.channel.take.remote(self._run), timeout=seconds)
+
+    def _stop(self, fit: Fit, progress: Progress) -> None:
+        import ray
+
+        ray.get(fit.channel.stop.remote(), timeout=60)
         deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
         with contextlib.suppress(KeyboardInterrupt):
             while fit.is_running() and time.monotonic() < deadline:
-                self._listen(ray.get(channel.take.remote(), timeout=60), progress)
+                self._listen(self._news(fit, 60), progress)
                 time.sleep(POLL_SECONDS)
 
     def _finish_cards(self) -> None:

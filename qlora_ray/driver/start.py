@@ -2,8 +2,9 @@
 
 import importlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_ray import laps, storage
 from qlora_ray.cluster import connect
@@ -26,6 +27,9 @@ from qlora_ray.planning.tokens import check_vocabulary
 from qlora_ray.rundir import directory, names
 from qlora_ray.storage import Folder
 
+if TYPE_CHECKING:
+    from qlora_ray.driver.fit import Fit
+
 EXIT_CODES = {"done": 0, "interrupted": 130, "refused": 2}
 
 
@@ -38,6 +42,7 @@ class Ready:
     hardware: Hardware
     notes: list[str]  # of the nodes, and of the data's tokens
     network: dict[str, str]  # what tells the workers which interface to use, as environment variables
+    fit: "Fit | None"  # where workers start already
 
 
 @dataclass(frozen=True)
@@ -69,25 +74,35 @@ class Start:
         run = directory.find_run(config, self.config_name, folder, self.resume)
         check_records(config)
         connect.set_environment(config, self.debug)
-        ready = self._prepare(folder)
-        config = as_stored(config)  # its base is here now
-        plan = make_plan(config, ready.data.stats, ready.facts, ready.hardware, read_deepspeed_json(config))
-        if plan.passing and not connect.address(config):
-            check_room(config, plan.passing)
-        if not replace(self, config=config)._open(run, plan, ready):
-            return 0
+        with ExitStack() as unless_trained:
+            ready = self._prepare(folder, run, unless_trained)
+            config = as_stored(config)  # its base is here now
+            plan = make_plan(config, ready.data.stats, ready.facts, ready.hardware, read_deepspeed_json(config))
+            if plan.passing and not connect.address(config):
+                check_room(config, plan.passing)
+            if not replace(self, config=config)._open(run, plan, ready):
+                return 0
+            unless_trained.pop_all()
         from qlora_ray.driver.run import Driver
         from qlora_ray.worker.messages import Run
 
         entry, fingerprint = ready.data.entry, ready.data.stats.fingerprint
         what = Run(config, plan, run, entry, fingerprint, self.debug)
-        summary = Driver(what, self.began).fit(ready.network)
+        summary = Driver(what, self.began).listen(ready.fit or self._begin(ready.hardware, run, ready.network))
         screen.show_result(summary, run)
         return EXIT_CODES.get(summary["status"], 1)
 
-    def _prepare(self, folder: Folder) -> Ready:
-        """Prepare the data while Ray starts. Ray must start on this thread: its processes die with their maker."""
-        from qlora_ray.cluster.quick import look_quickly
+    def _begin(self, hardware: Hardware, run: Folder, network: dict[str, str]) -> "Fit":
+        from qlora_ray.driver.fit import Fit
+
+        return Fit(self.config, hardware, run, network)
+
+    def _prepare(self, folder: Folder, run: Folder, unless_trained: ExitStack) -> Ready:
+        """Prepare the data while Ray starts, and on this machine's own Ray also the workers, called off on the way out.
+
+        Ray must start on this thread: its processes die with their maker.
+        """
+        from qlora_ray.cluster.quick import ask_quickly, look_quickly
         from qlora_ray.data.spread import run_on_cores, run_on_ray
 
         config, started = self.config, Future[Hardware]()
@@ -109,22 +124,27 @@ class Start:
                 return prepared, check_vocabulary(config, prepared, facts)
 
         with ThreadPoolExecutor(1) as thread:
+            thread.submit(importlib.import_module, "ray.train")  # takes a second, and fit waits for it
             measured = thread.submit(measure)
             prepared = thread.submit(prepare_data)
-            thread.submit(importlib.import_module, "ray.train.torch")  # takes 2 s, and fit needs it
             try:
                 with laps.part("Ray"):
                     hardware = connect.start_ray(config, self.debug)
                 at_hand = folder_at_hand(config.model.base_model, config.model.revision) is not None
-                facts = measured.result() if at_hand else None  # else it is still downloaded
                 with laps.part("look at the nodes"):
-                    notes, network, hardware = look_quickly(config, folder, hardware, facts)
+                    found = ask_quickly(config, folder, hardware)
+                fit = None
+                if at_hand and not connect.address(config):  # of a cluster nothing is taken before all is planned
+                    fit = self._begin(hardware, run, {})
+                    unless_trained.callback(fit.call_off)
+                facts = measured.result() if at_hand else None  # else it is still downloaded
+                notes, network, hardware = look_quickly(found, config, hardware, facts)
                 started.set_result(hardware)
             except BaseException as error:
                 started.set_exception(error)  # the thread may be waiting for it
                 raise
             data, of_tokens = prepared.result()
-        return Ready(measured.result(), data, hardware, [*notes, *of_tokens], network)
+        return Ready(measured.result(), data, hardware, [*notes, *of_tokens], network, fit)
 
     def _open(self, run: Folder, plan: Plan, ready: Ready) -> bool:
         """Say what will be done, and write it into the run directory; False where all of it is done already.

@@ -1,6 +1,7 @@
 """Answers one prompt or holds a conversation in the terminal, word by word as they come."""
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +14,23 @@ from qlora_ray.model.answer import generation_options, left_padded, stop_text
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
 
 
-def answer_once(loaded: Loaded, options: dict[str, Any], asked: Messages, compare: bool, seed: int) -> int:
+@dataclass(frozen=True)
+class Speaker:
+    """Who answers, and how."""
+
+    loaded: Loaded
+    options: dict[str, Any]  # of generation: inference/options.py
+    compare: bool  # the base answers first
+    seed: int
+
+
+def answer_once(speaker: Speaker, asked: Messages) -> int:
     """Print the answer to one prompt. Raises ConfigError for a prompt that cannot be answered."""
-    _say(loaded, asked, options, compare, seed)
+    _say(speaker, asked)
     return 0
 
 
-def talk(loaded: Loaded, options: dict[str, Any], opening: Messages, compare: bool, seed: int) -> int:
+def talk(speaker: Speaker, opening: Messages) -> int:
     """Read turns from stdin and answer each, until /quit or the end of the input."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
@@ -43,13 +54,13 @@ def talk(loaded: Loaded, options: dict[str, Any], opening: Messages, compare: bo
         elif said.startswith("/"):
             print(HELP)
         elif said:
-            messages = _turn(loaded, messages, said, options, compare, seed)
+            messages = _turn(speaker, messages, said)
 
 
-def _turn(loaded, messages: Messages, said: str, options, compare: bool, seed: int) -> Messages:
+def _turn(speaker: Speaker, messages: Messages, said: str) -> Messages:
     asked = [*messages, {"role": "user", "content": said}]
     try:
-        answer = _say(loaded, asked, options, compare, seed)
+        answer = _say(speaker, asked)
     except ConfigError as error:  # this turn does not fit; the conversation so far stays
         print(f"error: {error} /reset begins anew.", file=sys.stderr)
         return messages
@@ -59,19 +70,20 @@ def _turn(loaded, messages: Messages, said: str, options, compare: bool, seed: i
     return [*asked, {"role": "assistant", "content": answer}]
 
 
-def _say(loaded: Loaded, messages: Messages, options, compare: bool, seed: int) -> str:
+def _say(speaker: Speaker, messages: Messages) -> str:
     """Stream the answer to stdout, after the base's with `compare`; returns the adapter's."""
+    loaded = speaker.loaded
     try:
-        ids = fit_prompt(loaded, messages, options)
+        ids = fit_prompt(loaded, messages, speaker.options)
     except BadRecord as error:
         raise ConfigError(f"the prompt cannot be put to this model: {error}") from error
-    options = room(loaded, ids, options)
-    if compare:
+    options = room(loaded, ids, speaker.options)
+    if speaker.compare:
         print("base:")
         with loaded.model.disable_adapter():
-            _stream(loaded, ids, options, seed)
+            _stream(loaded, ids, options, speaker.seed)
         print("adapter:")
-    return _stream(loaded, ids, options, seed)
+    return _stream(loaded, ids, options, speaker.seed)
 
 
 def _stream(loaded: Loaded, ids: list[int], options, seed: int) -> str:

@@ -69,7 +69,8 @@ def wrap(
 
 def expert_settings(base: PreTrainedModel, model: ModelConfig) -> dict[str, tuple[int, float]]:
     """Rank and lora_alpha of the stacks of experts, by the ends of their names. Raises ConfigError."""
-    sizes, names = expert_sizes(base, are_packed=True), list(stacks_of(base))
+    with stand_ins(base):  # a worker may hold a share of each stack
+        sizes, names = expert_sizes(base, are_packed=True), list(stacks_of(base))
     if sizes is None or not names:
         raise ConfigError(
             f"model.expert_lora=true: {base.config.model_type} has no experts that compute by transformers' interface."

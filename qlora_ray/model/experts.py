@@ -108,6 +108,7 @@ def expert_sizes(model: Any, are_packed: bool) -> ExpertSizes | None:
         up=up[0].numel() // hidden, inner=down[0].numel() // hidden, num_layers=len(stacks) // 2,
         num_parameters=sum(stack.numel() for stack in stacks),
         num_packed=sum(stack.numel() for stack in stacks if are_packed and id(stack) in known),
+        has_bias=any(getattr(module, "has_bias", False) for module in modules_of_stacks(model).values()),
     )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ class ExpertSizes:
     num_layers: int  # that have experts
     num_parameters: int  # of all experts
     num_packed: int  # of these, in 4 bits
+    has_bias: bool = False
 
     @property
     def num_active(self) -> int:

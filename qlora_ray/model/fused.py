@@ -16,13 +16,15 @@ from qlora_ray.model.dropout import drop_of, probability_of
 from qlora_ray.model.experts import blocks_around_experts
 from qlora_ray.model.families import FAMILIES, PLAIN_HEADS, Family
 from qlora_ray.model.head import make_head_return_nats
-from qlora_ray.model.layer import ACTIVATIONS, FusedLayer, Shared, activation_of, sight_of
+from qlora_ray.model.kept import Shared
+from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.mixture import RoutedLayer, experts_of
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.projection import LoraProjection, Single, Turn, member, ops_for, why_not
 from qlora_ray.model.recompute import Choice
 from qlora_ray.model.routed import compute_in_4_bits
 from qlora_ray.model.stash import HostStash
+from qlora_ray.model.traits import ACTIVATIONS, activation_of, sight_of
 
 GELU_IN_STEPS = ("NewGELUActivation", "FastGELUActivation")
 FIRST_PLACE = 2**31  # of projections outside fused layers, in the masks of dropout

@@ -87,6 +87,11 @@ class DiskFile:
             self._end, view = self._end + written, view[written:]
         return OnDisk(self, start, content.numel())
 
+    def forget(self, start: int = 0, num_bytes: int = 0) -> None:
+        """Have the system drop from memory what it keeps of the file, or of a stretch: the disk gives it next time."""
+        os.fsync(self._file.fileno())
+        os.posix_fadvise(self._file.fileno(), start, num_bytes, os.POSIX_FADV_DONTNEED)
+
     def read_into(self, out: torch.Tensor, start: int) -> None:
         """Fill uint8 values on the CPU from there on. Raises Stop where the disk does not give them."""
         values: Any = out.numpy()

@@ -6,17 +6,15 @@ says its `Family`. Nothing but activations is kept between forward and backward,
 """
 
 # B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP, U = 2 I with a gate, else I
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qlora_ray.model import slices
-from qlora_ray.model.attention import Sight, attend
+from qlora_ray.model.attention import attend
 from qlora_ray.model.dropout import (
-    NOTHING,
-    Drop,
     drawing_from,
     drop_of,
     generator_state,
@@ -24,67 +22,13 @@ from qlora_ray.model.dropout import (
     probability_of,
 )
 from qlora_ray.model.families import Family
+from qlora_ray.model.kept import Kept, Shared
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.ops_plain import Angles
 from qlora_ray.model.parked import ParkedAttention, input_slot
 from qlora_ray.model.projection import Group, Single, Turn, member, ops_for
 from qlora_ray.model.recompute import Keep
-from qlora_ray.model.row_group import Holders, RowGroup
-from qlora_ray.model.stash import HostStash
-
-
-@dataclass
-class Kept:
-    """Activations of one layer between forward and backward; None is computed again."""
-
-    x: torch.Tensor | None  # (M, D)
-    n1: torch.Tensor | None = None  # (M, D + R) what q, k, v read, with its LoRA
-    heads: torch.Tensor | None = None  # (M, H of q and k, E) as projected, where a norm follows or DoRA learns
-    attention: tuple[torch.Tensor, ...] | None = None  # q, k, v and the output, each (B, H, T, E), with their graph
-    parked: ParkedAttention | None = None  # what attention keeps, where q, k and v are made again
-    attended: torch.Tensor | None = None  # (B, H, T, E) the output for the tokens and heads that x has
-    values: torch.Tensor | None = None  # (B, H, T, E) v for these, where DoRA learns
-    z_o: torch.Tensor | None = None  # (M, R)
-    given1: torch.Tensor | None = None  # (M, D) of o_proj, in the same cases
-    x1: torch.Tensor | None = None  # (M, D)
-    n2: torch.Tensor | None = None  # (M, D + R) what gate and up read, with its LoRA
-    gate_up: torch.Tensor | None = None  # (M, U)
-    z_down: torch.Tensor | None = None  # (M, R)
-    given2: torch.Tensor | None = None  # (M, D) of down, in the same cases
-    routed: Any = None  # of a mixture: model/mixture.py
-    turns: tuple[Turn, ...] = field(default_factory=lambda: tuple(Turn() for _ in range(4)))  # q k v, o, gate up, down
-    drops: Sequence[Drop] = (NOTHING, NOTHING)  # of what attention and MLP add
-    dropout: float = 0.0  # of attention
-    generator: torch.Tensor | None = None  # where it stood before that, for layers whose attention is computed again
-    places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
-    blocks: tuple[slice, ...] = ()  # of many rows, that gradients of the MLP's LoRA are summed in: see model/slices.py
-    slices: tuple[slice, ...] = ()  # the same, where the MLP takes its rows in them, too
-    row_group: RowGroup | None = None  # the workers that hold the rows in parts: `attention` has whole ones
-
-    def rows(self, whole: torch.Tensor) -> torch.Tensor:
-        """Those that are asked for."""
-        return whole if self.places is None else whole[self.places]
-
-    def all_rows(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """They among zeros."""
-        if self.places is None:
-            return rows
-        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, self.places, rows)
-
-
-class Passed:
-    """What one layer's backward leaves to the next one's: the buffer (M, D + room) that its gradient lies in."""
-
-    buffer: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What the layers of a model have in common."""
-
-    stash: HostStash | None
-    passed: Passed = field(default_factory=Passed)
-    holders: Holders = field(default_factory=Holders)
+from qlora_ray.model.traits import GELU_BY_TANH, activation_of, own_dropout, sight_of
 
 
 class FusedLayer:
@@ -436,29 +380,7 @@ class FusedLayer:
         return gradients, dx
 
 
-GELU_BY_TANH = ("GELUTanh", "NewGELUActivation")
-ACTIVATIONS = ("SiLU", "SiLUActivation", *GELU_BY_TANH)
 OWN_PLACE = 2**30  # of a layer's own dropout, in the masks: those of its LoRAs come before
-
-
-def activation_of(mlp: torch.nn.Module) -> str:
-    """Class of the activation of an MLP."""
-    return type(next(getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name))).__name__
-
-
-def own_dropout(attention: Any) -> float:
-    """The dropout that the base's config asks of an attention in training."""
-    return float(attention.attn_dropout.p if hasattr(attention, "attn_dropout") else attention.attention_dropout)
-
-
-def sight_of(attention: torch.nn.Module) -> Sight:
-    """What each token of a layer sees: its window is its own, or that of all layers."""
-    config: Any = attention.config
-    window: Any = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    types = getattr(config, "layer_types", None)
-    if types and types[attention.layer_idx] == "full_attention":
-        window = None
-    return Sight(float(attention.scaling), window, getattr(attention, "sinks", None))  # type: ignore[arg-type]
 
 
 class _Layer(torch.autograd.Function):

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from qlora_ray.model.layer import FusedLayer, Kept
+from qlora_ray.model.kept import Kept
+from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.norm import norm_of
 from qlora_ray.model.projection import member, ops_for
 from qlora_ray.model.recompute import Keep

@@ -172,6 +172,8 @@ class RoutedShape(LayerShape):
     num_per_token: int = 1
     up: int = 1  # outputs of an expert's first projection
     expert_inner: int = 1  # inputs of its last
+    has_bias: bool = False  # of each expert
+    adapts_experts: bool = False
 
     is_sliced = False  # type: ignore[assignment]
 
@@ -200,10 +202,22 @@ class RoutedShape(LayerShape):
 
     def passing_bytes(self, num_tokens: int) -> int:
         """The most that one layer's backward holds beyond what was or is kept: rows of experts, their weights."""
-        rows = num_tokens * self.num_per_token * (self.hidden + self.expert_inner)
+        rows = num_tokens * self.num_per_token * (self.hidden * (1 + self.adapts_experts) + self.expert_inner)
         stack = min(EXPERT_CHUNK_BYTES, self.num_experts * self.up * self.hidden * self.element_bytes)
         shared = 3 * num_tokens * self.inner
         return (rows + shared + 2 * num_tokens * self.hidden) * self.element_bytes + stack
+
+    def moved_bytes(self, level: Keep, num_tokens: int) -> float:
+        """What one layer's experts read and write, forward and backward: rows, and weights out of their 4 bits."""
+        again, hidden, up, inner = level >= Keep.ATTENTION, self.hidden, self.up, self.expert_inner
+        elements = 10 * hidden + 5 * (up + inner) + again * (3 * hidden + up)  # model/routed.py, operation by operation
+        if self.has_bias:
+            elements += 4 * (up * (1 + again) + hidden)
+        if self.adapts_experts:
+            elements += 16 * hidden + 7 * (up + inner) + again * (hidden + 4 * up)
+        stacks = self.num_experts * hidden * (up * (2 + again) + inner * 2)
+        rows = num_tokens * self.num_per_token
+        return rows * elements * self.element_bytes + stacks * (0.5 + 2 * self.element_bytes)
 
     def repeated_flops(self, level: Keep, length: int) -> float:
         """Computed a second time, for each token."""

@@ -4,6 +4,8 @@ import torch
 
 from qlora_ray.model.pinned import host_memory, lock
 
+LEAVING = 2  # tensors that may be on their way to the host while the GPU goes on
+
 
 class HostStash:
     """One slot a layer. Backward takes the slots in the reverse order; each take starts the copy of the one before."""
@@ -14,6 +16,7 @@ class HostStash:
         self._shapes: dict[int, torch.Size] = {}
         self._parked: dict[int, torch.cuda.Event] = {}
         self._coming: dict[int, tuple[torch.Tensor, torch.cuda.Event]] = {}
+        self._leaving: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
     def put(self, slot: int, x: torch.Tensor) -> None:
         """Copy x (on the GPU) to the host, behind what the current stream has been given so far."""
@@ -26,11 +29,13 @@ class HostStash:
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
             held[: x.numel()].view(x.shape).copy_(x, non_blocking=True)
-        x.record_stream(self._stream)
         self._shapes[slot], self._parked[slot] = x.shape, self._stream.record_event()
+        self._leaving.append((x, self._parked[slot]))
+        self._let_go(all_but=LEAVING)
 
     def take(self, slot: int) -> torch.Tensor:
         """The parked tensor, on the GPU again."""
+        self._let_go(all_but=0)
         self._fetch(slot)
         x, arrived = self._coming.pop(slot)
         torch.cuda.current_stream(x.device).wait_event(arrived)
@@ -38,6 +43,16 @@ class HostStash:
         if earlier:
             self._fetch(max(earlier))
         return x
+
+    def _let_go(self, all_but: int) -> None:
+        """Let go of what was put first, once the current stream waits for its copy: its memory is free at once.
+
+        After record_stream it stays taken until the host finds the copy done, and the host may be a whole forward pass
+        ahead of the GPU: no input had left it when backward's peak was allocated.
+        """
+        while len(self._leaving) > all_but:
+            x, copied = self._leaving.pop(0)
+            torch.cuda.current_stream(x.device).wait_event(copied)
 
     def _fetch(self, slot: int) -> None:
         if slot in self._coming:

@@ -21,6 +21,11 @@ BESIDE_LAYERS = {"lm_head", "embed_tokens", "model.norm", "ln_f"}  # trained who
 SHARE_OF_FLOOR = 0.69  # of the products' time, measured on an H200: benchmarks/README.md
 SHARE_OF_FLOOR_NOT_FUSED = 0.42  # the same where projections alone are fused: a Qwen3-8B shape on an H100, all again
 LAUNCH_SECONDS = 2e-3  # products of a layer that take less wait for the host: a gpt2-medium layer took 7 ms, not 0.2
+# Of mixtures, whose layers move much beside their products. Products: 351 of a step's 456 ms on an H200, attention 44
+# (benchmarks/README.md); bytes: three quarters of the datasheets' rates. Qwen3-30B-A3B, gpt-oss-20b and Mixtral-8x7B
+# shapes on an H100 were within 8% of what these three tell.
+SHARE_OF_PRODUCTS, SHARE_OF_ATTENTION, SHARE_OF_BYTES = 0.9, 0.44, 0.75
+BYTES_PER_SECOND = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12, "RTX-4090": 1.008e12}
 SAME_INPUT = re.compile(r"(^|\.)(q|k|v|gate|up)_proj$")  # of layers that read one tensor, and no name says so else
 
 
@@ -105,7 +110,8 @@ def layer_shape(config: Config, base: BaseFacts, element_bytes: int) -> LayerSha
         sizes = base.experts
         return RoutedShape(
             inner=max(shared, default=0), adapted=(len(family.qkv), 1, 0, 0), num_experts=sizes.num_experts,
-            num_per_token=sizes.num_per_token, up=sizes.up, expert_inner=sizes.inner, **shape,
+            num_per_token=sizes.num_per_token, up=sizes.up, expert_inner=sizes.inner, has_bias=sizes.has_bias,
+            adapts_experts=model.expert_lora, **shape,
         )  # fmt: skip
     up, inner = of_mlp
     return LayerShape(inner=inner, has_gate=up > inner, adapted=(len(family.qkv), 1, len(family.gate_up), 1), **shape)
@@ -205,21 +211,26 @@ def peak_gib(forecast: dict[str, float]) -> float:
 def tokens_per_second(sizes: Sizes, num_tokens: int, length: int, choice: Choice, gpu: str) -> float | None:
     """Of one worker, for micro-batches of so many tokens: what their products take, at the share of their rate reached.
 
-    None where that is unknown: for mixtures of experts nothing was measured of how fast these products are, and small
-    layers take the time of Python and launches, not that of products.
+    None where that is unknown: of GPUs nobody has measured, of experts in 16 bits, and of small layers, which take the
+    time of Python and launches, not that of products.
     """
     base, layer = sizes.base, sizes.layer
-    if gpu not in PRODUCT_FLOPS or base.experts:
+    if gpu not in PRODUCT_FLOPS or (base.experts and not isinstance(layer, RoutedShape)):
         return None
     head = base.hidden_size * base.vocab_size
     flops = 4.0 * (base.num_linear_parameters + head) + 6.0 * sizes.num_trainable
+    flops += sum(layer.repeated_flops(level, length) for level in choice.levels)
     width, share = base.hidden_size, SHARE_OF_FLOOR_NOT_FUSED
     if isinstance(layer, LayerShape):
         width, share = layer.queries, SHARE_OF_FLOOR
-    flops += 7.0 * length * base.num_layers * width
-    flops += sum(layer.repeated_flops(level, length) for level in choice.levels)
-    speed = share * PRODUCT_FLOPS[gpu] / flops
-    return speed if num_tokens / speed >= LAUNCH_SECONDS * base.num_layers else None
+    attention = 7.0 * length * base.num_layers * width
+    seconds = num_tokens * (flops + attention) / PRODUCT_FLOPS[gpu] / share
+    if base.experts and isinstance(layer, RoutedShape):
+        flops += 4.0 * base.experts.num_active
+        moved = sum(layer.moved_bytes(level, num_tokens) for level in choice.levels)
+        seconds = num_tokens * (flops / SHARE_OF_PRODUCTS + attention / SHARE_OF_ATTENTION) / PRODUCT_FLOPS[gpu]
+        seconds += moved / SHARE_OF_BYTES / BYTES_PER_SECOND[gpu]
+    return num_tokens / seconds if seconds >= LAUNCH_SECONDS * base.num_layers else None
 
 
 def all_layers(sizes: Sizes, level: Keep) -> Choice:

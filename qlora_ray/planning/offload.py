@@ -25,6 +25,11 @@ class Passing:
     moved_bytes: float  # to the GPU, each micro-batch
     seconds: float | None  # that a micro-batch computes, where that is known
 
+    @property
+    def bytes_per_second(self) -> float | None:
+        """That hide behind the products; None where their time is not known."""
+        return self.moved_bytes / self.seconds if self.seconds else None
+
     def __str__(self) -> str:
         kept = f", the last {self.num_resident} stay on the GPU" if self.num_resident else ""
         text = (
@@ -32,8 +37,8 @@ class Passing:
             f"host memory{f' and {self.disk_bytes / GIB:.2f} of disk' if self.disk_bytes else ''} a worker; "
             f"{self.moved_bytes / 1e9:,.1f} GB to the GPU each micro-batch"
         )
-        if self.seconds:
-            needed = self.moved_bytes / self.seconds / 1e9
+        if self.bytes_per_second is not None:
+            needed = self.bytes_per_second / 1e9
             text += f", behind about {self.seconds:.2f} s of products from {needed:,.1f} GB/s on"
         return text
 

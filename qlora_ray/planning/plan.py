@@ -137,7 +137,7 @@ def make_plan(
         shares_base=known.shares_base,
         is_shared_by_node=known.num_of_node is not None,
         why_shared=why_shared,
-        passing=offload.passing(known, num_tokens, config.training.max_length, gpu_gib, _gpu_of(hardware)),
+        passing=offload.passing(known, num_tokens, config.training.max_length, gpu_gib, gpu_of(hardware)),
     )
     if not deepspeed_json:
         return plan
@@ -163,7 +163,8 @@ def choose_recomputation(plan: Plan, num_layers: int, vocab_size: int, room: Roo
     return choose(plan.layer_shape, num_layers, tokens, vocab_size, room)
 
 
-def _gpu_of(hardware: Hardware) -> str:
+def gpu_of(hardware: Hardware) -> str:
+    """The cluster's GPU, where its products' rate is known; else nothing."""
     return next((name for name in hardware.accelerator_types if name in memory.PRODUCT_FLOPS), "")
 
 

@@ -8,6 +8,7 @@ from qlora_ray.planning import memory
 # Tokens per second of one H100, 4 rows of 2,048 tokens, through the door (benchmarks/README.md, "The whole path").
 FUSED, WITH_DROPOUT = 16_708, 16_188  # Llama-3.1-8B shape
 WITH_DORA, WITHOUT_DORA = 15_239, 16_498  # the same shape, benchmarks.throughput, stage 3
+WITH_EXPERT_LORA, WITHOUT_EXPERT_LORA = 47_696, 59_117  # 12 layers of a Qwen3-30B-A3B shape, 4 rows of 4,096 tokens
 LEFT_TO_PEFT = 5_063  # the same, every projection
 PROJECTIONS_ALONE = 7_040  # Qwen3-8B shape
 
@@ -44,6 +45,11 @@ def speed_notes(config: Config, base: BaseFacts) -> list[str]:
         notes.append(
             f"model.lora_variant=dora: fused; {WITH_DORA / WITHOUT_DORA:.2f} of the speed of lora (Llama-3.1-8B shape, "
             "one H100)."
+        )
+    if model.expert_lora:
+        notes.append(
+            f"model.expert_lora: {WITH_EXPERT_LORA / WITHOUT_EXPERT_LORA:.2f} of the speed of none (12 layers of a "
+            "Qwen3-30B-A3B shape, one H100)."
         )
     if model.new_tokens:
         notes.append(

@@ -6,7 +6,7 @@ from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
 from qlora_ray.model import host
 from qlora_ray.model.facts import ModelFacts
-from qlora_ray.model.recompute import LONG_ROW, Choice, Keep, Room, choose
+from qlora_ray.model.recompute import LONG_ROW, Choice, Keep, Room, RoutedShape, choose
 from qlora_ray.planning import holding, memory, offload
 from qlora_ray.planning.deepspeed import zero_stage
 from qlora_ray.planning.early import as_stored, facts_at_hand
@@ -71,7 +71,9 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     lines += _longest_rows(known, each, config.training.sequence_parallel, gib, host_gib)
     if not _fits(known, each * of_worker, gib) and (way_out := _what_fits(config, base, gib)):
         lines.append(f"one row fits with {way_out}")
-    if is_unknown and not base.experts and gpu in memory.PRODUCT_FLOPS:
+    if is_unknown and base.experts and not isinstance(known.layer, RoutedShape):
+        lines.append("tokens/s is not told of experts in 16 bits, and of those whose layers are not fused")
+    elif is_unknown and gpu in memory.PRODUCT_FLOPS:
         lines.append("tokens/s is not told where layers are so small that launching them takes longer than their work")
     return "\n".join([*lines, *(f"note: {note}" for note in speed_notes(config, base))])
 

@@ -1,6 +1,6 @@
 """The home of DeepSpeed: builds the ZeRO engine, steps it, and takes its state apart by parameter name.
 
-What is changed or read inside DeepSpeed for it lies in deepspeed_patches.py.
+What is changed or read inside DeepSpeed for it lies in deepspeed_patches/.
 """
 
 import math
@@ -15,7 +15,7 @@ from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import trainable
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.flat import FlatLora
-from qlora_ray.worker.graphs import Graphs
+from qlora_ray.worker.graphs import Graphs, Recorded
 from qlora_ray.worker.state import MOMENTS, AdapterState
 from qlora_ray.worker.stopwatch import Stopwatch
 from qlora_ray.worker.sums import OrderedSum
@@ -103,15 +103,23 @@ class Engine:
             (loss * self._loss_scale()).backward()
 
     def record_graphs(self, widest: int) -> None:
-        """Have micro-batches of rows of up to `widest` tokens recorded from now on. Not at stage 3."""
-        assert not self._is_sharded, "ZeRO-3's hooks are Python, which no graph repeats"
-        self.graphs = Graphs(self, self._flat, widest)
+        """Have micro-batches of rows of up to `widest` tokens recorded from now on."""
+        self.graphs = Graphs(self.module, self._flat, widest)
+
+    def recorded(self, batch: dict[str, torch.Tensor]) -> Recorded | None:
+        """What was recorded of such a padded batch, ready to be replayed."""
+        assert self.graphs is not None
+        if self._is_sharded:
+            patches.make_available(list(self._parameters.values()))
+        return self.graphs.of(batch)
 
     def add_up(self, num_present: int, gradient: torch.Tensor | None = None) -> None:
         """Add what `backward` has computed on the first `num_present` workers, or a gradient that a graph has made.
 
         Every worker must call this.
         """
+        if gradient is not None and self._is_sharded:
+            patches.end_backward(self._engine.optimizer)
         self._sum.add(self._flat.take_gradients() if gradient is None else gradient, num_present)
 
     def step(self, learning_rate: float) -> bool:

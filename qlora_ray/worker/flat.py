@@ -93,11 +93,6 @@ class FlatLora:
         pairs = zip(matrices, found, strict=True)
         return torch.cat([torch.zeros_like(one).flatten() if grad is None else grad.flatten() for one, grad in pairs])
 
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        """Where the matrices lie now."""
-        return tuple(parameter.data_ptr() for parameter in self.parameters.values())
-
     def cut(self, gradients: torch.Tensor) -> dict[str, torch.Tensor]:
         """What `take_gradients` returned, by whole, each padded as its parameter is."""
         sizes = [sum(shape.numel() for *_, shape in places) for places in self._places.values()]

@@ -174,7 +174,7 @@ def _learn(engine: Engine, micro_batch: MicroBatch, num_summands: int, stopwatch
     batch = engine.graphs.padded(micro_batch.tensors) if engine.graphs else None
     if engine.graphs and batch is not None:
         micro_batch = replace(micro_batch, tensors=batch)
-        if recorded := engine.graphs.of(batch):
+        if recorded := engine.recorded(batch):
             sums, gradient = recorded.replay(batch, num_summands)
             stopwatch.mark("backward")  # forward too: they are one launch
             engine.add_up(micro_batch.num_present, gradient)

@@ -26,12 +26,12 @@ from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse, fused_layers, is_fused
 from qlora_ray.model.homes import Away
 from qlora_ray.model.hub import local_folder
-from qlora_ray.model.layer import own_dropout
 from qlora_ray.model.load import Source
 from qlora_ray.model.plain import plain_layers
 from qlora_ray.model.ring import Ring, make_ring
 from qlora_ray.model.row_group import make_row_group
 from qlora_ray.model.start import WEIGHTS, load_weights
+from qlora_ray.model.traits import own_dropout
 from qlora_ray.planning.plan import Plan
 from qlora_ray.rundir import names
 from qlora_ray.storage import SHARE_IT, Folder

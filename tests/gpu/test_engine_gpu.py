@@ -48,7 +48,7 @@ def test_step_whose_gradient_is_not_finite_changes_nothing(stage, dtype, nccl, t
     assert all(loss == loss for loss in engines.train(engine, range(2, 4), 1e-3))
 
 
-@pytest.mark.bites("worker.deepspeed_patches.NAMED_STREAM")
+@pytest.mark.bites("worker.deepspeed_patches.hooks.NAMED_STREAM")
 def test_deepspeed_asks_torch_for_the_stream_of_a_named_device(nccl, monkeypatch, tmp_path):
     from deepspeed.accelerator import get_accelerator
 

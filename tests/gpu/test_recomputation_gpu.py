@@ -75,3 +75,19 @@ def test_a_budget_between_the_leanest_and_all_is_kept_and_has_no_room_for_more(f
     more = (*levels[:last], Keep.ALL, *levels[last + 1 :])
     moments = 12 * plan.num_trainable_parameters  # which the budget leaves room for, and nobody makes here
     assert peak_bytes(model, more) > SHARE_OF_FORECAST * (budget - moments), levels
+
+
+def test_what_is_parked_leaves_the_gpu_at_once_however_far_ahead_the_host_is_and_comes_back_as_it_was():
+    stash, count, size = HostStash(torch.device("cuda")), 12, 2**24
+    values = [torch.randn(size, device="cuda") for _ in range(count)]
+    for turn in range(2):  # the first finds host memory
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.cuda._sleep(10**9)  # half a second, in which the host parks everything
+        for slot, value in enumerate(values):
+            stash.put(slot, value + turn)
+        taken = torch.cuda.max_memory_allocated() - before
+        for slot in reversed(range(count)):
+            assert torch.equal(stash.take(slot), values[slot] + turn)
+    assert taken <= 4 * values[0].nbytes

@@ -24,7 +24,7 @@ def start(*arguments: str, of: str = "train") -> subprocess.Popen:
     )
 
 
-def run(*arguments: str, of: str = "train", timeout: float = 240) -> subprocess.CompletedProcess:
+def run(*arguments: str, of: str = "train", timeout: float = 400) -> subprocess.CompletedProcess:
     """Run a door to its end."""
     process = start(*arguments, of=of)
     try:
@@ -60,12 +60,12 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout: float = 200) -> None:
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout: float = 400) -> None:
     """Wait until a step is logged; a run that does not get there in time is ended, and the test fails."""
     wait_for(lambda: max(losses(run_dir), default=0) >= step, process, f"step {step}", timeout)
 
 
-def wait_for(is_true: Callable[[], object], process: subprocess.Popen, what: str, timeout: float = 200) -> None:
+def wait_for(is_true: Callable[[], object], process: subprocess.Popen, what: str, timeout: float = 400) -> None:
     """Wait until something has happened in a run; where it does not in time, end the run and fail the test."""
     deadline = time.monotonic() + timeout
     while not is_true():

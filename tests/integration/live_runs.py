@@ -68,5 +68,5 @@ def served(root: Path) -> Iterator[str]:
         yield address[0]
     finally:
         process.send_signal(2)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, "", "")

@@ -23,7 +23,6 @@ from qlora_ray.planning.hardware import Hardware
 from qlora_ray.planning.plan import make_plan
 from qlora_ray.planning.rows import layout
 from qlora_ray.rundir import directory
-from qlora_ray.worker import train_worker
 from qlora_ray.worker.messages import Run
 
 
@@ -46,7 +45,7 @@ def made(values: dict[str, Any]) -> Run:
     config = make_config(values)
     folder, facts = storage.open_folder(config.ray.storage_path), exact_facts(config)
     data = prepare(config, folder, layout(config, facts))
-    plan = make_plan(config, data.stats, facts, Hardware(num_cpus=2, num_gpus=0), None)
+    plan = make_plan(config, data.stats, facts, Hardware(num_cpus=config.ray.max_workers, num_gpus=0), None)
     run = folder / str(config.ray.run_name)
     ground = directory.Ground(directory.run_identity(config, data.stats, facts, plan), {"versions": {}}, {})
     directory.write_run_files(run, config, plan, data.stats, ground)
@@ -55,11 +54,13 @@ def made(values: dict[str, Any]) -> Run:
 
 def train_one_after_the_other(job: dict[str, Any]) -> None:
     """What each worker does."""
+    from qlora_ray.worker.loop import run_worker
+
     trained = set()
     for run in job["runs"]:
         if run.folder.path in trained:
             go_back(Path(run.folder.path))
-        train_worker({"run": run, "channel": job["channel"]})
+        run_worker(run, job["channel"])
         trained.add(run.folder.path)
 
 
@@ -87,8 +88,11 @@ def main() -> None:
     channel: Any = Channel
     for num_workers, of_a_team in itertools.groupby(runs, lambda run: run.plan.num_workers):
         job = {"runs": list(of_a_team), "channel": channel.remote()}
+        scaling = ScalingConfig(
+            num_workers=num_workers, resources_per_worker={"CPU": min(1, (os.cpu_count() or 1) / num_workers)}
+        )
         TorchTrainer(
-            train_one_after_the_other, train_loop_config=job, scaling_config=ScalingConfig(num_workers=num_workers),
+            train_one_after_the_other, train_loop_config=job, scaling_config=scaling,
             run_config=RunConfig(storage_path=f"{runs[0].folder.parent.path}/.ray"),
         ).fit()  # fmt: skip
     shut_ray_down(debug=False)

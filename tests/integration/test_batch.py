@@ -39,7 +39,7 @@ def test_killed_batch_that_is_started_again_gives_the_file_of_one_that_was_not(t
     source.write_text("".join(row + "\n" for row in lines()))
     partial = Path(f"{target}.partial")
     killed = start(trained, source, target, "1")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (partial.exists() and partial.stat().st_size):
         assert killed.poll() is None, killed.communicate()
         assert time.monotonic() < deadline
@@ -56,7 +56,7 @@ def test_killed_batch_that_is_started_again_gives_the_file_of_one_that_was_not(t
     assert "was begun with another options" in capsys.readouterr().err
 
     again = start(trained, source, target, "2")
-    out, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=240)
     assert again.returncode == 0, err
     assert f"{num_done} of {NUM_ROWS} rows are answered already" in err and "3 could not be answered: row 5" in err
     assert out == "" and not [noise for noise in ("WARNING", "INFO", "Traceback", "Error") if noise in err], err

@@ -57,7 +57,7 @@ def count_calls(monkeypatch, owner, name) -> list:
     return calls
 
 
-@pytest.mark.bites("worker.deepspeed_patches.SHARED_MEMORY")
+@pytest.mark.bites("worker.deepspeed_patches.start.SHARED_MEMORY")
 def test_deepspeed_compiles_no_collective_of_its_own_on_cpus(monkeypatch, process_group):
     import deepspeed
     from deepspeed.comm.torch import build_shm_op
@@ -72,7 +72,7 @@ def test_deepspeed_compiles_no_collective_of_its_own_on_cpus(monkeypatch, proces
     assert build_shm_op() is None and compiled == ["op"]
 
 
-@pytest.mark.bites("worker.deepspeed_patches.KNOWN_PARAMETERS")
+@pytest.mark.bites("worker.deepspeed_patches.hooks.KNOWN_PARAMETERS")
 @pytest.mark.parametrize("without, walks", [((), False), (("remember_parameters",), True)])
 def test_a_step_walks_no_leaf_for_its_parameters(build, monkeypatch, without, walks):
     sharded = build(without=without)
@@ -83,7 +83,7 @@ def test_a_step_walks_no_leaf_for_its_parameters(build, monkeypatch, without, wa
     assert leaves and bool([module for module, *_ in walked if id(module) in leaves]) == walks
 
 
-@pytest.mark.bites("worker.deepspeed_patches.SHORT_WALKS")
+@pytest.mark.bites("worker.deepspeed_patches.hooks.SHORT_WALKS")
 @pytest.mark.parametrize("without", [(), ("walk_past_leaves",)])
 def test_a_forward_pass_visits_no_module_inside_a_leaf(build, monkeypatch, without):
     from deepspeed.runtime import engine
@@ -97,7 +97,7 @@ def test_a_forward_pass_visits_no_module_inside_a_leaf(build, monkeypatch, witho
     assert inside and not any(module._parameters._in_forward for (module,) in visited)  # unmarked as well
 
 
-@pytest.mark.bites("worker.deepspeed_patches.PROFILER_RANGES")
+@pytest.mark.bites("worker.deepspeed_patches.hooks.PROFILER_RANGES")
 def test_a_step_marks_no_ranges_for_profilers(build, monkeypatch):
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import nvtx
@@ -110,7 +110,7 @@ def test_a_step_marks_no_ranges_for_profilers(build, monkeypatch):
     assert ranges
 
 
-@pytest.mark.bites("worker.deepspeed_patches.DEBUG_PRINTS")
+@pytest.mark.bites("worker.deepspeed_patches.hooks.DEBUG_PRINTS")
 @pytest.mark.parametrize("without", [(), ("print_only_on_demand",)])
 def test_prints_that_are_off_do_not_ask_for_the_rank(build, monkeypatch, without):
     from deepspeed.runtime.zero import partition_parameters
@@ -122,7 +122,7 @@ def test_prints_that_are_off_do_not_ask_for_the_rank(build, monkeypatch, without
     assert bool(printed) == bool(without)
 
 
-@pytest.mark.bites("worker.deepspeed_patches.RESIDENT")
+@pytest.mark.bites("worker.deepspeed_patches.hooks.RESIDENT")
 @pytest.mark.parametrize("without", [(), ("keep_resident",)])
 def test_trained_parameters_stay_gathered_between_steps_however_large(build, without):
     sharded = build(without=without, zero={"stage3_param_persistence_threshold": 0})
@@ -132,7 +132,7 @@ def test_trained_parameters_stay_gathered_between_steps_however_large(build, wit
     assert [whole.ds_status for whole in wholes] == [wanted] * len(wholes)
 
 
-@pytest.mark.bites("worker.deepspeed_patches.KNOWN_NORM")
+@pytest.mark.bites("worker.deepspeed_patches.optimizer.KNOWN_NORM")
 @pytest.mark.parametrize("without", [(), ("take_norm_as_known",)])
 def test_zero_3_computes_no_norm_of_its_own(build, monkeypatch, without):
     sharded = build(without=without)
@@ -141,7 +141,7 @@ def test_zero_3_computes_no_norm_of_its_own(build, monkeypatch, without):
     assert bool(norms) == bool(without)
 
 
-@pytest.mark.bites("worker.deepspeed_patches.TIMED_GATHERS")
+@pytest.mark.bites("worker.deepspeed_patches.hooks.TIMED_GATHERS")
 def test_gathers_in_forward_and_backward_are_timed(build):
     sharded, stopwatch = build(), Stopwatch(torch.device("cpu"))
     sharded.time_gathers(stopwatch)
@@ -153,7 +153,7 @@ def test_gathers_in_forward_and_backward_are_timed(build):
     assert stopwatch.take()["communication"] > 0
 
 
-@pytest.mark.bites("worker.deepspeed_patches.OWN_GRADIENTS")
+@pytest.mark.bites("worker.deepspeed_patches.optimizer.OWN_GRADIENTS")
 @pytest.mark.parametrize("stage, dtype, zero", KINDS)
 def test_a_gradient_that_is_put_in_place_is_what_the_step_takes(build, stage, dtype, zero):
     engine = build(stage, dtype, **zero)
@@ -172,7 +172,7 @@ def test_a_gradient_that_is_put_in_place_is_what_the_step_takes(build, stage, dt
         assert torch.equal(step[1::2], step[1::2].abs()) and torch.equal(step[::2], -step[::2].abs())
 
 
-@pytest.mark.bites("worker.deepspeed_patches.SHARD_MARKS")
+@pytest.mark.bites("worker.deepspeed_patches.shares.SHARD_MARKS")
 @pytest.mark.parametrize("stage, dtype, zero", KINDS)
 def test_zero_marks_the_parameters_that_it_shards(build, stage, dtype, zero):
     sharded = build(stage, dtype, **zero)
@@ -183,7 +183,7 @@ def test_zero_marks_the_parameters_that_it_shards(build, stage, dtype, zero):
     assert sum(weight.numel() for weight in sharded.weights().values()) == sharded._flat.numel
 
 
-@pytest.mark.bites("worker.deepspeed_patches.MASTERS")
+@pytest.mark.bites("worker.deepspeed_patches.optimizer.MASTERS")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_stage_0_optimizes_float32_copies_that_are_found_by_their_parameter(build, dtype):
     sharded = build(0, dtype)
@@ -194,7 +194,7 @@ def test_stage_0_optimizes_float32_copies_that_are_found_by_their_parameter(buil
         assert torch.equal(master.detach().to(parameter.dtype), parameter.detach())
 
 
-@pytest.mark.bites("worker.deepspeed_patches.OPTIMIZER_STATE")
+@pytest.mark.bites("worker.deepspeed_patches.optimizer.OPTIMIZER_STATE")
 @pytest.mark.parametrize("stage, dtype, zero", KINDS)
 def test_state_goes_in_before_the_first_step_and_comes_out_as_it_was(build, stage, dtype, zero):
     first, second = build(stage, dtype, **zero), build(stage, dtype, **zero)

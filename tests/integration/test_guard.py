@@ -38,6 +38,15 @@ def test_guard_stops_a_run_whose_packed_weights_were_cast(tmp_path, monkeypatch,
         engines.build(tiny_models.make_config(EMBEDDED, **SHARED, quantization={"compute_dtype": "bfloat16"}), tmp_path)
 
 
+def test_guard_stops_a_run_that_has_another_share_in_4_bits_than_was_planned(tmp_path, process_group):
+    run = engines.run_of(tiny_models.make_config(EMBEDDED), tmp_path, engines.rows_of_batch(tmp_path / "cache"))
+    planned = dataclasses.replace(run.plan, four_bit_share=run.plan.four_bit_share - 0.02)
+    with pytest.raises(GuardError, match="are in 4 bits, the plan says"):
+        setup.build_engine(
+            dataclasses.replace(run, plan=planned), engines.Alone(), torch.device("cpu"), pad_token_id=0, resumed=None
+        )
+
+
 @pytest.mark.bites("worker.setup.NOISE")
 def test_neftune_noise_is_there_in_training_only(tmp_path, process_group):
     rows = tiny_models.batch()

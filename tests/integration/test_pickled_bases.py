@@ -175,7 +175,7 @@ def test_of_processes_that_want_the_same_base_one_converts_and_what_a_killed_one
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert told.get(timeout=5) and told.empty()
+    assert told.get(timeout=60) and told.empty()
     assert (known / "model.safetensors").read_bytes() == content and not left.exists()
     assert not list(assets.glob("*.tmp"))
 

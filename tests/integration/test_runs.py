@@ -257,7 +257,7 @@ def test_run_that_crashed_between_two_lines_tells_what_an_undisturbed_one_tells(
     summary, told = door.summary(run), door.told(run)
     assert [line["step"] for line in told if "loss" in line] == [1, 6, 10, 12, 18, 20]
     parts, until = summary["seconds"]["of_start"], summary["seconds"]["first_step_done"]
-    of_worker = sum(parts[name] for name in ("imports", "base", "adapter", "guard", "engine", "first step"))
+    of_worker = sum(parts[name] for name in ("base", "adapter", "guard", "engine", "first step"))
     assert min(parts["Ray"], of_worker) > 0 and of_worker + parts["workers"] < until
     assert sum(line.get("num_tokens", 0) for line in told) == summary["num_tokens"]
     for step in (18, 20):  # as if it had crashed at step 17: its lines up to 12 are there

@@ -60,7 +60,7 @@ def check_same(size: int, folder: Path, *jobs: Job) -> list[list[ranks.Held]]:
     return left[::2]
 
 
-@pytest.mark.bites("worker.deepspeed_patches.BORN_IN_SHARES")
+@pytest.mark.bites("worker.deepspeed_patches.shares.BORN_IN_SHARES")
 def test_shares_of_two_workers_are_those_of_the_whole_for_all_kinds_of_files(tmp_path):
     check_same(
         2, tmp_path / "run",

@@ -14,13 +14,14 @@ def jobs(base: str, **sections) -> list[Job]:
     return [Job(base, {**sections, "deepspeed": {"share_base": way}}) for way in WAYS]
 
 
-@pytest.mark.bites("worker.deepspeed_patches.OUT_OF_ZERO")
+@pytest.mark.bites("worker.deepspeed_patches.shares.OUT_OF_ZERO")
 def test_a_base_in_shares_and_one_whole_on_each_worker_give_one_adapter(tmp_path):
     mixtral = tiny_models.save("mixtral", tmp_path / "mixtral", num_hidden_layers=1)
     gpt2 = tiny_models.save("gpt2", tmp_path / "gpt2")
     left = ranks.run(
         2, tmp_path / "run", *jobs(EMBEDDED), *jobs(gpt2, quantization={"compute_dtype": "bfloat16"}),
-        *jobs(mixtral), *jobs(EMBEDDED, model={"modules_to_save": ["norm"], "new_tokens": ["<new>"]}),
+        *jobs(mixtral), *jobs(mixtral, model={"expert_lora": True}),
+        *jobs(EMBEDDED, model={"modules_to_save": ["norm"], "new_tokens": ["<new>"]}),
     )  # fmt: skip
     for shared, whole in zip(left[::2], left[1::2], strict=True):
         # One small parameter stays with ZeRO-3, for transformers to ask for the device.

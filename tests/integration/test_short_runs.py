@@ -24,6 +24,8 @@ class Case:
     steps: int = 3
     base: str = "embedded"
     variant: str = "lora"
+    expert_lora: bool = False
+    batch_size: int = 2
 
     @property
     def name(self) -> str:
@@ -46,13 +48,14 @@ ALL = [
 
 
 def config_of(case: Case, folder: Path, num_workers: int) -> Config:
-    """Validation and a checkpoint at each step, dropout but for DoRA; a global batch of 4 rows for any workers."""
+    """Validation and a checkpoint at each step, dropout where PEFT has it; a global batch of 4 rows for any workers."""
+    has_dropout = case.variant == "lora" and not case.expert_lora
     data = folder / f"{case.records}.json"
     data.write_text(json.dumps([{"instruction": f"say {i}", "output": f"{i} it is"} for i in range(case.records)]))
     return make_config({
         "model": {"base_model": case.base, "lora_variant": case.variant,
-                  "lora_dropout": 0.1 if case.variant == "lora" else 0},
-        "training": {"max_steps": case.steps, "batch_size": 2, "global_batch_size": 4, "max_length": 32,
+                  "expert_lora": case.expert_lora, "lora_dropout": 0.1 if has_dropout else 0},
+        "training": {"max_steps": case.steps, "batch_size": case.batch_size, "global_batch_size": 4, "max_length": 32,
                      "eval_every_steps": 1},
         "data": {"train_file": str(data), "validation_split": 0.1 if case.has_validation else 0},
         "deepspeed": {"zero_stage": case.stage}, "checkpoint": {"every_steps": 1, "keep": case.steps},

@@ -36,7 +36,7 @@ def test_sum_is_that_of_one_micro_batch_after_the_other(num_workers, tmp_path):
         )
         for rank in range(num_workers)
     ]  # fmt: skip
-    sums = [json.loads(worker.communicate(timeout=60)[0]) for worker in workers]
+    sums = [json.loads(worker.communicate(timeout=200)[0]) for worker in workers]
     expected = torch.zeros(NUMEL)
     for number in range(NUM_MICRO_BATCHES):
         expected += torch.randn(NUMEL, generator=torch.Generator().manual_seed(number)).to(torch.bfloat16)

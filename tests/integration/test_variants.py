@@ -133,7 +133,7 @@ def exact_nats_and_gradients(peft, weights) -> tuple[float, dict[str, torch.Tens
     return nats / count, {name: gradient / count / norm.clamp(min=1) for name, gradient in gradients.items()}
 
 
-@pytest.mark.bites("worker.deepspeed_patches.ALL_MOMENTS")
+@pytest.mark.bites("worker.deepspeed_patches.optimizer.ALL_MOMENTS")
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_each_step_is_adamws_with_pefts_float64_gradient_at_the_same_weights(stage, tmp_path, process_group):
     """Trajectories say less: where a gradient is next to 0, AdamW makes a whole step of its rounding."""

@@ -1,5 +1,7 @@
 """When a run gives up: what failed would fail again."""
 
+from typing import Any
+
 import pytest
 
 from qlora_ray.driver.channel import Channel
@@ -48,6 +50,15 @@ def test_what_trying_again_cannot_mend_ends_the_run_at_once(channel):
 def test_what_the_user_must_change_ends_the_run_at_once(channel):
     channel.tell(Refused("model.base_model=x: no such folder"))
     assert channel.reason_to_give_up() == "model.base_model=x: no such folder"
+
+
+def test_workers_wait_until_the_run_is_planned_or_called_off(channel):
+    assert channel.wanted() == (None, False)
+    run: Any = object()
+    channel.take(run)
+    assert channel.wanted() == (run, False)
+    channel.call_off()
+    assert channel.wanted() == (run, True)
 
 
 def test_cause_is_the_error_that_the_others_follow_from():

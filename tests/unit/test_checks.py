@@ -7,6 +7,7 @@ import json
 import pytest
 
 from qlora_ray import doctor, environment
+from qlora_ray.cluster import bandwidth
 from qlora_ray.cluster import node_facts as facts_module
 from qlora_ray.cluster.checks import CHECKS, QUICK
 from qlora_ray.cluster.found import Found, Needs, Row, look
@@ -15,6 +16,7 @@ from qlora_ray.config import Config, ModelConfig
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning.early import facts_at_hand
 from qlora_ray.planning.hardware import Hardware
+from qlora_ray.planning.offload import Passing
 
 GPU = {"name": "H100", "total_gib": 80.0, "free_gib": 79.0, "driver": "580.65.06", "compute_capability": "9.0"}
 NODE = {
@@ -105,7 +107,7 @@ def test_what_is_wrong_on_one_node_is_one_red_row_that_names_it_and_says_what_to
     ("more", "check", "found"),
     [
         ({"silent": {"10.0.0.3": "no answer within 60 s"}}, "answer", "no answer"),
-        ({"workers_fit": "ray.num_workers=4: ..."}, "CPUs", "ray.num_workers=4"),
+        ({"needs": dataclasses.replace(NEEDS, unfit="ray.num_workers=4: ...")}, "CPUs", "ray.num_workers=4"),
         ({"authentication": "open"}, "authentication", "without a token"),
         ({"token_mode": 0o100644}, "authentication", "mode 0644"),
         ({"all_reduce": {"why": "nccl: not done within 60 s"}}, "all-reduce", "not done"),
@@ -124,6 +126,41 @@ def test_object_store_too_small_for_the_rows_ahead_is_red():
 def test_slow_network_is_a_warning_not_a_refusal():
     found = cluster(all_reduce={"backend": "nccl", "bytes_per_second": 1e8})
     assert [row.state for row in look(found, CHECKS) if row.check == "all-reduce"] == ["unknown"] and not red(found)
+
+
+PASSING = Passing(80, 0, 4e8, 3.5e10, 3.7e10, 6.9e10, seconds=10.0)  # 6.9 GB/s
+
+
+@pytest.mark.parametrize(
+    ("told", "state", "said"),
+    [
+        ({"disk": {"folder": "/d", "bytes_per_second": 7e9}}, "ok", "/d: 7.0 GB/s; the layers' weights need 6.9"),
+        ({"disk": {"folder": "/d", "bytes_per_second": 2e9}}, "unknown", "/d: 2.0 GB/s; the layers' weights need 6.9"),
+        ({"device": {"bytes_per_second": 5e9}}, "unknown", "5.0 GB/s; the layers' weights need 6.9"),
+        ({"device": {"why": "no GPU on this node"}}, "ok", "no GPU on this node"),
+        ({"device": {"why": "not done within 60 s"}}, "unknown", "not done within 60 s"),
+    ],
+)
+def test_bandwidth_stands_beside_what_the_weights_that_pass_need(told, state, said):
+    healthy = {"disk": {"folder": "/d", "bytes_per_second": 8e9}, "device": {"bytes_per_second": 5e10}}
+    found = cluster(dataclasses.replace(NEEDS, passing=PASSING), bandwidth={"10.0.0.1": {**healthy, **told}})
+    rows = {row.check: row for row in look(found, CHECKS) if row.check in ("disk speed", "host to GPU")}
+    row = rows["disk speed" if "disk" in told else "host to GPU"]
+    assert (row.state, row.found) == (state, said) and bool(row.todo) == (state != "ok") and len(rows) == 2
+
+
+def test_network_that_is_slower_than_the_gathers_of_the_plan_is_told():
+    needs = dataclasses.replace(NEEDS, gathered_per_second=3e9)
+    reduced = {"backend": "nccl", "bytes_per_second": 2e9}
+    (row,) = [one for one in look(cluster(needs, all_reduce=reduced), CHECKS) if one.check == "all-reduce"]
+    assert row.state == "unknown" and "2.00 GB/s of bus bandwidth; workers that share the base gather 3.0" in row.found
+
+
+def test_bandwidth_of_this_machine_is_that_of_its_disk_and_says_that_there_is_no_card(tmp_path):
+    told = bandwidth.measure_here(str(tmp_path), has_gpu=False)
+    assert told["disk"]["bytes_per_second"] > 1e6 and told["device"] == {"why": "no GPU on this node"}
+    assert "No such file or directory" in bandwidth.of_disk(str(tmp_path / "none"))["why"]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("checks", [CHECKS, QUICK], ids=["doctor", "train"])

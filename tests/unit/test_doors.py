@@ -216,6 +216,6 @@ def test_debug_adds_the_traceback_and_keeps_the_exit_code(capsys):
 )
 def test_process_ends_with_2_and_one_line(tmp_path, arguments, key):
     command = [sys.executable, "-m", "qlora_ray.train", f"ray.storage_path={tmp_path}/runs", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (ended.returncode, ended.stdout, list(tmp_path.iterdir())) == (2, "", [])
     assert ended.stderr.startswith(f"error: {key}: ") and len(ended.stderr.splitlines()) == 1

@@ -159,10 +159,35 @@ def test_plan_door_says_what_does_not_fit(tmp_path):
     assert "does not fit" not in table.answer(config, 80, "H100")
 
 
-def test_no_speed_is_told_of_mixtures_of_experts_whose_products_nobody_has_measured(tmp_path):
-    config = Config.model_validate({"model": {"base_model": tiny_models.save("mixtral", tmp_path)}})
-    speeds = re.findall(r"(?m)^ *\d+ +\d+\.\d\d +(\S+)", table.answer(config, 80, "H100"))
-    assert speeds and set(speeds) == {"-"}
+@pytest.mark.parametrize(
+    ("shape", "rows", "length", "measured"),
+    [("qwen3-30b-a3b", 4, 4096, 16_529), ("gpt-oss-20b", 4, 2048, 17_627), ("mixtral-8x7b", 4, 2048, 7_144)],
+)
+def test_speed_told_of_a_mixture_is_within_a_tenth_of_what_an_h100_measured(shape, rows, length, measured):
+    """Whole shapes, LoRA r=16 on attention, layers' inputs on the host: benchmarks/README.md, "Mixtures of experts"."""
+    facts, told = facts_of(SHAPES[shape]), []
+    for expert_lora in (False, True):
+        config = Config.model_validate({"model": {"expert_lora": expert_lora}, "training": {"batch_size": rows}})
+        known = memory.sizes(config, facts, num_lora_parameters(facts, 16), 3, "bfloat16").of_rows(length)
+        choice = memory.all_layers(known, Keep.HOST)
+        told.append(memory.tokens_per_second(known, rows * length, length, choice, "H100"))
+    assert told[0] == pytest.approx(measured, rel=0.1)
+    assert 0.7 * told[0] < told[1] < 0.9 * told[0]  # 0.81, measured of 12 layers of the first shape
+
+
+def test_plan_door_says_why_it_tells_no_speed_of_experts_whose_layers_are_not_fused(tmp_path):
+    told = table.answer(
+        Config.model_validate({"model": {"base_model": tiny_models.save("olmoe", tmp_path)}}), 80, "H100"
+    )
+    assert set(re.findall(r"(?m)^ *\d+ +\d+\.\d\d +(\S+)", told)) == {"-"}
+    assert "tokens/s is not told of experts" in told and "launching" not in told
+
+
+def test_no_speed_is_told_of_experts_in_16_bits():
+    facts = facts_of(SHAPES["mixtral-8x7b"])
+    config = Config.model_validate({"quantization": {"type": "none"}})
+    known = memory.sizes(config, facts, num_lora_parameters(facts, 16), 3, "bfloat16").of_rows(2048)
+    assert memory.tokens_per_second(known, 8192, 2048, memory.all_layers(known, Keep.HOST), "H100") is None
 
 
 def test_no_speed_is_told_where_launches_take_longer_than_products():
@@ -198,7 +223,7 @@ def test_plan_says_the_longest_row_of_gpu_and_host_and_two_workers_hold_nearly_t
     base = tiny_models.save("llama", tmp_path, hidden_size=512, intermediate_size=1024, num_hidden_layers=8)
     alone, without = longest(1.0)
     assert longest(0.5)[0] < alone < longest(2.0)[0] and longest(0.0) == [without, without]
-    assert without < alone
+    assert without <= longest(0.001)[0] < alone  # the host has next to nothing
     shared = longest(1.0, ray={"num_workers": 2}, training={"sequence_parallel": 2, "max_length": 4096})
     assert all(1.8 < two / one < 2 for two, one in zip(shared, (alone, without), strict=True))
 
@@ -246,11 +271,3 @@ def test_free_host_memory_is_what_the_smallest_limit_leaves(tmp_path):
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000")
     write("sys/fs/cgroup/memory/memory.usage_in_bytes", "400")
     assert host.available_bytes(tmp_path) == 600
-
-
-def test_plan_tells_the_longest_row_and_the_host_memory_that_it_takes(tmp_path):
-    config = Config.model_validate({"model": {"base_model": tiny_models.save("llama", tmp_path)}})
-    told = table.answer(config, 1, "H100", 0.001)
-    found = re.findall(r"inputs on the (\w+): ([\d,]+) tokens", told)
-    lengths = {where: int(length.replace(",", "")) for where, length in found}
-    assert set(lengths) == {"host", "GPU"} and 0 < lengths["host"] < lengths["GPU"]  # the host has next to nothing

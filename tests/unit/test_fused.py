@@ -406,4 +406,6 @@ def test_sliding_window_is_read_as_transformers_reads_it(tmp_path, family, more,
         nats, gradients = fused_models.nats_and_gradients(fused, batch)
         exact_nats, exact = fused_models.nats_and_gradients(plain, batch)
         assert nats == pytest.approx(exact_nats, rel=1e-6)
-        assert all(torch.allclose(gradients[name], exact[name], rtol=1e-3, atol=1e-5) for name in exact)
+        # All together: where nothing is attended to, those of queries and keys are rounding alone.
+        ours, theirs = (torch.cat([one[name].flatten() for name in exact]) for one in (gradients, exact))
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5

@@ -1,9 +1,10 @@
 """Micro-batches padded to few shapes, as graphs are recorded of them."""
 
+import pytest
 import torch
 
 from qlora_ray.data.tokenize import IGNORE_INDEX
-from qlora_ray.worker.graphs import PLACES, WIDTHS, padded
+from qlora_ray.worker.graphs import PLACES, WIDTHS, _bare, padded
 
 
 def rows(width: int, labelled: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -40,3 +41,17 @@ def test_batches_of_other_lengths_get_one_shape():
     several = [padded(rows(width, [[*range(1, width)]] * 8), 512) for width in (72, 96, 128)]
     shapes = {tuple(value.shape for value in batch.values()) for batch in several}
     assert len(shapes) <= 2 and all(len(batch["label_places"]) % PLACES == 0 for batch in several)
+
+
+@pytest.mark.bites("worker.graphs.NO_HOOKS")
+def test_modules_run_without_hooks_and_with_copies_only_while_a_graph_is_recorded():
+    model, called = torch.nn.Linear(2, 2), []
+    model.register_forward_hook(lambda *_: called.append("behind"))
+    model.register_forward_pre_hook(lambda *_: called.append("before"))
+    x = torch.ones(1, 2)
+    with torch.no_grad():
+        own = model(x)
+        called.clear()
+        with _bare(model, [(model.weight, torch.zeros(2, 2))]):
+            assert torch.equal(model(x)[0], model.bias) and not called
+        assert torch.equal(model(x), own) and called == ["before", "behind"]

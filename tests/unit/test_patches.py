@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,20 +96,16 @@ def test_untested_versions_give_one_note_with_those_that_were_tested():
     )
 
 
-def test_a_run_shows_the_note(monkeypatch, tmp_path):
+def test_a_run_shows_the_note():
     from qlora_ray.cluster import quick
     from qlora_ray.planning.hardware import Hardware
-    from qlora_ray.storage import open_folder
     from tests.unit import test_checks
 
     found = test_checks.changed("versions.torch", "2.13.0")
     found.driver["versions"].update(installed(deepspeed="0.20.0"))
     for facts in found.nodes.values():
         facts["versions"].update(found.driver["versions"])
-    monkeypatch.setattr(quick, "ask", lambda *_, **__: found)
-    notes, *_ = quick.look_quickly(
-        Config(), open_folder(str(tmp_path)), Hardware(2, 0, (), {"CPU": 2}, ({"CPU": 2},)), None
-    )
+    notes, *_ = quick.look_quickly(found, Config(), Hardware(2, 0, (), {"CPU": 2}, ({"CPU": 2},)), None)
     assert [note for note in notes if "deepspeed 0.20.0 (0.19.8)" in note]
 
 
@@ -134,20 +132,44 @@ def test_a_notice_that_ray_train_gives_a_worker_is_seen(monkeypatch):
 
 @pytest.mark.bites("driver.fit.FEWER_CALLBACKS")
 def test_ray_train_is_given_no_needless_callback(tmp_path):
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from qlora_ray.driver.fit import NEEDLESS, Fit
     from qlora_ray.storage import open_folder
-    from qlora_ray.worker.messages import Run
 
-    fit, folder = Fit.__new__(Fit), open_folder(str(tmp_path))
-    plan = SimpleNamespace(use_gpu=False, resources_per_worker={"CPU": 1})
-    fit._what, fit._channel, fit._network = Run(Config(), plan, folder, folder, "", False), None, {}
+    fit = Fit.__new__(Fit)
+    fit._config, fit._folder, fit._use_gpu, fit._network = Config(), open_folder(str(tmp_path)), False, {}
+    fit._own, fit.channel = None, None
     trainer = fit._make_trainer()
     names = {type(one).__name__ for one in trainer._create_default_callbacks()}
-    all_names = {type(one).__name__ for one in TorchTrainer._create_default_callbacks(trainer)}
+    all_names = {type(one).__name__ for one in DataParallelTrainer._create_default_callbacks(trainer)}
     assert all_names - names == NEEDLESS and "BackendSetupCallback" in names
-    assert "callbacks=self._create_default_callbacks()" in inspect.getsource(TorchTrainer.fit)
+    assert "callbacks=self._create_default_callbacks()" in inspect.getsource(DataParallelTrainer.fit)
+
+
+@pytest.mark.bites("driver.process_group.WITHOUT_TORCH")
+def test_workers_are_joined_as_ray_trains_own_backend_joins_them():
+    from ray.train.torch import TorchConfig, config
+
+    from qlora_ray.driver import process_group
+
+    ours, theirs = inspect.getsource(process_group), inspect.getsource(config._TorchBackend)
+    for name in ("_set_torch_distributed_env_vars", "_setup_torch_process_group", "_shutdown_torch"):
+        assert f"config.{name}(" in ours and name in theirs
+    assert process_group.JoinAndLeave.share_cuda_visible_devices == config._TorchBackend.share_cuda_visible_devices
+    assert TorchConfig().timeout_s == process_group.TIMEOUT_SECONDS
+    signature = inspect.signature(config._setup_torch_process_group)
+    assert list(signature.parameters) == ["backend", "world_rank", "world_size", "init_method", "timeout_s"]
+
+
+def test_ray_trains_controller_imports_no_torch():
+    code = (
+        "import sys, qlora_ray.driver.controller, qlora_ray.driver.process_group, qlora_ray.worker\n"
+        "import ray.train.v2.api.data_parallel_trainer\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
 
 
 @pytest.mark.bites("driver.controller.CAUSES")
@@ -188,21 +210,20 @@ def test_ray_train_calls_each_hook_of_save_before_resize():
 @pytest.mark.bites("driver.controller.WHOLE_GROUPS")
 def test_elastic_runs_have_as_many_workers_as_make_whole_groups(monkeypatch):
     from ray.train import ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from qlora_ray.driver.controller import WholeGroups
     from qlora_ray.driver.fit import Fit
 
     given = {}
-    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **what: given.update(what))
+    monkeypatch.setattr(DataParallelTrainer, "_initialize_and_run_controller", lambda self, **what: given.update(what))
     policy = WholeGroups(ScalingConfig(num_workers=(2, 6), resources_per_worker={"CPU": 1}), 2)
     for free, expected in ((7, 6), (5, 4), (3, 2), (1, 0)):
         assert policy._count_possible_workers({"node": {"CPU": free}}) == expected
     config = Config.model_validate({"ray": {"num_workers": [2, 6]}, "training": {"sequence_parallel": 2}})
-    what = SimpleNamespace(config=config, plan=SimpleNamespace(use_gpu=False, resources_per_worker={"CPU": 1}))
-    what.folder = open_folder("/tmp/none")
     fit = Fit.__new__(Fit)
-    fit._what, fit._channel, fit._network = what, None, {}
+    fit._config, fit._folder, fit._use_gpu, fit._network = config, open_folder("/tmp/none"), False, {}
+    fit._own, fit.channel = None, None
     fit._make_trainer()._initialize_and_run_controller(scaling_policy=None)
     assert isinstance(given["scaling_policy"], WholeGroups)
 
@@ -256,7 +277,8 @@ def test_ray_reads_each_variable_that_is_set_for_it(monkeypatch):
     folder = Path(ray.__file__).parent
     places = ("train", "tune", "air", "_private", "_common")
     source = "".join(path.read_text() for place in places for path in (folder / place).rglob("*.py"))
-    assert {name for name in ours if f'"{name}"' not in source} == set()
+    raylet = (folder / "core/src/ray/raylet/raylet").read_bytes()
+    assert {name for name in ours if f'"{name}"' not in source and name.encode() not in raylet} == set()
 
 
 @pytest.mark.bites("environment.SUBMITTED_JOB")

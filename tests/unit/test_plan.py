@@ -9,6 +9,7 @@ import pytest
 from qlora_ray.config import Config, base_model_path
 from qlora_ray.data.stats import DataStats, Layout
 from qlora_ray.errors import ConfigError
+from qlora_ray.planning import holding, memory, table
 from qlora_ray.planning.early import exact_facts, refuse_early
 from qlora_ray.planning.hardware import Hardware, check_workers_fit
 from qlora_ray.planning.plan import learning_rate_at, make_plan
@@ -194,6 +195,37 @@ def test_base_is_whole_on_each_gpu_where_it_fits_with_activations_and_shared_whe
     assert plan(**two).shares_base and plan(GPUS, **two).shares_base  # not known: as little as can be
     assert not plan(GPUS, ray={"num_workers": 1}).shares_base
     assert plan(dataclasses.replace(GPUS, gpu_gib=80), deepspeed={"share_base": "world"}, **two).shares_base
+
+
+@pytest.mark.parametrize(
+    ("workers", "stage", "why"),
+    [(1, 3, "there is one worker"), (2, 2, "the ZeRO stage is 2"), (2, 3, None), ([1, 2], 3, None)],
+)
+def test_share_base_that_means_nothing_is_said_so_in_plan_and_run(workers, stage, why):
+    asked = {"ray": {"num_workers": workers}, "deepspeed": {"zero_stage": stage, "share_base": "world"}}
+    said = f"each worker holds all of the base: {why}, so deepspeed.share_base=world changes nothing"
+    made, answer = plan(**asked), table.answer(config(**asked), 80, "H100")
+    shown = holding.shown(made.shares_base, made.is_shared_by_node, made.why_shared)
+    assert (said in answer, said == shown) == (why is not None,) * 2
+
+
+def test_base_is_shared_inside_nodes_where_that_fits_and_whole_ones_do_not():
+    nodes = dataclasses.replace(GPUS, num_gpus=6, num_cpus=12, nodes=({"CPU": 8, "GPU": 4}, {"CPU": 4, "GPU": 2}))
+    six = {"ray": {"num_workers": 6}}
+    whole, by_node, by_all = (
+        plan(nodes, deepspeed={"share_base": way}, **six) for way in ("replicate", "node", "world")
+    )
+    assert by_node.shares_base and by_node.is_shared_by_node and not by_all.is_shared_by_node
+    shares = [made.memory_forecast_gib["base"] for made in (whole, by_node, by_all)]
+    assert shares[0] - shares[1] == pytest.approx((shares[0] - shares[2]) * (1 / 2) / (5 / 6))  # the second node's two
+    need = max(memory.peak_gib(by_node.memory_forecast_gib), by_node.memory_forecast_gib["while_loading"])
+    room = dataclasses.replace(nodes, gpu_gib=need * 1.0001 / memory.SHARE_OF_MEMORY)
+    assert plan(room, **six).is_shared_by_node
+    assert not plan(dataclasses.replace(room, nodes=()), **six).is_shared_by_node  # one node, as far as is known
+    tight = plan(dataclasses.replace(room, gpu_gib=0.99 * need / memory.SHARE_OF_MEMORY), **six)
+    assert tight.shares_base and not tight.is_shared_by_node
+    said = refusal(nodes, deepspeed={"share_base": "node"}, model={"lora_variant": "loftq"}, **six)
+    assert "deepspeed.share_base=node: model.lora_variant=loftq begins from whole weights" in said
 
 
 @pytest.mark.parametrize(("stage", "key"), [(2, "offload_params"), (0, "offload_params"), (0, "offload_optimizer")])

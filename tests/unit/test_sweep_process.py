@@ -14,7 +14,7 @@ from qlora_ray.sweep import process
 from tests.unit.test_sweep_exploit import checkpoint
 
 
-def wait_until(happened, seconds=30):
+def wait_until(happened, seconds=100):
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline
@@ -57,7 +57,7 @@ def test_trial_dies_with_its_parent_however_that_ends(tmp_path):
 
 def test_trial_whose_parent_is_gone_already_does_not_start(tmp_path):
     command = [sys.executable, "-m", "qlora_ray.sweep.child", "999999999", str(tmp_path / "lock")]
-    assert subprocess.run(command, timeout=60).returncode == 1
+    assert subprocess.run(command, timeout=200).returncode == 1
     assert not (tmp_path / "lock").exists()
 
 

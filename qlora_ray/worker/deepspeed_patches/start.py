@@ -1,0 +1,37 @@
+"""DeepSpeed's start: without a compiler on CPUs, and without what the engine does itself."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qlora_ray.libraries import Patch
+
+SHARED_MEMORY = Patch(
+    "deepspeed", "0.19.8", "deepspeed.ops.__compatible_ops__ says that the shared-memory collective does not fit",
+    gains="25 s and the need for a compiler at the first collective on CPUs; gloo does the same",
+    delete_when="DeepSpeed compiles it only where a config asks for it",
+)  # fmt: skip
+
+
+def use_gloo_on_cpus() -> None:
+    """Have DeepSpeed not compile a collective of its own. Call it before deepspeed.init_distributed."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def begin() -> None:
+    """Start DeepSpeed on the process group that is there."""
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        use_gloo_on_cpus()
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def for_each_micro_batch(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what the engine does itself: sum, norm and clipping, in an order of its own."""
+    config = {**deepspeed_config, "gradient_clipping": 0.0, "gradient_accumulation_steps": 1}
+    config.pop("train_batch_size", None)  # of all workers that there may be; elastic runs have fewer
+    return config
