@@ -23,7 +23,7 @@ from tests.integration import tiny_models
 
 trl = pytest.importorskip("trl")
 
-STEPS, RATE, BETA, NEAR = 10, 1e-2, 0.1, 1e-5
+STEPS, RATE, BETA, NEAR = 10, 1e-3, 0.1, 1e-5
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
