@@ -260,7 +260,7 @@ def test_files_that_hold_no_weights_are_refused(refused, tmp_path):
 def test_plan_reads_a_hub_base_from_the_cache_and_downloads_nothing(hub, capsys, refused):
     hub("someone/tiny", EMBEDDED)
     assert plan.main(["model.base_model=someone/tiny"]) == 0
-    assert "someone/tiny: 0.00 B parameters" in capsys.readouterr().out
+    assert "someone/tiny: 3.5 M parameters" in capsys.readouterr().out
     message = refused(plan, "model.base_model=someone/else")
     assert "no such folder, and not in the hub's cache" in message and "hf download someone/else" in message
 

@@ -301,7 +301,7 @@ def test_records_with_tokens_that_the_base_has_not_seen_are_found(check, base_wi
 
 MESSY = [
     b"not json {", b'{"a": 1}', b"", b"null", b"[1, 2]", b'"x"', b'{"messages": "x"}', b"\xff\xfe", b'{"text": ""}',
-    b'{"messages": [{"role": "user"}]}', b'{"instruction": {"x": 1}, "output": 5}', b"[" * 5000,
+    b'{"messages": [{"role": "user"}]}', b'{"instruction": {"x": 1}, "output": 5}', b"[" * 200_000,
     b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x y"}]}',
     b'{"instruction": "esc", "output": "\\u001b[31mred and more"}',
 ]  # fmt: skip
