@@ -10,9 +10,11 @@ install: .venv/installed
 quickstart: .venv/installed
 	@$(BIN)/python -m qlora_ray.train
 
-# In two processes: one starts runs, which is mostly waiting for processes, the other has all else (tests/conftest.py).
+# Two at once: the tests that start runs, which mostly wait for processes, and all others, shown when those are done.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -m "not slow and not runs" > .venv/tests.log 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest -m "not slow and runs"; code=$$?; \
+	wait $$others || code=1; cat .venv/tests.log; exit $$code
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

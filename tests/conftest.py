@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
             elif uses(item, PROCESSES):
                 item.add_marker(pytest.mark.timeout(PROCESSES_SECONDS))
-        if config.pluginmanager.hasplugin("xdist"):  # runs one after the other, and beside them all other files
-            item.add_marker(pytest.mark.xdist_group("runs" if uses(item, RUNS) else item.module.__name__))
+        if uses(item, RUNS):
+            item.add_marker(pytest.mark.runs)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

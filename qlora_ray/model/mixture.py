@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from qlora_ray.model.kept import Kept
 from qlora_ray.model.layer import FusedLayer
@@ -87,11 +87,12 @@ class RoutedLayer(FusedLayer):
         """What the block makes of n2, (M, D)."""
         if not with_graph:
             return self._of(kept.n2)
+        assert kept.n2 is not None
         held = Pass(is_whole=self.keep == Keep.ALL)
         anchor = torch.empty(0, device=kept.n2.device, requires_grad=True)
         self.experts.held = held
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), _without(kept.n2, held):
                 entered = _Entered.apply(anchor, kept.n2)
                 given = self._of(entered)
         finally:
@@ -124,6 +125,27 @@ class RoutedLayer(FusedLayer):
         assert norm is not None
         ops_for(dy.device).norm_rows_backward(dn2, kept.x1, norm_of(norm, self.family), dy, dx[:, :width])
         return gradients, dx
+
+
+def _without(x: torch.Tensor, held: Pass) -> saved_tensors_hooks:
+    """Have a graph keep no view of x, but take it from `held` in backward.
+
+    The linear layer that ZeRO-3 puts in place of torch's saves what it reads, though a frozen router needs none of it
+    (deepspeed/runtime/zero/linear.py).
+    """
+    start = x.untyped_storage().data_ptr()
+
+    def pack(saved: torch.Tensor) -> Any:
+        is_view = saved.untyped_storage().data_ptr() == start
+        return (saved.shape, saved.stride(), saved.storage_offset()) if is_view else saved
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        assert held.x is not None, "backward did not leave what the block read"
+        return held.x.as_strided(*packed)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 class _Entered(torch.autograd.Function):

@@ -18,7 +18,7 @@ from qlora_ray.config import base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.inference import merge
 from qlora_ray.inference.load import load as load_for_use
-from qlora_ray.model import routed
+from qlora_ray.model import mixture, routed
 from qlora_ray.model.adapter import ADAPTER_NAME, add_adapter, load_adapter, trainable
 from qlora_ray.model.balance import balance, balance_of
 from qlora_ray.model.base import count_bytes, load_base
@@ -139,6 +139,29 @@ def test_what_a_layer_with_adapted_experts_keeps_changes_no_bit(family, base_of)
     assert len(fused_layers(model)) == 2
     for others in found[1:]:
         assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "gpt_oss"])
+def test_layers_that_keep_their_input_keep_nothing_that_a_mixture_reads(family, base_of, monkeypatch):
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    config, read = tiny_models.make_config(base_of(family)), []
+    model = add_adapter(load(config.model.base_model), config.model, torch.float32, seed=0).train()
+    fuse(model)
+    keep(model, Choice((Keep.INPUT,) * len(fused_layers(model))))
+    plain = mixture.NoProjections.buffer
+
+    def buffer(self, like):
+        made = plain(self, like)
+        read.append(StorageWeakRef(made.untyped_storage()))
+        return made
+
+    monkeypatch.setattr(mixture.NoProjections, "buffer", buffer)
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)  # as ZeRO-3 does: it saves what it reads
+    loss = sum_of_nats(model, tiny_models.batch())
+    assert read and all(one.expired() for one in read)
+    loss.backward()
 
 
 @pytest.mark.bites("model.balance.ROUTERS")

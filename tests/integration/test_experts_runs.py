@@ -31,6 +31,13 @@ def settings(folder, storage: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_each():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(folder):
     """Trained by one worker."""
@@ -69,8 +76,7 @@ def test_steps_of_a_mixture_that_two_workers_take_after_one_have_its_bits(run, f
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_mixture_has_one_sha256_on_1_2_and_4_workers_at_stages_0_and_3_and_after_a_sigkill(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_mixture_has_one_sha256_on_1_2_and_4_workers_at_stages_0_and_3_and_after_a_sigkill(tmp_path):
     base = tiny_models.save("qwen3_moe", tmp_path / "qwen3_moe")
     cases = [Case(5, stage, True, steps=8, base=base, expert_lora=True, batch_size=1) for stage in (0, 3)]
     made = [config_of(case, tmp_path, workers) for workers in (1, 2, 4) for case in cases]

@@ -11,7 +11,6 @@ from qlora_ray.worker.deepspeed_patches.hooks import (
     mark_no_ranges,
     name_the_device_of_streams,
     print_only_on_demand,
-    remember_parameters,
     time_gathers,
     walk_past_leaves,
 )
@@ -55,7 +54,6 @@ __all__ = [
     "print_only_on_demand",
     "put_gradient",
     "rank_among_holders",
-    "remember_parameters",
     "take_norm_as_known",
     "time_gathers",
     "torch_optimizer",
