@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass
 
-# Oldest and newest: the newest is what constraints.txt pins, the oldest what the figures on GPUs were measured with.
+# Oldest and newest: the newest is what constraints.txt pins, the oldest of torch what GPUs were measured with.
 TESTED = {
     "torch": ("2.11.0", "2.13.0"),
-    "transformers": ("5.23.0",),
+    "transformers": ("5.23.0", "5.23.0"),
     "peft": ("0.21.2", "0.21.2"),
     "bitsandbytes": ("0.50.2", "0.50.2"),
     "deepspeed": ("0.19.8", "0.19.8"),
