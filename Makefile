@@ -10,11 +10,8 @@ install: .venv/installed
 quickstart: .venv/installed
 	@$(BIN)/python -m qlora_ray.train
 
-# Two at once: the tests that start runs, which mostly wait for processes, and all others, shown when those are done.
 test: .venv/installed
-	@$(BIN)/python -m pytest -m "not slow and not runs" > .venv/tests.log 2>&1 & others=$$!; \
-	$(BIN)/python -m pytest -m "not slow and runs"; code=$$?; \
-	wait $$others || code=1; cat .venv/tests.log; exit $$code
+	$(BIN)/python -m pytest
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -18,8 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Instead of pyproject's timeout, with room for a machine twice as slow: a slow test is one of many runs, and so may be
 # the fixtures of a module that starts processes, which is one that imports a helper for it.
 SLOW_SECONDS, PROCESSES_SECONDS = 900, 600
-RUNS = {f"tests.integration.{helper}" for helper in ("door", "many_runs", "ray_nodes", "sweeps")}
-PROCESSES = {*RUNS, "tests.integration.ranks"}
+PROCESSES = {f"tests.integration.{helper}" for helper in ("door", "many_runs", "ranks", "ray_nodes", "sweeps")}
 
 
 def uses(item: pytest.Item, helpers: set[str]) -> bool:
@@ -34,8 +33,6 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
             elif uses(item, PROCESSES):
                 item.add_marker(pytest.mark.timeout(PROCESSES_SECONDS))
-        if uses(item, RUNS):
-            item.add_marker(pytest.mark.runs)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
