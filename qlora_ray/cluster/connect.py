@@ -11,7 +11,7 @@ from typing import Any
 from qlora_ray import environment
 from qlora_ray.cluster import authentication
 from qlora_ray.config import Config
-from qlora_ray.errors import ConfigError
+from qlora_ray.errors import ConfigError, ProcessDied
 from qlora_ray.libraries import Patch
 from qlora_ray.planning.hardware import Hardware
 
@@ -74,7 +74,10 @@ def address(config: Config) -> str | None:
 
 
 def start_ray(config: Config, debug: bool) -> Hardware:
-    """Connect to the cluster, or start a private Ray on this machine; returns its Hardware. Raises ConfigError."""
+    """Connect to the cluster, or start a private Ray on this machine; returns its Hardware.
+
+    Raises ConfigError, and ProcessDied where a Ray of our own does not start.
+    """
     authentication.keep_token_private()
     where = address(config)
     if where:
@@ -101,6 +104,13 @@ def start_ray(config: Config, debug: bool) -> Hardware:
         raise ConfigError(
             f"ray.address={where}: the cluster runs other versions than this machine. "
             f"{' '.join(str(error).split())} Install the same on both, or submit the run as a Ray job."
+        ) from error
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray gives it no kind of its own
+            raise
+        raise ProcessDied(
+            "Ray did not start on this machine in 30 s: its cores are busy with something else, or a process of Ray "
+            "died (logs: /tmp/ray/session_latest/logs). Try again once there is less load."
         ) from error
     # Ray has put its own handler there, which prints a stack and dies.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -16,7 +16,7 @@ import qlora_ray
 from qlora_ray import environment, storage
 from qlora_ray.cluster import authentication, connect
 from qlora_ray.config import Config, load_config
-from qlora_ray.errors import ConfigError
+from qlora_ray.errors import ConfigError, ProcessDied
 
 PACKAGE, ROOT = Path(qlora_ray.__file__).parent, Path(__file__).parents[2]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "_bundled" not in path.parts)
@@ -124,6 +124,17 @@ def test_private_ray_runs_no_dashboard(monkeypatch):
     with pytest.raises(OSError):
         connect.start_ray(Config(), debug=False)
     assert given["include_dashboard"] is False and given["address"] == "local"
+
+
+def test_private_ray_that_is_late_ends_the_command_with_a_sentence(monkeypatch):
+    import ray
+
+    def late(**_):
+        raise Exception("The current node timed out during startup. This could happen because ...")  # Ray's words
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(ProcessDied, match="Ray did not start on this machine in 30 s"):
+        connect.start_ray(Config(), debug=False)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "clusters").glob("*")), ids=lambda path: path.name)
