@@ -227,7 +227,7 @@ def test_model_card_names_the_objective_and_what_its_losses_are_of(storage):
 
 def test_adapter_is_judged_by_the_chosen_answers(storage, tmp_path):
     results = tmp_path / "results.json"
-    run = str(storage / "two")
+    run = str(storage / "two" / "adapter")  # the last, as the last validation
     assert evaluate.main(["--adapter", run, "--num-prompts", "1", "--output", str(results)]) == 0
     found = json.loads(results.read_text())
     of_chosen = [line["eval_nll_loss"] for line in door.metrics(storage / "two") if "eval_nll_loss" in line]
