@@ -54,7 +54,7 @@ def save(family: str, folder: Path) -> str:
     for weight in (weight for weight in weights.values() if weight.dim() == 1):
         weight += 0.3 * torch.randn(weight.shape, generator=generator)
     # Else values are nearly their bias, attention nearly a mean, and what is left of gradients of q and k is rounding.
-    for kind, factor in ((".v_proj.weight", 16), (".q_proj.weight", 4), (".k_proj.weight", 4)):
+    for kind, factor in ((".v_proj.weight", 24), (".q_proj.weight", 4), (".k_proj.weight", 4)):
         for name in (name for name in weights if name.endswith(kind)):
             weights[name] *= factor
     save_file(weights, file, metadata={"format": "pt"})
