@@ -25,8 +25,7 @@ def uses(item: pytest.Item, helpers: set[str]) -> bool:
     return any(getattr(one, "__name__", None) in helpers for one in vars(item.module).values())
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     for item in items:
         if not item.get_closest_marker("timeout"):
             if item.get_closest_marker("slow"):

@@ -115,7 +115,9 @@ class TrainingConfig(Section):
     @property
     def records(self) -> Literal["answers", "pairs", "labels"]:
         """What records hold: answers to learn, pairs of a chosen and a rejected one, or answers with a label."""
-        return {"sft": "answers", "kto": "labels"}.get(self.objective, "pairs")  # type: ignore[return-value]
+        if self.objective == "sft":
+            return "answers"
+        return "labels" if self.objective == "kto" else "pairs"
 
     @property
     def has_reference(self) -> bool:
