@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.integration import door
+from tests.integration import many_runs
 
 
 @pytest.fixture(scope="module")
@@ -11,10 +11,18 @@ def storage(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(storage):
+def one_thread_a_worker():
+    """As those have that are compared: the bits are those of one number of threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(storage, one_thread_a_worker):
     """An uninterrupted run."""
     from tests.chaos.test_faults import settings
 
-    ended = door.run(*settings(storage, "whole"))
+    ended = many_runs.run(*settings(storage, "whole"))
     assert ended.returncode == 0, ended.stderr
     return storage / "whole"

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.chaos import nodes
-from tests.integration import door
+from tests.integration import door, many_runs
 
 STEPS = 150
 FILES = ("adapter/adapter_model.safetensors", f"checkpoints/step_{STEPS:08d}/optimizer.safetensors")
@@ -31,7 +31,7 @@ def wait_for_workers(run, number: int, driver, timeout: float = 120) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_one_two_one_workers_give_the_bits_of_a_fixed_number(tmp_path):
-    ended = door.run(*settings(tmp_path, "whole"))
+    ended = many_runs.run(*settings(tmp_path, "whole", "ray.num_workers=2"))
     assert ended.returncode == 0, ended.stderr
     whole, run = tmp_path / "whole", tmp_path / "elastic"
     with nodes.cluster(2) as cluster:
@@ -71,7 +71,7 @@ def test_head_that_dies_and_comes_back_with_its_storage_costs_nothing(tmp_path, 
     monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
     monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
     short = ("training.max_steps=40", "training.eval_every_steps=100")
-    ended = door.run(*settings(tmp_path, "whole", *short))
+    ended = many_runs.run(*settings(tmp_path, "whole", "ray.num_workers=2", *short))
     assert ended.returncode == 0, ended.stderr
     run = tmp_path / "headless"
     with nodes.cluster(2) as cluster:

@@ -184,19 +184,6 @@ def test_run_whose_packed_weights_would_be_cast_stops_before_its_first_step(stor
     assert door.summary(storage / "cast")["status"] == "failed" and door.losses(storage / "cast") == {}
 
 
-def test_sigterm_leaves_a_checkpoint_of_the_step_it_came_in(storage):
-    driver = door.start(*settings(storage, "term", "training.max_steps=1000"))
-    door.wait_for_step(storage / "term", 7, driver)
-    reached = max(door.losses(storage / "term"))  # the last line, of a checkpoint's step or each tenth
-    driver.terminate()
-    out, err = driver.communicate(timeout=120)
-    assert driver.returncode == 130, out + err
-    stopped_at = door.summary(storage / "term")["steps"]
-    assert stopped_at == max(door.losses(storage / "term")) >= reached
-    assert (storage / "term" / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").exists()
-    assert door.summary(storage / "term")["failures"] == []
-
-
 @pytest.mark.slow
 def test_step_whose_gradient_is_not_finite_is_skipped_and_told_with_its_samples(storage, tmp_path, monkeypatch):
     with_fault("nan:1:7:always", tmp_path / "marker", monkeypatch)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.chaos.random_kills import live
 from tests.chaos.test_faults import settings
-from tests.integration import door
+from tests.integration import door, many_runs
 
 STEPS, KILLS, INTERVAL = 60, 7, 5
 FILES = ("adapter/adapter_model.safetensors", f"checkpoints/step_{STEPS:08d}/optimizer.safetensors")
@@ -12,8 +12,8 @@ MORE = (f"training.max_steps={STEPS}", f"checkpoint.every_steps={INTERVAL}", "ra
 
 
 @pytest.fixture(scope="module")
-def undisturbed(storage):
-    ended = door.run(*settings(storage, "undisturbed", *MORE))
+def undisturbed(storage, one_thread_a_worker):
+    ended = many_runs.run(*settings(storage, "undisturbed", *MORE))
     assert ended.returncode == 0, ended.stderr
     return storage / "undisturbed"
 

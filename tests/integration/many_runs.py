@@ -2,7 +2,7 @@
 
 Imports, Ray and workers are what takes the time of a small run: here they start once for all tests. All else is the
 product's: `run` goes through the door's main and the driver, `train` through preparation, plan and worker alone.
-What a test says of a process (its output, signals, deaths, environment) needs one of its own: tests/integration/door.py.
+What a test says of a process (output, signals, death, environment) needs one of its own: tests/integration/door.py.
 `python -m tests.integration.many_runs` takes a request a line from stdin, and ends with it.
 """
 
@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +43,14 @@ def run(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, code, out, err)
 
 
+def refused(*arguments: str) -> str:
+    """The one line of a run that must be refused."""
+    ended = run(*arguments)
+    assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.startswith("error: "), ended
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    return ended.stderr
+
+
 def train(configs: list[dict[str, Any]], timeout: float = 1500) -> None:
     """Train configs, one thread a worker.
 
@@ -61,7 +68,7 @@ class _Server:
     """The process that trains, and ends with the tests."""
 
     def __init__(self) -> None:
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = os.fdopen(os.memfd_create("many_runs"), "w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.many_runs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._log, text=True, env=ENVIRONMENT, cwd=ROOT, start_new_session=True,

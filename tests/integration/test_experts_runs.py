@@ -42,7 +42,7 @@ def one_thread_each():
 def run(folder):
     """Trained by one worker."""
     tiny_models.save("qwen3_moe", folder / "base")
-    ended = door.run(*settings(folder, "one"), "ray.num_workers=1")
+    ended = many_runs.run(*settings(folder, "one"), "ray.num_workers=1")
     assert ended.returncode == 0, ended.stderr
     return folder / "one" / "run"
 
@@ -68,7 +68,7 @@ def test_steps_of_a_mixture_that_two_workers_take_after_one_have_its_bits(run, f
     shutil.copytree(run.parent, again.parent)
     for step in range(2, STEPS + 1):
         shutil.rmtree(again / "checkpoints" / f"step_{step:08d}")
-    ended = door.run(*settings(folder, "two"), "ray.num_workers=2", "--resume")
+    ended = many_runs.run(*settings(folder, "two"), "ray.num_workers=2", "--resume")
     assert ended.returncode == 0, ended.stderr
     assert bits(again, STEPS) == bits(run, STEPS)
     assert door.losses(again) == door.losses(run)
@@ -89,6 +89,6 @@ def test_mixture_has_one_sha256_on_1_2_and_4_workers_at_stages_0_and_3_and_after
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert 2 <= max(door.losses(again)) < cases[1].steps
-    resumed = door.run("-c", str(asked), "ray.run_name=killed", "--resume")
+    resumed = many_runs.run("-c", str(asked), "ray.run_name=killed", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert len({bits(run, cases[1].steps) for run in (*ended, again)}) == 1

@@ -14,7 +14,7 @@ from qlora_ray.planning.hardware import Hardware
 from qlora_ray.planning.plan import make_plan
 from qlora_ray.planning.rows import layout
 from qlora_ray.storage import open_folder
-from tests.integration import door, tiny_models
+from tests.integration import door, many_runs, tiny_models
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "mixtral")
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "stars", "while", "rain", "fell")
@@ -86,18 +86,19 @@ def test_file_trains(bases, data, family, shape, tmp_path, monkeypatch):
     Path("mine.jsonl").symlink_to(data[shape])
     ended = door.run("--model", "base", "--data", "mine.jsonl", of="init")
     assert ended.returncode == 0 and ended.stderr == "", ended.stdout + ended.stderr
-    train(Path("my.yaml"), tmp_path, "training.max_steps=2")
+    asked = ("-c", "my.yaml", f"ray.storage_path={tmp_path}", "ray.run_name=mine", "training.max_steps=2")
+    assert_done(door.run(*asked), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", RECORDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_file_trains_to_its_end(written, family, shape, tmp_path):
-    train(written(family, shape), tmp_path)
+    asked = (f"ray.storage_path={tmp_path}", "ray.run_name=mine", "ray.num_workers=1")
+    assert_done(many_runs.run("-c", str(written(family, shape)), *asked), tmp_path)
 
 
-def train(path: Path, storage: Path, *more: str) -> None:
-    ended = door.run("-c", str(path), f"ray.storage_path={storage}", "ray.run_name=mine", *more)
+def assert_done(ended, storage: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert door.summary(storage / "mine")["status"] == "done"
     assert (storage / "mine" / "adapter" / "adapter_model.safetensors").is_file()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration import door, ray_nodes
+from tests.integration import door, many_runs, ray_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 30
@@ -37,7 +37,7 @@ def storage(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(storage):
     """The undisturbed run, on a private Ray."""
-    ended = door.run(*settings(storage, "whole"))
+    ended = many_runs.run(*settings(storage, "whole"))
     assert ended.returncode == 0, ended.stderr
     return storage / "whole"
 

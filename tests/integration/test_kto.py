@@ -17,7 +17,7 @@ from qlora_ray.data.tokenize import IGNORE_INDEX
 from qlora_ray.errors import BadRecord, ConfigError
 from qlora_ray.storage import open_folder
 from qlora_ray.worker.batches import apart, to_tensors
-from tests.integration import door
+from tests.integration import door, many_runs
 
 
 def records(count: int = 30) -> list[dict]:
@@ -96,7 +96,7 @@ def settings(folder: Path, name: str, num_workers: int) -> list[str]:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "kto.json").write_text(json.dumps(records(60)))
-    ended = door.run(*settings(folder, "two", 2))
+    ended = many_runs.run(*settings(folder, "two", 2))
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 
@@ -109,7 +109,7 @@ def test_workers_that_were_killed_and_resumed_end_with_the_bits_of_two(num_worke
     door.wait_for_step(folder / name, 3, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    resumed = door.run(*arguments, "--resume")
+    resumed = many_runs.run(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     ended = (folder / name / "adapter" / "adapter_model.safetensors" for name in ("two", name))
     assert len(set(map(door.sha256, ended))) == 1

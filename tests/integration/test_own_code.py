@@ -18,7 +18,7 @@ from qlora_ray.model.base import count_bytes, load_base
 from qlora_ray.model.own_code import code_digest
 from qlora_ray.model.record import FILE
 from qlora_ray.planning.early import exact_facts
-from tests.integration import adapters, door, own_models, tiny_models
+from tests.integration import adapters, many_runs, own_models, tiny_models
 
 CPU = torch.device("cpu")
 FACTORY = "tests.integration.own_models:make"
@@ -91,9 +91,10 @@ def test_every_node_and_every_worker_checks_the_code(own):
 
 
 def test_run_of_a_base_with_own_code_and_what_is_done_with_its_adapter(own, tmp_path, refused):
-    ended = door.run(
+    ended = many_runs.run(
         *trusting(own), "training.max_steps=2", "training.max_length=128", "evaluation.num_prompts=2",
         "evaluation.max_new_tokens=4", f"ray.storage_path={tmp_path}", "ray.run_name=r",
+        "ray.num_workers=1",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     adapter = tmp_path / "r" / "adapter"
@@ -157,9 +158,10 @@ def test_factory_makes_what_is_planned_loaded_packed_and_merged(tmp_path):
 
 def test_run_of_a_base_that_a_function_makes_keeps_the_function_in_its_identity(tmp_path):
     folder = own_models.save_without_code(tmp_path / "base")
-    ended = door.run(
+    ended = many_runs.run(
         f"model.base_model={folder}", f"model.factory={FACTORY}", "training.max_steps=1", "training.max_length=128",
         "evaluation.num_prompts=0", f"ray.storage_path={tmp_path}", "ray.run_name=r",
+        "ray.num_workers=1",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "r" / "manifest.json").read_text())["identity"]["base"]["factory"] == FACTORY

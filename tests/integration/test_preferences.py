@@ -23,7 +23,7 @@ from qlora_ray.worker.batches import to_tensors
 from qlora_ray.worker.loss import log_probabilities
 from qlora_ray.worker.objectives import OBJECTIVES
 from qlora_ray.worker.preference import Preference
-from tests.integration import door, engines, tiny_models
+from tests.integration import door, engines, many_runs, tiny_models
 from tests.made_rows import make_rows
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def settings(storage, name, num_workers, *more):
 def storage(tmp_path_factory):
     """An uninterrupted run of two workers."""
     storage = tmp_path_factory.mktemp("runs")
-    ended = door.run(*settings(storage, "two", 2))
+    ended = many_runs.run(*settings(storage, "two", 2))
     assert ended.returncode == 0, ended.stderr
     return storage
 
@@ -265,7 +265,7 @@ def test_reference_computed_anew_and_a_kill_end_with_the_same_bits(num_workers, 
     process.send_signal(signal.SIGKILL)
     process.communicate()
     made = reference_file(tmp_path).stat().st_mtime_ns
-    resumed = door.run(*arguments, "--resume")
+    resumed = many_runs.run(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert reference_file(tmp_path).stat().st_mtime_ns == made
     assert door.sha256(reference_file(tmp_path)) == door.sha256(reference_file(storage))
@@ -274,7 +274,7 @@ def test_reference_computed_anew_and_a_kill_end_with_the_same_bits(num_workers, 
 
 def test_run_from_an_adapter_measures_from_it_and_stops_early_by_rewards_though_the_cache_is_gone(storage, tmp_path):
     more = [f"model.start_from={storage / 'two'}", "training.eval_every_steps=1", "training.early_stopping_patience=3"]
-    ended = door.run(*settings(tmp_path, "further", 1, *more, "training.max_steps=3"))
+    ended = many_runs.run(*settings(tmp_path, "further", 1, *more, "training.max_steps=3"))
     assert ended.returncode == 0, ended.stderr
     first, of_base = (
         next(line for line in door.metrics(run) if "loss" in line) for run in (tmp_path / "further", storage / "two")
@@ -283,7 +283,7 @@ def test_run_from_an_adapter_measures_from_it_and_stops_early_by_rewards_though_
     assert first["logps/chosen"] > of_base["logps/chosen"] + 1
     before = reference_file(tmp_path).read_bytes()
     shutil.rmtree(reference_file(tmp_path).parent)
-    ended = door.run(*settings(tmp_path, "further", 1, *more, "training.max_steps=9"), "--resume")
+    ended = many_runs.run(*settings(tmp_path, "further", 1, *more, "training.max_steps=9"), "--resume")
     assert ended.returncode == 0, ended.stderr
     assert reference_file(tmp_path).read_bytes() == before
     validations = [line for line in door.metrics(tmp_path / "further") if "eval_loss" in line]

@@ -6,7 +6,7 @@ import signal
 import psutil
 import pytest
 
-from tests.integration import door
+from tests.integration import door, many_runs
 
 STEPS = 6
 
@@ -24,7 +24,7 @@ def settings(storage, name, *more):
 @pytest.mark.timeout(900)
 def test_killed_and_resumed_run_has_the_bits_of_one_that_was_not_and_goes_on_with_whole_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    ended = door.run(*settings(tmp_path, "whole"))
+    ended = many_runs.run(*settings(tmp_path, "whole"))
     assert ended.returncode == 0, ended.stderr
     assert "2 workers hold each row" in " ".join(ended.stdout.split())
     killed = door.start(*settings(tmp_path, "killed"))
@@ -45,7 +45,7 @@ def test_killed_and_resumed_run_has_the_bits_of_one_that_was_not_and_goes_on_wit
     assert door.told(again)[-1] == door.told(whole)[-1]
 
     more = ("training.sequence_parallel=1", "ray.num_workers=1", f"training.max_steps={STEPS + 2}")
-    alone = door.run(*settings(tmp_path, "killed", *more), "--resume")
+    alone = many_runs.run(*settings(tmp_path, "killed", *more), "--resume")
     assert alone.returncode == 0, alone.stderr
     told = " ".join((alone.stdout + alone.stderr).split())
     assert "training.sequence_parallel 2 -> 1" in told and "the last bits are not those of the number before" in told

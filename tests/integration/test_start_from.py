@@ -16,7 +16,7 @@ from qlora_ray.model.start import copy_weights, open_start
 from qlora_ray.model.tensors import TensorFiles
 from qlora_ray.rundir import names
 from qlora_ray.storage import open_folder
-from tests.integration import adapters, door, engines, tiny_models
+from tests.integration import adapters, door, engines, many_runs, tiny_models
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -39,14 +39,12 @@ def content(folder):
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory, trained):
     """Where runs go on from `trained`; one has ended."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        storage = tmp_path_factory.mktemp("runs")
-        before = content(trained)
-        ended = door.run(*settings(storage, "one", trained.parent, 1))
-        assert ended.returncode == 0, ended.stderr
-        assert content(trained) == before
-        yield storage
+    storage = tmp_path_factory.mktemp("runs")
+    before = content(trained)
+    ended = many_runs.run(*settings(storage, "one", trained.parent, 1))
+    assert ended.returncode == 0, ended.stderr
+    assert content(trained) == before
+    return storage
 
 
 def test_record_manifest_and_card_tell_what_was_gone_on_from(storage, trained):
@@ -61,7 +59,7 @@ def test_record_manifest_and_card_tell_what_was_gone_on_from(storage, trained):
 
 
 def test_first_loss_is_that_of_the_adapter_and_not_of_the_base(storage, trained):
-    fresh = door.run(*settings(storage, "fresh", "null", 1, "training.max_steps=1", "training.eval_every_steps=1"))
+    fresh = many_runs.run(*settings(storage, "fresh", "null", 1, "training.max_steps=1", "training.eval_every_steps=1"))
     assert fresh.returncode == 0, fresh.stderr
     assert door.losses(storage / "fresh")[1] != door.losses(storage / "one")[1]
     before, after = load_file(trained / WEIGHTS), load_file(storage / "one" / "adapter" / WEIGHTS)
@@ -80,21 +78,21 @@ def test_any_number_of_workers_and_a_kill_end_with_the_same_adapter(num_workers,
     door.wait_for_step(storage / name, 3, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    resumed = door.run(*arguments, "--resume")
+    resumed = many_runs.run(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert door.sha256(storage / name / "adapter" / WEIGHTS) == door.sha256(storage / "one" / "adapter" / WEIGHTS)
 
 
-def test_a_run_is_not_resumed_from_another_start(storage, trained, tmp_path, refused):
+def test_a_run_is_not_resumed_from_another_start(storage, trained, tmp_path):
     other = shutil.copytree(trained, tmp_path / "other")
     file = TensorFiles([other / WEIGHTS], "").entries
     entry = next(iter(file.values()))
     with open(other / WEIGHTS, "r+b") as damaged:
         damaged.seek(entry.offset)
         damaged.write(b"\1\2\3\4")
-    message = refused(train, *settings(storage, "one", other, 1), "--resume")
+    message = many_runs.refused(*settings(storage, "one", other, 1), "--resume")
     assert "model.start_from" in message and door.sha256(trained / WEIGHTS) in message
-    assert "model.start_from" in refused(train, *settings(storage, "one", "null", 1), "--resume")
+    assert "model.start_from" in many_runs.refused(*settings(storage, "one", "null", 1), "--resume")
 
 
 def test_its_adapter_is_evaluated_and_merged_as_any(storage, tmp_path):

@@ -14,7 +14,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from qlora_ray import train
 from qlora_ray.config import base_model_path
 from qlora_ray.data.stats import DataStats
 from qlora_ray.errors import ConfigError
@@ -25,7 +24,7 @@ from qlora_ray.planning.early import exact_facts
 from qlora_ray.planning.hardware import Hardware
 from qlora_ray.planning.plan import make_plan
 from qlora_ray.planning.rows import layout
-from tests.integration import door, tiny_models
+from tests.integration import many_runs, tiny_models
 
 CPU = torch.device("cpu")
 EMBEDDED = base_model_path("embedded")
@@ -92,13 +91,14 @@ def test_encoder_whose_tokens_see_the_future_is_refused_unless_it_is_a_decoder(t
     assert exact_facts(tiny_models.make_config(save(tmp_path / "decoder", family, is_decoder=True, **small)))
 
 
-def test_tokenizer_that_this_version_cannot_read_is_refused_by_the_driver(tmp_path, refused):
+def test_tokenizer_that_this_version_cannot_read_is_refused_by_the_driver(tmp_path):
     folder = tiny_models.save("llama", tmp_path / "base")
     file = Path(folder) / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     tokenizer["model"] |= {"type": "NewBPE", "merges": [{"a": 1}]}
     file.write_text(json.dumps(tokenizer))
-    message = refused(train, f"model.base_model={folder}", f"ray.storage_path={tmp_path / 'runs'}")
+    asked = (f"model.base_model={folder}", f"ray.storage_path={tmp_path / 'runs'}", "ray.num_workers=1")
+    message = many_runs.refused(*asked)
     assert f"model.base_model={folder}: no usable tokenizer: data did not match" in message
 
 
@@ -108,9 +108,10 @@ def test_pad_token_without_a_row_in_the_embedding_does_not_end_a_padded_run(tmp_
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder)
     assert tokenizer.pad_token_id >= read_facts(folder).num_embeddings
-    ended = door.run(
+    ended = many_runs.run(
         f"model.base_model={folder}", "training.packing=false", "training.max_steps=1", "training.max_length=128",
         "evaluation.num_prompts=3", "evaluation.max_new_tokens=2", f"ray.storage_path={tmp_path}", "ray.run_name=r",
+        "ray.num_workers=1",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
 
@@ -119,10 +120,10 @@ def test_prompts_without_room_for_an_answer_are_shortened_or_left_out_with_a_not
     folder = tiny_models.save("gpt2", tmp_path / "base")
     records = [{"prompt": f"say {n} " + "7 " * (30 + 4 * (n % 20)), "completion": f"{n} it is"} for n in range(60)]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    ended = door.run(
+    ended = many_runs.run(
         f"model.base_model={folder}", f"data.train_file={tmp_path / 'r.jsonl'}", "data.max_bad_fraction=1",
         "training.max_length=128", "training.max_steps=1", "evaluation.num_prompts=4", f"ray.storage_path={tmp_path}",
-        "ray.run_name=r",
+        "ray.run_name=r", "ray.num_workers=1",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert "the base's context of 128 tokens" in " ".join(ended.stdout.split())
