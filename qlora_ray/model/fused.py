@@ -18,9 +18,11 @@ from qlora_ray.model.families import FAMILIES, PLAIN_HEADS, Family
 from qlora_ray.model.head import make_head_return_nats
 from qlora_ray.model.kept import Shared
 from qlora_ray.model.layer import FusedLayer
+from qlora_ray.model.member import Turn, member, why_not
 from qlora_ray.model.mixture import RoutedLayer, experts_of
 from qlora_ray.model.norm import norm_of
-from qlora_ray.model.projection import LoraProjection, Single, Turn, member, ops_for, why_not
+from qlora_ray.model.ops import ops_for
+from qlora_ray.model.projection import LoraProjection, Single
 from qlora_ray.model.recompute import Choice
 from qlora_ray.model.routed import compute_in_4_bits
 from qlora_ray.model.stash import HostStash

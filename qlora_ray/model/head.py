@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qlora_ray.model.layer import FusedLayer
-from qlora_ray.model.projection import ops_for
+from qlora_ray.model.ops import ops_for
 
 IGNORE_INDEX = -100  # as in transformers and torch
 HALF_SCALE = 1024.0  # keeps probabilities of a large vocabulary among float16's normal numbers

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from qlora_ray.model.dropout import NOTHING, Drop
+from qlora_ray.model.member import Turn
 from qlora_ray.model.parked import ParkedAttention
-from qlora_ray.model.projection import Turn
 from qlora_ray.model.row_group import Holders, RowGroup
 from qlora_ray.model.stash import HostStash
 

@@ -14,8 +14,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from qlora_ray.model.kept import Kept
 from qlora_ray.model.layer import FusedLayer
+from qlora_ray.model.member import member
 from qlora_ray.model.norm import norm_of
-from qlora_ray.model.projection import member, ops_for
+from qlora_ray.model.ops import ops_for
 from qlora_ray.model.recompute import Keep
 from qlora_ray.model.routed import Experts, Pass
 

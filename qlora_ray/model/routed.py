@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from qlora_ray.model.adapter import ADAPTER_NAME
 from qlora_ray.model.experts import blocks_around_experts, clamp_of, gate, has_silu, is_packed, stack_names, unwrapped
 from qlora_ray.model.facts import EXPERT_CHUNK_BYTES
-from qlora_ray.model.projection import ops_for
+from qlora_ray.model.ops import ops_for
 
 
 class Rows:

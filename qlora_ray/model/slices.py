@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from qlora_ray.model.projection import Turn
+from qlora_ray.model.member import Turn
 from qlora_ray.model.recompute import LONG_ROW, SLICE_ROWS, Keep
 
 FusedLayer: TypeAlias = Any  # of layer.py, which calls this

@@ -57,7 +57,6 @@ def test_run_that_loses_worker_controller_and_patience_ends_with_the_bits_of_one
         (3, "ray::RayTrainWorker", signal.SIGKILL),
         (8, "ray::TrainController", signal.SIGKILL),
         (13, "ray::RayTrainWorker", signal.SIGSTOP),
-        (18, "ray::RayTrainWorker", signal.SIGKILL),
     ]:
         door.wait_for_step(run, step, driver)
         process_of(driver, title).send_signal(how)
@@ -66,9 +65,9 @@ def test_run_that_loses_worker_controller_and_patience_ends_with_the_bits_of_one
     assert_same_bits(run, whole)
     failures = door.summary(run)["failures"]
     causes = [failure["cause"] for failure in failures]
-    assert "died" in causes[0] and "controller died" in causes[1] and "died" in causes[3], causes
+    assert "died" in causes[0] and "controller died" in causes[1], causes
     assert "stuck" in causes[2] or "froze" in causes[2], causes
-    assert causes[4] == "stuck: worker 0, worker 1; stacks in logs/"
+    assert causes[3] == "stuck: worker 0, worker 1; stacks in logs/"
     assert all(failure["steps_redone"] <= 5 for failure in failures)
     stacks = (run / "logs" / "worker_1.log").read_text()
     assert "sitecustomize.py" in stacks and "in misbehave" in stacks

@@ -9,8 +9,8 @@ from qlora_ray.model.adapter import add_adapter, trainable
 from qlora_ray.model.base import load_base
 from qlora_ray.model.experts import is_packed
 from qlora_ray.model.fused import fuse
+from qlora_ray.model.ops import ops_for
 from qlora_ray.model.ops_plain import Clamp
-from qlora_ray.model.projection import ops_for
 from qlora_ray.worker.loss import sum_of_nats
 from tests.integration import engines, tiny_models
 

@@ -1,14 +1,14 @@
 """Workers of sharded runs, each a process of its own on gloo, without Ray: their own set-up, what they hold and learn.
 
-`python -m tests.integration.ranks STORE RANK SIZE JOBS` prints what each job left, as JSON; JOBS is a JSON list.
+They are forks of one process that has imported what takes seconds to import, and has done nothing else.
 """
 
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,17 +70,20 @@ class Team:
 def run(size: int, folder: Path, *jobs: Job) -> list[list[Held]]:
     """Run the jobs on so many workers, one after the other; what each left, by worker."""
     folder.mkdir(parents=True)
-    text = json.dumps([vars(job) for job in jobs])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.ranks", folder / "store", str(rank), str(size), text],
-            stdout=subprocess.PIPE, stderr=(folder / f"{rank}.log").open("w"), text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    said = [worker.communicate(timeout=500)[0] for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), (folder / "0.log").read_text()[-3000:]
-    by_worker = [[Held(**held) for held in json.loads(one.splitlines()[-1])] for one in said]
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["tests.integration.engines", "qlora_ray.worker.evaluate"])
+    workers = [forks.Process(target=be_one, args=(folder, rank, size, jobs)) for rank in range(size)]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + 500
+    while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
+        assert time.monotonic() < deadline, (folder / "0.log").read_text()[-3000:]
+        time.sleep(0.02)
+    for worker in workers:
+        worker.kill()  # one whose other has failed would wait for it
+    failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
+    assert not failed, (folder / f"{failed[0]}.log").read_text()[-3000:]
+    by_worker = [[Held(**held) for held in json.loads((folder / f"{rank}.json").read_text())] for rank in range(size)]
     return list(map(list, zip(*by_worker, strict=True)))
 
 
@@ -204,8 +207,11 @@ class _Pads:
 reads: list[int] = []  # bytes of each read of a tensor
 
 
-def main(store: str, rank: int, size: int, jobs: list[Job]) -> list[Held]:
-    """All jobs on one process group."""
+def be_one(folder: Path, rank: int, size: int, jobs: tuple[Job, ...]) -> None:
+    """Do all jobs on one process group, and write what each left."""
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     from deepspeed.accelerator import get_accelerator
 
     from qlora_ray.model import pieces
@@ -213,7 +219,7 @@ def main(store: str, rank: int, size: int, jobs: list[Job]) -> list[Held]:
 
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK="0", RANK=str(rank), WORLD_SIZE=str(size))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     engines.Alone = Team  # type: ignore[misc, assignment]
     # DeepSpeed refuses float16 on CPUs, where PyTorch computes with it all the same.
     get_accelerator().is_fp16_supported = lambda: True
@@ -224,9 +230,5 @@ def main(store: str, rank: int, size: int, jobs: list[Job]) -> list[Held]:
         return read_bytes(name, entry, start, stop)
 
     pieces.read_bytes = counting
-    return [work(Path(store).parent / f"{job.place or number}.{rank}", job) for number, job in enumerate(jobs)]
-
-
-if __name__ == "__main__":
-    told = main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), [Job(**one) for one in json.loads(sys.argv[4])])
-    print(json.dumps([vars(held) for held in told]))
+    left = [work(folder / f"{job.place or number}.{rank}", job) for number, job in enumerate(jobs)]
+    (folder / f"{rank}.json").write_text(json.dumps([vars(held) for held in left]))

@@ -1,6 +1,7 @@
 """What the package asks for is what it imports, and it says that it has types."""
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -11,6 +12,7 @@ import pytest
 
 import qlora_ray
 
+providers = functools.cache(packages_distributions)  # of all that is installed: it takes a second
 PACKAGE = Path(qlora_ray.__file__).parent
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
 EXTRAS = ("tensorboard", "mlflow", "wandb", "optuna", "lm-eval", "check")
@@ -41,7 +43,7 @@ def imported() -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(imported()))
 def test_every_library_that_is_imported_is_declared(name):
-    provided_by = {plain(one) for one in packages_distributions().get(name, [])} | {plain(IMPORTED_AS.get(name, name))}
+    provided_by = {plain(one) for one in providers().get(name, [])} | {plain(IMPORTED_AS.get(name, name))}
     assert provided_by & declared(*EXTRAS)
 
 
