@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests import disks
-from tests.integration import door
+from tests.integration import door, many_runs
 
 STEPS = 30
 FILES = ("adapter/adapter_model.safetensors", f"checkpoints/step_{STEPS:08d}/optimizer.safetensors")
@@ -129,7 +129,7 @@ def test_killed_driver_and_the_same_command_with_resume_give_the_same_bits(whole
     door.wait_for_step(storage / "driver", 12, driver)
     driver.kill()
     driver.communicate(timeout=60)
-    ended = door.run(*settings(storage, "driver"), "--resume")
+    ended = many_runs.run(*settings(storage, "driver"), "--resume")
     assert ended.returncode == 0, ended.stderr
     assert_same_bits(storage / "driver", whole)
 
@@ -163,7 +163,7 @@ def test_disk_that_is_full_costs_checkpoints_and_no_bit(whole, tmp_path, room_re
             assert driver.returncode == 1
             assert "No space left on device, 3x in a row. Free space there; --resume goes on." in err
             ballast.unlink()
-            ended = door.run(*asked, "--resume")
+            ended = many_runs.run(*asked, "--resume")
             assert ended.returncode == 0, ended.stderr
         else:
             assert driver.returncode == 0, out + err

@@ -12,7 +12,7 @@ from tests.integration import door, sweeps
 SPACE = '{"training.learning_rate": {"grid": [0.003, 0.0003]}, "model.lora_r": {"grid": [4, 8]}}'
 SETTINGS = (
     f"sweep.parameters={SPACE}", "sweep.search=grid", "sweep.num_trials=null", "sweep.scheduler=fifo",
-    "training.max_steps=100", "ray.max_failures=9",
+    "training.max_steps=60", "ray.max_failures=9",
 )  # fmt: skip
 SEED = 1
 TITLES = {"trial": "qlora_ray.train", "worker": "ray::RayTrainWorker", "actor": "ray::ResourceTrainable",
@@ -45,13 +45,13 @@ def wait_for_a_step(sweep, driver) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ten_random_kills_change_nothing_in_the_ledgers_outcome(tmp_path):
+def test_five_random_kills_change_nothing_in_the_ledgers_outcome(tmp_path):
     ended = sweeps.run(tmp_path, "whole", *SETTINGS, timeout=600)
     assert ended.returncode == 0, ended.stderr
     chance, killed, sweep = random.Random(SEED), [], tmp_path / "hurt"
     driver = sweeps.start(tmp_path, "hurt", *SETTINGS)
     ended_before: dict[str, float] = {}
-    kinds = ["driver", *TITLES] * 2
+    kinds = ["driver", *TITLES]
     chance.shuffle(kinds)
     while kinds:
         kind = kinds[-1]

@@ -64,6 +64,13 @@ def whole(run: Path) -> Path:
     return run.with_name(f"{run.name}-whole")
 
 
+def go_back(run: Path) -> None:
+    """Leave of a run what a crash after its first checkpoint leaves; `whole` is what it was."""
+    shutil.copytree(run, whole(run))
+    for later in sorted((run / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(later)
+
+
 class _Server:
     """The process that trains, and ends with the tests."""
 
@@ -186,13 +193,6 @@ def _made(values: dict[str, Any], hardware: Hardware) -> Run:
     return Run(config, plan, run, data.entry, data.stats.fingerprint, debug=False)
 
 
-def _go_back(run: Path) -> None:
-    """Leave of a run what a crash after its first checkpoint leaves."""
-    shutil.copytree(run, whole(run))
-    for later in sorted((run / "checkpoints").iterdir())[1:]:
-        shutil.rmtree(later)
-
-
 def _train(configs: list[dict[str, Any]], hardware: Hardware) -> None:
     """Raises what a worker raises."""
     import ray
@@ -203,7 +203,7 @@ def _train(configs: list[dict[str, Any]], hardware: Hardware) -> None:
     for values in configs:
         run = _made(values, hardware)
         if run.folder.path in trained:
-            _go_back(Path(run.folder.path))
+            go_back(Path(run.folder.path))
         trained.add(run.folder.path)
         turn: Any = fit.Fit(run.config, hardware, run.folder, {})
         while turn.is_running():

@@ -255,21 +255,31 @@ def door_config(run):
     return yaml.safe_load((run / "config.yaml").read_text())
 
 
-@pytest.mark.parametrize("num_workers", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 4))])
-def test_reference_computed_anew_and_a_kill_end_with_the_same_bits(num_workers, storage, tmp_path):
-    """In a storage path of its own nothing is cached; after the kill the reference is read."""
-    name = f"killed-{num_workers}"
-    arguments = settings(tmp_path, name, num_workers)
+def run_once(arguments: list[str], run: Path) -> None:
+    assert many_runs.run(*arguments).returncode == 0
+    many_runs.go_back(run)
+
+
+def run_and_kill(arguments: list[str], run: Path) -> None:
     process = door.start(*arguments)
-    door.wait_for_step(tmp_path / name, 3, process)
+    door.wait_for_step(run, 3, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("begin", "num_workers"), [(run_once, 1), pytest.param(run_and_kill, 4, marks=pytest.mark.slow)]
+)
+def test_reference_computed_anew_and_a_resumption_end_with_the_same_bits(begin, num_workers, storage, tmp_path):
+    """In a storage path of its own nothing is cached; resumed, the run reads the reference."""
+    arguments = settings(tmp_path, "again", num_workers)
+    begin(arguments, tmp_path / "again")
     made = reference_file(tmp_path).stat().st_mtime_ns
     resumed = many_runs.run(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert reference_file(tmp_path).stat().st_mtime_ns == made
     assert door.sha256(reference_file(tmp_path)) == door.sha256(reference_file(storage))
-    assert door.sha256(tmp_path / name / "adapter" / WEIGHTS) == door.sha256(storage / "two" / "adapter" / WEIGHTS)
+    assert door.sha256(tmp_path / "again" / "adapter" / WEIGHTS) == door.sha256(storage / "two" / "adapter" / WEIGHTS)
 
 
 def test_run_from_an_adapter_measures_from_it_and_stops_early_by_rewards_though_the_cache_is_gone(storage, tmp_path):

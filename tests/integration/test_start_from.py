@@ -69,18 +69,27 @@ def test_first_loss_is_that_of_the_adapter_and_not_of_the_base(storage, trained)
     assert all(0 < distance < 0.5 for distance in far.values())
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_any_number_of_workers_and_a_kill_end_with_the_same_adapter(num_workers, storage, trained, monkeypatch):
+def test_two_workers_and_a_resumption_end_with_the_same_adapter(storage, trained):
+    arguments = settings(storage, "two", trained.parent, 2)
+    assert many_runs.run(*arguments).returncode == 0
+    many_runs.go_back(storage / "two")
+    resumed = many_runs.run(*arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    ended = (storage / "one", storage / "two", many_runs.whole(storage / "two"))
+    assert len({door.sha256(run / "adapter" / WEIGHTS) for run in ended}) == 1
+
+
+@pytest.mark.slow
+def test_run_that_was_killed_ends_with_the_same_adapter(storage, trained, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    name = f"killed-{num_workers}"
-    arguments = settings(storage, name, trained.parent, num_workers)
+    arguments = settings(storage, "killed", trained.parent, 2)
     process = door.start(*arguments)
-    door.wait_for_step(storage / name, 3, process)
+    door.wait_for_step(storage / "killed", 3, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     resumed = many_runs.run(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert door.sha256(storage / name / "adapter" / WEIGHTS) == door.sha256(storage / "one" / "adapter" / WEIGHTS)
+    assert door.sha256(storage / "killed" / "adapter" / WEIGHTS) == door.sha256(storage / "one" / "adapter" / WEIGHTS)
 
 
 def test_a_run_is_not_resumed_from_another_start(storage, trained, tmp_path):

@@ -66,7 +66,7 @@ def test_sweep_by_margins_ends_with_the_adapter_that_tells_pairs_apart_best(tmp_
 @pytest.mark.parametrize("left, why", [(0, "MiB are free at"), (32 * 2**20, "No space left on device")])
 def test_sweep_whose_disk_is_full_fails_no_trial_and_goes_on_once_there_is_space(tmp_path, left, why):
     asked = ('sweep.parameters={"training.learning_rate": {"grid": [0.003, 0.001]}}', "sweep.search=grid",
-             "sweep.num_trials=null", "sweep.scheduler=fifo", "training.max_steps=60", "model.lora_r=256")  # fmt: skip
+             "sweep.num_trials=null", "sweep.scheduler=fifo", "training.max_steps=40", "model.lora_r=256")  # fmt: skip
     with disks.small_disk(tmp_path / "disk", "900m") as disk:  # a checkpoint takes 55 MiB
         sweep, ballast = disk / "full", disk / "ballast"
         driver = sweeps.start(disk, sweep.name, *asked)
@@ -79,7 +79,7 @@ def test_sweep_whose_disk_is_full_fails_no_trial_and_goes_on_once_there_is_space
         ended = sweeps.run(disk, sweep.name, *asked, "--resume")
         assert ended.returncode == 0, ended.stderr
         for _, status, reports in sweeps.outcome(sweep).values():
-            assert status == "done" and list(reports) == list(range(5, 61, 5))
+            assert status == "done" and list(reports) == list(range(5, 41, 5))
 
 
 @pytest.mark.slow
