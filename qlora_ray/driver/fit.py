@@ -3,16 +3,16 @@
 Leaves out two of Ray Train's own callbacks: FEWER_CALLBACKS.
 """
 
-import shutil
-import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qlora_ray.cluster import connect
+from qlora_ray.cluster.scratch import scratch
 from qlora_ray.config import Config
 from qlora_ray.driver.channel import Channel
 from qlora_ray.libraries import Patch
@@ -50,7 +50,9 @@ class Fit:
         check_workers_fit(config, resources_of_a_worker(config, self._use_gpu), hardware)
         self._tries_left = 1 + config.ray.max_failures
         # What Ray Train keeps is never needed again: on one node it need not lie in the run directory.
-        self._own = tempfile.mkdtemp(prefix="qlora_ray-") if connect.address(config) is None else None
+        self._at_the_end = ExitStack()
+        is_private = connect.address(config) is None
+        self._own = self._at_the_end.enter_context(scratch("qlora_ray_fit_")) if is_private else None
         # On the driver's own node: what is known of a run must not go with a worker's.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.channel: Any = Channel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # what ray.remote makes of the class
@@ -88,8 +90,7 @@ class Fit:
                 if self._tries_left > 0:
                     self.channel.tell.remote(Failed(f"Ray Train's controller {DEATH}"))
                     connect.release_workers()
-        if self._own:
-            shutil.rmtree(self._own, ignore_errors=True)
+        self._at_the_end.close()
 
     def _make_trainer(self) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig

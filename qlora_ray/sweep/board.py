@@ -3,7 +3,6 @@
 import contextlib
 import queue
 import shutil
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from qlora_ray.cluster import connect
+from qlora_ray.cluster.scratch import scratch
 from qlora_ray.config import as_written
 from qlora_ray.console import console
 from qlora_ray.rundir import names
@@ -85,7 +85,7 @@ class Session:
         }
         try:
             # Ray Tune's own files, which nobody reads again: not where a full disk would end it.
-            with tempfile.TemporaryDirectory(prefix="qlora_ray_tune_", ignore_cleanup_errors=True) as folder:
+            with scratch("qlora_ray_sweep_") as folder:
                 run_config = run_config_of(Path(folder), self._callback, self._may_end)
                 make_tuner(self._planned, self._ledger, job, run_config, f"node:{address}").fit()
         except BaseException as error:  # told by the main thread

@@ -18,7 +18,7 @@ RATES = '{"training.learning_rate": {"grid": [0.003, 1.0e+30]}}'
 @pytest.mark.slow
 def test_sweep_ends_with_the_best_adapter_and_one_trial_that_failed_on_its_own(tmp_path):
     temporary = Path(tempfile.gettempdir())  # where Ray Tune's own files are until its end
-    before = set(temporary.glob("qlora_ray_tune_*"))
+    before = set(temporary.glob("qlora_ray_sweep_*"))
     ended = sweeps.run(
         tmp_path, "grid", f"sweep.parameters={RATES}", "sweep.search=grid", "sweep.num_trials=null",
         "sweep.scheduler=fifo", "training.max_steps=10", "training.warmup_ratio=0", "training.lr_schedule=constant",
@@ -39,7 +39,7 @@ def test_sweep_ends_with_the_best_adapter_and_one_trial_that_failed_on_its_own(t
     assert "http-equiv" in page and "not finite" in page and 'src="http' not in page
     assert len(list((tmp_path / "cache").glob("*/stats.json"))) == 1  # tokenized once for all trials
     assert not [path for path in sweep.rglob("*") if path.suffix in (".pkl", ".pt", ".pth")]
-    assert set(temporary.glob("qlora_ray_tune_*")) == before and sweeps.trial_processes(sweep) == []
+    assert set(temporary.glob("qlora_ray_sweep_*")) == before and sweeps.trial_processes(sweep) == []
     assert "Traceback" not in ended.stdout + ended.stderr and "raylet" not in ended.stdout + ended.stderr
 
 
