@@ -10,6 +10,7 @@ import pytest
 os.environ.update(
     HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", TOKENIZERS_PARALLELISM="false",
     HF_ASSETS_CACHE=tempfile.mkdtemp(prefix="assets"),
+    RAY_worker_niceness="0",  # 15 by default: workers would get nothing of a machine that does something else beside
 )  # fmt: skip
 # A suite started in the background ignores Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
