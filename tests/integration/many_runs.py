@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_ray import laps, storage
+from qlora_ray.cluster.node_facts import versions
 from qlora_ray.config import Config, make_config
 from qlora_ray.data.prepare import prepare
 from qlora_ray.planning.early import exact_facts
@@ -188,7 +189,7 @@ def _made(values: dict[str, Any], hardware: Hardware) -> Run:
     data = prepare(config, folder, layout(config, facts))
     plan = make_plan(config, data.stats, facts, hardware, None)
     run = folder / str(config.ray.run_name)
-    ground = directory.Ground(directory.run_identity(config, data.stats, facts, plan), {"versions": {}}, {})
+    ground = directory.Ground(directory.run_identity(config, data.stats, facts, plan), {"versions": versions()}, {})
     directory.write_run_files(run, config, plan, data.stats, ground)
     return Run(config, plan, run, data.entry, data.stats.fingerprint, debug=False)
 
