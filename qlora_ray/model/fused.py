@@ -46,7 +46,7 @@ LORA_LAYERS = Patch(
 )  # fmt: skip
 
 
-def fuse(model: torch.nn.Module) -> str:
+def fuse(model: Any) -> str:
     """Fuse what can be fused, in place; log and return one line that says what was, and why the rest was not."""
     compute_in_4_bits(model)
     device = next(model.parameters()).device
@@ -85,7 +85,8 @@ def fuse(model: torch.nn.Module) -> str:
 
 def fused_layers(model: torch.nn.Module) -> list[FusedLayer]:
     """The fused decoder layers, first to last."""
-    return [module.fused for module in model.modules() if isinstance(getattr(module, "fused", None), FusedLayer)]
+    found = (getattr(module, "fused", None) for module in model.modules())
+    return [fused for fused in found if isinstance(fused, FusedLayer)]
 
 
 def is_fused(model: torch.nn.Module) -> bool:
@@ -137,10 +138,9 @@ def _is_mixture(mlp: Any) -> bool:
     return hasattr(mlp, "experts")
 
 
-def _why_not_layer(layer: torch.nn.Module, family: Family) -> set[str]:
+def _why_not_layer(layer: Any, family: Family) -> set[str]:
     """Why a layer cannot take the fused path, though its projections can."""
-    attention: Any = getattr(layer, family.attention)
-    why = set()
+    attention, why = getattr(layer, family.attention), set()
     if hasattr(layer, "crossattention"):
         why.add("it attends to another sequence too")
     if getattr(attention, "reorder_and_upcast_attn", False):
@@ -173,7 +173,7 @@ def _why_not_mixture(block: Any) -> set[str]:
     return why
 
 
-def _fuse_layer(layer: torch.nn.Module, fused: FusedLayer) -> None:
+def _fuse_layer(layer: Any, fused: FusedLayer) -> None:
     plain = layer.forward
     adapter = next(lora for lora in fused.loras if lora is not None)
 
@@ -185,7 +185,8 @@ def _fuse_layer(layer: torch.nn.Module, fused: FusedLayer) -> None:
         if is_other or not mask_is_known or adapter.disable_adapters or adapter.merged:
             assert fused.holders.row_group is None, "plain layers attend to what they are given, here a part of a row"
             if mask is not None and mask.dtype == torch.int32:
-                mask = dense_mask(mask, *hidden_states.shape[:2], fused.sight)
+                num_rows, length, _ = hidden_states.shape
+                mask = dense_mask(mask, num_rows, length, fused.sight)
                 if fused.attention.config._attn_implementation == "eager":
                     mask = added_mask(mask, hidden_states, fused.sight)
                 given["attention_mask"] = mask
@@ -195,7 +196,7 @@ def _fuse_layer(layer: torch.nn.Module, fused: FusedLayer) -> None:
     layer.fused, layer.forward = fused, forward
 
 
-def _fuse_projection(module: torch.nn.Module, number: int, reasons: Counter[str]) -> int:
+def _fuse_projection(module: Any, number: int, reasons: Counter[str]) -> int:
     reason = why_not(module)
     if reason:
         reasons[reason] += 1
@@ -219,7 +220,7 @@ def _use_one_kernel_for_gelu(model: torch.nn.Module) -> None:
             module.forward = partial(torch.nn.functional.gelu, approximate="tanh")
 
 
-def _fuse_ends(model: torch.nn.Module, last: FusedLayer) -> None:
+def _fuse_ends(model: Any, last: FusedLayer) -> None:
     """The final norm, and the head with its loss."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     norm = causal_lm.get_submodule(last.family.last_norm)

@@ -15,14 +15,14 @@ HALF_SCALE = 1024.0  # keeps probabilities of a large vocabulary among float16's
 LOGITS_BYTES = 256 * 2**20  # of one slice of rows: large enough for fast products, small beside a layer
 
 
-def make_head_return_nats(head: torch.nn.Linear, last: FusedLayer, divisor: float = 1.0) -> None:
-    """Replace the forward of a frozen head without bias: where labels are expected, it returns their nats.
+def make_head_return_nats(head: Any, last: FusedLayer, divisor: float = 1.0) -> None:
+    """Replace the forward of a frozen Linear head without bias: where labels are expected, it returns their nats.
 
     `last` is the layer before. `divisor` is what the model divides the head's logits by: it will divide the nats, too,
     which are as much larger.
     """
     plain = head.forward
-    head.expected, head.last_layer = None, last  # type: ignore[assignment]
+    head.expected, head.last_layer = None, last
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         if head.expected is None:
@@ -35,7 +35,7 @@ def make_head_return_nats(head: torch.nn.Linear, last: FusedLayer, divisor: floa
         nats = _Nats.apply(x, head, divisor, labels, torch.is_grad_enabled())
         return nats * divisor if divisor != 1 else nats
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward
 
 
 def returns_nats(head: torch.nn.Module | None) -> bool:
@@ -81,8 +81,9 @@ class _Nats(torch.autograd.Function):
             if divisor != 1:
                 logits /= divisor
             nats[rows] = ops_for(x.device).cross_entropy(logits, labels[rows], IGNORE_INDEX, scale)
-            for part in _parts(len(weight)) if dx is not None else ():
-                dx[rows].addmm_(logits[:, part], weight[part], beta=1 if part.start else 0)
+            if dx is not None:
+                for part in _parts(len(weight)):
+                    dx[rows].addmm_(logits[:, part], weight[part], beta=1 if part.start else 0)
             del logits  # before the next slice's are made
         ctx.dx, ctx.scale = dx, scale * divisor
         return nats

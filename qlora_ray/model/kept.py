@@ -3,7 +3,7 @@
 # B rows, T tokens per row, M = B x T, D hidden width, E head size, I width of the MLP, U = 2 I with a gate, else I
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -13,25 +13,28 @@ from qlora_ray.model.parked import ParkedAttention
 from qlora_ray.model.row_group import Holders, RowGroup
 from qlora_ray.model.stash import HostStash
 
+# A tensor, or None: not kept, and made again before backward reads it. The layer knows which of its steps made it.
+Activation: TypeAlias = Any
+
 
 @dataclass
 class Kept:
     """Activations of one layer between forward and backward; None is computed again."""
 
-    x: torch.Tensor | None  # (M, D)
-    n1: torch.Tensor | None = None  # (M, D + R) what q, k, v read, with its LoRA
-    heads: torch.Tensor | None = None  # (M, H of q and k, E) as projected, where a norm follows or DoRA learns
-    attention: tuple[torch.Tensor, ...] | None = None  # q, k, v and the output, each (B, H, T, E), with their graph
+    x: Activation  # (M, D)
+    n1: Activation = None  # (M, D + R) what q, k, v read, with its LoRA
+    heads: Activation = None  # (M, H of q and k, E) as projected, where a norm follows or DoRA learns
+    attention: Activation = None  # q, k, v and the output, each (B, H, T, E), with their graph
     parked: ParkedAttention | None = None  # what attention keeps, where q, k and v are made again
-    attended: torch.Tensor | None = None  # (B, H, T, E) the output for the tokens and heads that x has
-    values: torch.Tensor | None = None  # (B, H, T, E) v for these, where DoRA learns
-    z_o: torch.Tensor | None = None  # (M, R)
-    given1: torch.Tensor | None = None  # (M, D) of o_proj, in the same cases
-    x1: torch.Tensor | None = None  # (M, D)
-    n2: torch.Tensor | None = None  # (M, D + R) what gate and up read, with its LoRA
-    gate_up: torch.Tensor | None = None  # (M, U)
-    z_down: torch.Tensor | None = None  # (M, R)
-    given2: torch.Tensor | None = None  # (M, D) of down, in the same cases
+    attended: Activation = None  # (B, H, T, E) the output for the tokens and heads that x has
+    values: Activation = None  # (B, H, T, E) v for these, where DoRA learns
+    z_o: Activation = None  # (M, R)
+    given1: Activation = None  # (M, D) of o_proj, in the same cases
+    x1: Activation = None  # (M, D)
+    n2: Activation = None  # (M, D + R) what gate and up read, with its LoRA
+    gate_up: Activation = None  # (M, U)
+    z_down: Activation = None  # (M, R)
+    given2: Activation = None  # (M, D) of down, in the same cases
     routed: Any = None  # of a mixture: model/mixture.py
     turns: tuple[Turn, ...] = field(default_factory=lambda: tuple(Turn() for _ in range(4)))  # q k v, o, gate up, down
     drops: Sequence[Drop] = (NOTHING, NOTHING)  # of what attention and MLP add

@@ -60,8 +60,8 @@ class FusedLayer(LayerParts):
         if turned is None or not self.rotates:
             return None
         repeats = 2 if self.family.halves_angles else 1
-        flat = (part.reshape(-1, part.shape[-1]).repeat(1, repeats) for part in turned)  # (T or M, 2 F)
-        return Angles(*flat, self.family.interleaved)
+        cos, sin = (part.reshape(-1, part.shape[-1]).repeat(1, repeats) for part in turned)  # (T or M, 2 F)
+        return Angles(cos, sin, self.family.interleaved)
 
     def attention_part(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask, with_graph: bool) -> None:
         """Fill in n1, heads and attention."""
@@ -82,7 +82,7 @@ class FusedLayer(LayerParts):
         rows = (part.view(*shape[:2], *part.shape[1:]).transpose(1, 2) for part in (turning, qkv))  # (B, H, T, E)
         turned, every = rows
         many, few, _ = self.num_heads
-        parts = turned[:, :many], turned[:, many:], every[:, many + few :]
+        parts: tuple[torch.Tensor, ...] = (turned[:, :many], turned[:, many:], every[:, many + few :])
         kept.values = parts[2] if self.learns_lengths[0] else None
         if kept.row_group:
             parts = kept.row_group.to_heads(*parts)
@@ -92,7 +92,7 @@ class FusedLayer(LayerParts):
             output = kept.parked.come_back(q, k, v)
         elif with_graph and self.keep == Keep.PARKED:
             kept.parked = ParkedAttention(self.index, self.stash)
-            output = kept.parked.forward(lambda *read: attend(*read, mask, sight), q, k, v)
+            output = kept.parked.forward(lambda q, k, v: attend(q, k, v, mask, sight), q, k, v)
         else:
             if kept.dropout and not with_graph and self.keep >= Keep.INPUT:
                 kept.generator = generator_state(q.device)
@@ -184,6 +184,7 @@ class FusedLayer(LayerParts):
         if self.before_backward:
             self.before_backward()
         if kept.x is None:
+            assert self.stash is not None
             kept.x = self.stash.take(input_slot(self.index))
         self.complete(kept, shape, angles, mask)
         ops = ops_for(dy.device)

@@ -2,6 +2,7 @@
 
 # M tokens, K inputs, N outputs of a group of projections, n of one
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -15,8 +16,8 @@ from qlora_ray.model.ops import ops_for
 class Member:
     """One projection: its frozen layer, and its LoRA if it has one."""
 
-    base: torch.nn.Module  # bitsandbytes Linear4bit
-    lora: torch.nn.Module | None  # peft Linear4bit
+    base: Any  # bitsandbytes Linear4bit
+    lora: Any  # peft Linear4bit, or None
     magnitude: Magnitude | None = None  # of DoRA
     factor: float = 1.0  # of all that it gives
 

@@ -286,7 +286,10 @@ class _Routed(torch.autograd.Function):
         scores, index, *kept = ctx.saved_tensors
         experts, routing, is_adapted = ctx.experts, ctx.routing, ctx.is_adapted
         held = ctx.held or Pass(kept[1] if is_adapted else None, routing, kept[0])
-        x_rows = held.x[routing.tokens] if is_adapted or held.up is None else None
+        x_rows = None
+        if is_adapted or held.up is None:
+            assert held.x is not None, "the layer did not leave what its experts read"
+            x_rows = held.x[routing.tokens]
         up = experts.up.forward(x_rows, routing, is_adapted) if held.up is None else held.up
         held.up, x_rows = None, x_rows if is_adapted else None  # the first is overwritten
         score = routing.by_row(scores)[:, None] if is_adapted else None  # (S, 1)

@@ -16,7 +16,8 @@ NewTokens = dict[int, list[int]]  # id of each, and the tokens that its text was
 
 def make_room(base: PreTrainedModel, num_rows: int) -> None:
     """Grow embedding and output layer to so many rows, where they have fewer: frozen, each the mean of all before."""
-    before = base.get_input_embeddings().weight.shape[0]
+    embedding: Any = base.get_input_embeddings()
+    before = embedding.weight.shape[0]
     if num_rows <= before:
         return
     base.resize_token_embeddings(num_rows, mean_resizing=False)
@@ -48,8 +49,9 @@ def begin_rows(adapted: Any, new_tokens: NewTokens, name: str) -> None:
     """Give the trained rows of the adapter of this name their first values."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
-    for layer in adapted.modules():
-        if isinstance(layer, TrainableTokensLayer) and not layer.tied_adapter:
+    layers: list[Any] = [one for one in adapted.modules() if isinstance(one, TrainableTokensLayer)]
+    for layer in layers:
+        if not layer.tied_adapter:
             weight, rows = layer.get_base_layer().weight.data, layer.trainable_tokens_delta[name].data
             for place, token in enumerate(layer.token_indices[name]):
                 pieces = new_tokens[token]

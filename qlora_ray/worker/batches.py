@@ -58,7 +58,7 @@ def to_tensors(
         starts_sample = np.broadcast_to(starts_sample, is_token.shape)
         batch |= _answers(rows, (np.cumsum(starts_sample) - 1)[batch["label_places"]])
     borders = np.flatnonzero(_starts(batch["position_ids"])) if is_packed else None
-    positions = batch["position_ids"].flat[borders] if is_packed else None
+    positions = None if borders is None else batch["position_ids"].flat[borders]
     if seat.num_parts > 1:
         batch = _part(batch, seat, whole_width)
     tensors = {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}

@@ -76,7 +76,7 @@ class Engine:
             state["step"].zero_()
 
     @property
-    def module(self) -> torch.nn.Module:
+    def module(self) -> Any:
         """The PEFT model inside."""
         return self._engine.module
 
@@ -228,7 +228,7 @@ class Engine:
     def _loss_scale(self) -> float:
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
 
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
+    def _torch_optimizer(self) -> Any:
         return patches.torch_optimizer(self._engine.optimizer)
 
 

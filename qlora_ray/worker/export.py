@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from peft import PeftModel
 
 from qlora_ray.config import ModelConfig
 from qlora_ray.model import card
@@ -35,7 +36,7 @@ def in_dtype(weights: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Te
 
 
 def write_adapter(
-    folder: Folder, model: torch.nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any,
+    folder: Folder, model: PeftModel, weights: dict[str, torch.Tensor], tokenizer: Any,
     about: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write trained weights, by parameter name, as a PEFT adapter; `about` is its record, without the tokenizer's."""

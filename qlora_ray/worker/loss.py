@@ -59,7 +59,8 @@ def targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def _forward(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
     """Logits (B, T, V) and False; or, of a head with the loss in it, nats and True: (B T,), or of label_places (L,)."""
     inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    module, borders, ids = getattr(model, "module", model), batch.get("sample_borders"), batch["input_ids"]
+    module: Any = getattr(model, "module", model)
+    borders, ids = batch.get("sample_borders"), batch["input_ids"]
     takes_borders, numbers = getattr(module, "takes_borders", False), batch.get("place_numbers")
     if borders is not None and takes_borders:
         inputs["attention_mask"] = mask_of_borders(borders, ids.device, batch.get("num_shared"))

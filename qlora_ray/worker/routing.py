@@ -1,12 +1,14 @@
 """How evenly a mixture's tokens are spread over its experts."""
 
+from typing import Any
+
 import torch
 
 from qlora_ray.model.routed import take_counts
 from qlora_ray.worker.team import Team
 
 
-def busiest_expert(model: torch.nn.Module, team: Team) -> dict[str, float]:
+def busiest_expert(model: Any, team: Team) -> dict[str, float]:
     """The largest share of a layer's tokens that one expert had since the last call; {} of a base without experts.
 
     Padding counts. Every worker must call this; waits for the device.

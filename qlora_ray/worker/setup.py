@@ -94,7 +94,8 @@ def choose_kernels(config: Config, device: torch.device) -> None:
     if not config.training.deterministic:
         return
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # else every buffer is written once more
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # else every buffer is written once more
     if device.type == "cuda":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         one = torch.ones(16, 16, device=device)
@@ -275,8 +276,8 @@ def parameter_table(model: torch.nn.Module, plan: Plan) -> str:
     """One line a parameter: how it is stored, whether it is trained, whether ZeRO shards it."""
     lines = [f"{'stored':10} {'trained':7} {'sharded':7} {'shape':20} name"]
     for name, parameter in model.named_parameters():
-        packed = hasattr(parameter, "quant_state")
-        shape = tuple(parameter.quant_state.shape) if packed else tuple(parameter.shape)
+        packed = getattr(parameter, "quant_state", None)
+        shape = tuple((packed or parameter).shape)
         stored = "4-bit" if packed else str(parameter.dtype).removeprefix("torch.")
         trained, sharded = "yes" if parameter.requires_grad else "no", "yes" if plan.shares_base else "no"
         lines.append(f"{stored:10} {trained:7} {sharded:7} {shape!s:20} {name}")
@@ -300,7 +301,7 @@ def _put_in_one_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _add_noise_to_embeddings(model: torch.nn.Module, alpha: float) -> None:
+def _add_noise_to_embeddings(model: Any, alpha: float) -> None:
     from transformers.integrations.neftune import neftune_post_forward_hook
 
     embeddings = model.get_input_embeddings()

@@ -17,7 +17,7 @@ KNOWN_PARAMETERS = Patch(
 )  # fmt: skip
 
 
-def gather_as_one(model: torch.nn.Module) -> None:
+def gather_as_one(model: Any) -> None:
     """Make each decoder layer one unit of ZeRO-3: gathered as a whole, announced by one pair of hooks."""
     from deepspeed.utils import set_z3_leaf_module
 
