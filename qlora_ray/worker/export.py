@@ -51,10 +51,11 @@ def write_adapter(
             (folder.make() / file.name).write_bytes(file.read_bytes())
     (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(exported, {"format": "pt"}))
     if about is not None:
+        asked: Any = model.peft_config[ADAPTER_NAME]
         record = {
             **about, "tokenizer_sha256": tokenizer_sha256(tokenizer), "four_bit_layers": packed_layers(model),
             "four_bit_stacks": packed_stacks(model),
-            "token_rows": rows_of_tokens(model.peft_config[ADAPTER_NAME].trainable_token_indices),
+            "token_rows": rows_of_tokens(asked.trainable_token_indices),
         }  # fmt: skip
         (folder / FILE).write_bytes(json.dumps(record, indent=1).encode())
         (folder / "README.md").write_bytes(card.render(record).encode())
