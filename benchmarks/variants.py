@@ -38,20 +38,7 @@ def ours(arguments, shape: dict):
     model.train()
     stage = next((part.removeprefix("stage") for part in arguments.variant.split("_") if "stage" in part), "")
     if not stage:
-        optimizer = _adamw(model)
-
-        def step(batch, lap):
-            nats = sum_of_nats(model, batch)
-            loss = nats / num_label_tokens(batch)
-            lap("forward")
-            loss.backward()
-            lap("backward")
-            optimizer.step()
-            optimizer.zero_grad()
-            lap("step")
-            return loss
-
-        return step, share
+        return _step(lambda batch: sum_of_nats(model, batch) / num_label_tokens(batch), _backward, _adamw(model)), share
     num_trainable = sum(parameter.numel() for parameter in trainable(model).values())
     from qlora_ray.planning import deepspeed
     from qlora_ray.worker.engine import Engine
@@ -64,18 +51,14 @@ def ours(arguments, shape: dict):
     engine = Engine(model, config.training, {**settings, "train_micro_batch_size_per_gpu": arguments.batch_size})
     engine.train()
 
-    def step_engine(batch, lap):
-        nats = sum_of_nats(engine, batch)
-        loss = nats / num_label_tokens(batch)
-        lap("forward")
+    def backward(loss):
         engine.backward(loss)
         engine.add_up(1)
-        lap("backward")
-        engine.step(LEARNING_RATE)
-        lap("step")
-        return loss.detach()
 
-    return step_engine, share
+    def loss_of(batch):
+        return sum_of_nats(engine, batch) / num_label_tokens(batch)
+
+    return _step(loss_of, backward, lambda: engine.step(LEARNING_RATE)), share
 
 
 def peft(arguments, shape: dict):
@@ -127,19 +110,29 @@ def unsloth(arguments, shape: dict):
 
 
 def _plain_step(model):
-    optimizer = _adamw(model)
+    def loss_of(batch):
+        return model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+
+    return _step(loss_of, _backward, _adamw(model)), four_bit_share(model)
+
+
+def _step(loss_of, backward, update):
+    """A step and its laps: the loss of a batch, its gradient, new weights."""
 
     def step(batch, lap):
-        loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        loss = loss_of(batch)
         lap("forward")
-        loss.backward()
+        backward(loss)
         lap("backward")
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
         lap("step")
-        return loss
+        return loss.detach()
 
-    return step, four_bit_share(model)
+    return step
+
+
+def _backward(loss):
+    loss.backward()
 
 
 def four_bit_share(model) -> float:
@@ -151,7 +144,14 @@ def four_bit_share(model) -> float:
 
 
 def _adamw(model):
+    """Updates the weights, and begins their gradients anew."""
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def update():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
