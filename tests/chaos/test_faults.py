@@ -123,17 +123,6 @@ def test_worker_that_skips_a_collective_is_found_out(whole, storage, tmp_path, m
     assert len(door.summary(storage / "skip")["failures"]) == 1
 
 
-@pytest.mark.slow
-def test_killed_driver_and_the_same_command_with_resume_give_the_same_bits(whole, storage):
-    driver = door.start(*settings(storage, "driver"))
-    door.wait_for_step(storage / "driver", 12, driver)
-    driver.kill()
-    driver.communicate(timeout=60)
-    ended = many_runs.run(*settings(storage, "driver"), "--resume")
-    assert ended.returncode == 0, ended.stderr
-    assert_same_bits(storage / "driver", whole)
-
-
 def said_until(driver: subprocess.Popen, words: str) -> str:
     """What a run has said up to these words, or to its end."""
     said = ""

@@ -6,7 +6,7 @@ from tests.chaos.random_kills import live
 from tests.chaos.test_faults import settings
 from tests.integration import door, many_runs
 
-STEPS, KILLS, INTERVAL = 60, 7, 5
+STEPS, KILLS, INTERVAL = 60, 5, 5
 FILES = ("adapter/adapter_model.safetensors", f"checkpoints/step_{STEPS:08d}/optimizer.safetensors")
 MORE = (f"training.max_steps={STEPS}", f"checkpoint.every_steps={INTERVAL}", "ray.max_failures=20")
 
@@ -19,8 +19,8 @@ def undisturbed(storage, one_thread_a_worker):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 5])  # each draws all five kinds of process among its first seven
-def test_run_killed_seven_times_at_random_ends_with_the_bits_of_one_that_was_not(seed, undisturbed, storage):
+@pytest.mark.parametrize("seed", [2, 5])  # what they draw: each kind of process, the first one all five
+def test_run_killed_five_times_at_random_ends_with_the_bits_of_one_that_was_not(seed, undisturbed, storage):
     run = storage / f"killed-{seed}"
     story = live(settings(storage, run.name, *MORE), run, KILLS, seed)
     print(story)

@@ -242,27 +242,6 @@ def test_run_that_ctrl_c_and_sigterm_have_stopped_ends_as_one_that_was_not(two_w
     assert [line["step"] for line in door.metrics(resumed) if "loss" in line] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.slow
-def test_killed_worker_is_replaced_and_the_result_is_the_same(two_workers, storage):
-    import os
-
-    import psutil
-
-    whole, _ = two_workers
-    process = door.start(*settings(storage, "killed", 2, 1))
-    door.wait_for_step(storage / "killed", 8, process)
-    workers = [
-        p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
-    ]
-    assert len(workers) == 2
-    os.kill(workers[1].pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, out + err
-    assert len(door.summary(storage / "killed")["failures"]) == 1
-    for file in ("adapter/adapter_model.safetensors", "checkpoints/step_00000020/optimizer.safetensors"):
-        assert door.sha256(storage / "killed" / file) == door.sha256(whole / file), file
-
-
 def test_run_that_crashed_between_two_lines_tells_what_an_undisturbed_one_tells(storage):
     """With the default intervals: a line each tenth step, and wherever a checkpoint is begun."""
     asked = (*settings(storage, "counted", 1, 1, "checkpoint.every_steps=6", "evaluation.num_prompts=0"),
