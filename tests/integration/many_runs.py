@@ -84,15 +84,22 @@ class _Server:
         atexit.register(self.close)
 
     def ask(self, request: dict[str, Any], timeout: float) -> Any:
+        """The answer; a process that gives none in time, or is not waited for, is ended."""
         assert self.process.stdin and self.process.stdout
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        in_time = select.select([self.process.stdout], [], [], timeout)[0]
-        answer = self.process.stdout.readline() if in_time else ""
-        if not answer:
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            in_time = select.select([self.process.stdout], [], [], timeout)[0]
+            answer = self.process.stdout.readline() if in_time else ""
+            assert answer, f"{'it ended' if in_time else f'no answer in {timeout} s'}: {self._last_words()}"
+        except BaseException:
             os.killpg(self.process.pid, signal.SIGKILL)
-            self._log.seek(0)
-            raise AssertionError(f"{'ended' if in_time else f'no answer in {timeout} s'}: {self._log.read()[-4000:]}")
+            self.process.wait()
+            raise
         return json.loads(answer)
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        return self._log.read()[-4000:]
 
     def close(self) -> None:
         if self.process.poll() is None:
