@@ -124,14 +124,15 @@ def tokenizer_of(name: str):
     return tokenizer
 
 
-def encode(name: str, record: dict, **how):
-    (made,) = Encoder(tokenizer_of(name), 4096, **how).encode([to_messages(record, "auto")])
+@cache
+def encode(name: str, shape: str):
+    (made,) = Encoder(tokenizer_of(name), 4096).encode([to_messages(RECORDS[shape], "auto")])
     return made
 
 
-def trained(name: str, record: dict) -> dict:
+def trained(name: str, shape: str) -> dict:
     """What a cell of the matrix holds: pieces, and what is missing; or the reason why there are none."""
-    made = encode(name, record)
+    made = encode(name, shape)
     if isinstance(made, BadRecord):
         return {"refused": str(made), **({"detail": made.detail} if made.detail else {})}
     (sample,) = made
@@ -145,7 +146,7 @@ EXPECTED = json.loads((FOLDER / "trained.json").read_text()) if (FOLDER / "train
 @pytest.mark.parametrize("shape", RECORDS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_is_trained_on_is_exactly_this_or_refused_for_this_reason(name, shape):
-    assert trained(name, RECORDS[shape]) == EXPECTED[name][shape]
+    assert trained(name, shape) == EXPECTED[name][shape]
 
 
 def texts_of(turn: dict) -> list[str]:
@@ -161,7 +162,7 @@ def texts_of(turn: dict) -> list[str]:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_all_that_a_trained_turn_says_is_trained_on_or_named_and_nothing_that_others_say(name):
     for shape, record in RECORDS.items():
-        cell = trained(name, record)
+        cell = trained(name, shape)
         if "refused" in cell:
             continue
         said = "".join(cell["trained"])
@@ -173,7 +174,7 @@ def test_all_that_a_trained_turn_says_is_trained_on_or_named_and_nothing_that_ot
         assert not lost or cell.get("missing"), (shape, lost)
         assert not [word for word in NEVER_TRAINED if word in said], shape
         others = [turn["content"] for turn in turns if turn["role"] in ("user", "system")]
-        row = tokenizer_of(name).decode(encode(name, record)[0].input_ids)
+        row = tokenizer_of(name).decode(encode(name, shape)[0].input_ids)
         absent = [text for text in others if text.strip() not in row]
         assert not absent or cell.get("missing"), (shape, absent)
         if "tools" in record and "find_delta" not in row:
@@ -183,7 +184,7 @@ def test_all_that_a_trained_turn_says_is_trained_on_or_named_and_nothing_that_ot
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_generate_sends_begins_the_row_token_by_token(name):
     for shape, record in RECORDS.items():
-        made = encode(name, record)
+        made = encode(name, shape)
         if isinstance(made, BadRecord) or not TOLD_OF_PROMPTS.isdisjoint(made[0].missing):
             continue
         messages = to_messages(record, "auto")
@@ -197,7 +198,7 @@ def test_what_generate_sends_begins_the_row_token_by_token(name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_arguments_have_one_text_whether_they_come_as_mapping_or_as_json(name):
-    assert trained(name, RECORDS["call"]) == trained(name, RECORDS["call as text"])
+    assert trained(name, "call") == trained(name, "call as text")
 
 
 @pytest.mark.parametrize("name", TAGGED)
@@ -205,7 +206,7 @@ def test_labels_are_transformers_own_mask_where_the_template_marks_what_is_gener
     tokenizer = tokenizer_of(name)
     encoder = Encoder(tokenizer, 4096)
     compared = 0
-    for record in RECORDS.values():
+    for shape, record in RECORDS.items():
         messages = to_messages(record, "auto")
         (made,) = encoder.encode([messages])
         if isinstance(made, BadRecord) or any(turn.get("weight") == 0 for turn in messages):
@@ -217,7 +218,7 @@ def test_labels_are_transformers_own_mask_where_the_template_marks_what_is_gener
         )
         if made[0].input_ids != theirs["input_ids"]:  # cut where a prompt ends, for a space follows
             assert tokenizer.decode(made[0].input_ids) == tokenizer.decode(theirs["input_ids"])
-            assert any(piece[0].isspace() for piece in trained(name, record)["trained"])
+            assert any(piece[0].isspace() for piece in trained(name, shape)["trained"])
             continue
         labels = [
             i if mask else IGNORE_INDEX for i, mask in zip(theirs["input_ids"], theirs["assistant_masks"], strict=True)
@@ -229,7 +230,7 @@ def test_labels_are_transformers_own_mask_where_the_template_marks_what_is_gener
 
 def write() -> None:
     """Write what is trained on now as what is expected."""
-    cells = {name: {shape: trained(name, record) for shape, record in RECORDS.items()} for name in TEMPLATES}
+    cells = {name: {shape: trained(name, shape) for shape in RECORDS} for name in TEMPLATES}
     (FOLDER / "trained.json").write_text(json.dumps(cells, indent=1, ensure_ascii=False) + "\n")
 
 
