@@ -1,5 +1,7 @@
 """The fused arithmetic is PEFT's on bitsandbytes: values, gradients, names, and what it leaves to PEFT."""
 
+import functools
+
 import pytest
 import torch
 from peft import PeftModel
@@ -187,12 +189,23 @@ def test_rounding_in_bfloat16_is_no_worse_than_pefts(folders, family, variant):
     assert fused_models.rounding(fused, reference) < 1.25 * fused_models.rounding(plain, reference)
 
 
+@pytest.fixture(scope="module")
+def keeping_all(folders):
+    """A model, and its nats and gradients where it keeps all: made once for all levels."""
+
+    @functools.cache
+    def made(family: str, variant: str):
+        model = fused_models.build(folders[family], torch.bfloat16, lora_variant=variant)
+        return model, *fused_models.nats_and_gradients(model, tiny_models.batch())
+
+    return made
+
+
 @pytest.mark.parametrize("level", Keep)
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("family", FUSED)
-def test_what_is_kept_for_backward_changes_no_bit(folders, family, variant, level):
-    model = fused_models.build(folders[family], torch.bfloat16, lora_variant=variant)
-    nats, gradients = fused_models.nats_and_gradients(model, tiny_models.batch())
+def test_what_is_kept_for_backward_changes_no_bit(keeping_all, family, variant, level):
+    model, nats, gradients = keeping_all(family, variant)
     keep(model, Choice((level,) * 2))
     again, others = fused_models.nats_and_gradients(model, tiny_models.batch())
     assert again == nats
