@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,22 +70,34 @@ class Team:
 
 def run(size: int, folder: Path, *jobs: Job) -> list[list[Held]]:
     """Run the jobs on so many workers, one after the other; what each left, by worker."""
+    by_worker = run_each(be_one, size, folder, jobs)
+    return [[Held(**held) for held in of_job] for of_job in zip(*by_worker, strict=True)]
+
+
+def run_each(be_one: Callable, size: int, folder: Path, *more: Any) -> list[Any]:
+    """What `be_one`, called with folder, rank, size and more in a process each, leaves in <rank>.json."""
     folder.mkdir(parents=True)
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["tests.integration.engines", "qlora_ray.worker.evaluate"])
-    workers = [forks.Process(target=be_one, args=(folder, rank, size, jobs)) for rank in range(size)]
+    workers = [forks.Process(target=_speak_to_log, args=(be_one, folder, rank, size, *more)) for rank in range(size)]
     for worker in workers:
         worker.start()
     deadline = time.monotonic() + 500
     while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
         assert time.monotonic() < deadline, (folder / "0.log").read_text()[-3000:]
         time.sleep(0.02)
+    failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
     for worker in workers:
         worker.kill()  # one whose other has failed would wait for it
-    failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
     assert not failed, (folder / f"{failed[0]}.log").read_text()[-3000:]
-    by_worker = [[Held(**held) for held in json.loads((folder / f"{rank}.json").read_text())] for rank in range(size)]
-    return list(map(list, zip(*by_worker, strict=True)))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def _speak_to_log(be_one: Callable, folder: Path, rank: int, *more: Any) -> None:
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    be_one(folder, rank, *more)
 
 
 def digest(*tensors: torch.Tensor | None) -> str:
@@ -209,9 +222,6 @@ reads: list[int] = []  # bytes of each read of a tensor
 
 def be_one(folder: Path, rank: int, size: int, jobs: tuple[Job, ...]) -> None:
     """Do all jobs on one process group, and write what each left."""
-    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     from deepspeed.accelerator import get_accelerator
 
     from qlora_ray.model import pieces
