@@ -3,8 +3,8 @@
     python -m benchmarks.elastic --workers 4                              # on 4 GPUs: 4, 2, 4 workers
     python -m benchmarks.elastic --workers 8 --shape tiny --device cpu    # with gloo ranks: 8, 4, 8
 
-Two nodes of this host hold half of the workers each, as Ray sees them. One is killed, the run goes on with half, a new one
-takes its place, the run grows again. training.deterministic; a few layers of a real shape. Prints a line of JSON.
+Two nodes of this host hold half of the workers each, as Ray sees them. One is killed, the run goes on with half, a new
+one takes its place, and the run grows again. training.deterministic; a few layers of a real shape. Prints JSON.
 """
 
 import argparse
