@@ -28,7 +28,7 @@ def test_doctor_finds_this_machine_ready(storage):
 
 def test_sweep_of_two_ends_with_the_better_adapter(storage):
     ended = door.run(
-        "-c", "configs/sweep.yaml", "sweep.num_trials=2", "training.max_steps=10", "evaluation.num_prompts=0",
+        "-c", "configs/sweep.yaml", "sweep.num_trials=2", "training.max_steps=20", "evaluation.num_prompts=0",
         f"ray.storage_path={storage}", "ray.run_name=sweep", of="tune",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -15,7 +15,7 @@ PAGES = sorted(
 OTHERS = [ROOT / name for name in (".rayignore", "Makefile", "pyproject.toml", "clusters/Dockerfile")]
 # Of a run or sweep, and of what a user has.
 NOT_OURS = re.compile(r"(rejected|metrics|trials|samples_by_step|in|out)\.jsonl|(my|t0003|train_config|config)\.yaml|"
-                      r"(plan|manifest|summary|samples|results|verification|qlora_ray|prompts|stats)\.json|shapes\.py|"
+                      r"(plan|manifest|summary|samples|results|verification|qlora_ray|prompts|stats|config)\.json|shapes\.py|"
                       r"convert_hf_to_gguf\.py|(deepspeed/|runs/|adapter/).*")  # fmt: skip
 
 
