@@ -83,12 +83,14 @@ def run_each(be_one: Callable, size: int, folder: Path, *more: Any) -> list[Any]
     for worker in workers:
         worker.start()
     deadline = time.monotonic() + 500
-    while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
-        assert time.monotonic() < deadline, (folder / "0.log").read_text()[-3000:]
-        time.sleep(0.02)
-    failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
-    for worker in workers:
-        worker.kill()  # one whose other has failed would wait for it
+    try:
+        while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
+            assert time.monotonic() < deadline, (folder / "0.log").read_text()[-3000:]
+            time.sleep(0.02)
+        failed = [rank for rank, worker in enumerate(workers) if worker.exitcode]
+    finally:
+        for worker in workers:
+            worker.kill()  # one whose other has failed would wait for it
     assert not failed, (folder / f"{failed[0]}.log").read_text()[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
