@@ -35,7 +35,7 @@ from qlora_ray.worker.messages import Run
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-AWAKE_SECONDS, POLL_SECONDS, IDLE_SECONDS = 5, 0.05, 0.5
+POLL_SECONDS = 0.05
 
 
 def run(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess:
@@ -180,7 +180,7 @@ def work(job: dict[str, Any]) -> None:
         if is_over:
             return
         if run is None or number == last:
-            time.sleep(POLL_SECONDS if time.monotonic() < began + AWAKE_SECONDS else IDLE_SECONDS)
+            time.sleep(min(2.0, max(POLL_SECONDS, 0.02 * (time.monotonic() - began))))  # the longer idle, the lazier
             continue
         laps.begin()
         laps.note("imports", 0.0)
