@@ -130,13 +130,12 @@ class Start:
             try:
                 with laps.part("Ray"):
                     hardware = connect.start_ray(config, self.debug)
-                at_hand = folder_at_hand(config.model.base_model, config.model.revision) is not None
-                with laps.part("look at the nodes"):
-                    found = ask_quickly(config, folder, hardware)
-                fit = None
+                at_hand, fit = folder_at_hand(config.model.base_model, config.model.revision) is not None, None
                 if at_hand and not connect.address(config):  # of a cluster nothing is taken before all is planned
                     fit = self._begin(hardware, run, {})
                     unless_trained.callback(fit.call_off)
+                with laps.part("look at the nodes"):
+                    found = ask_quickly(config, folder, hardware)
                 facts = measured.result() if at_hand else None  # else it is still downloaded
                 notes, network, hardware = look_quickly(found, config, hardware, facts)
                 started.set_result(hardware)
