@@ -15,11 +15,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from qlora_ray.cluster import connect
 from qlora_ray.config import Config
 from qlora_ray.driver.channel import Channel
+from qlora_ray.errors import ConfigError, ProcessDied
 from qlora_ray.libraries import Patch
+from qlora_ray.model.facts import ModelFacts
 from qlora_ray.planning.hardware import Hardware, check_workers_fit, most_workers, resources_of_a_worker, uses_gpu
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
-from qlora_ray.worker.messages import DEATH, Failed
+from qlora_ray.worker.messages import DEATH, Failed, Refused
 
 FEWER_CALLBACKS = Patch(
     "ray", "2.60.0", "DataParallelTrainer._create_default_callbacks leaves out those in NEEDLESS",
@@ -28,6 +30,7 @@ FEWER_CALLBACKS = Patch(
     delete_when="each starts its process only where there is work for it",
 )  # fmt: skip
 CALL_OFF_SECONDS = 60
+POLL_SECONDS = 0.1
 NEEDLESS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
@@ -39,13 +42,16 @@ class Fit:
     checkpoints.
     """
 
-    def __init__(self, config: Config, hardware: Hardware, folder: Folder, network: dict[str, str]):
+    def __init__(
+        self, config: Config, hardware: Hardware, folder: Folder, network: dict[str, str], measures: bool = False
+    ):  # fmt: skip
         """`folder` is the run directory; `network` tells the workers which interface to use, as variables.
 
-        Raises ConfigError for more workers than there is room for: they would be waited for.
+        `measures`: whether `measured` will be asked. Raises ConfigError for more workers than there is room for: they
+        would be waited for.
         """
         self.error: BaseException | None = None
-        self._config, self._folder, self._network = config, folder, network
+        self._config, self._folder, self._network, self._measures = config, folder, network, measures
         self._use_gpu = uses_gpu(config, hardware)
         self._is_private = connect.address(config) is None
         self._resources = resources_of_a_worker(config, self._use_gpu)
@@ -63,6 +69,20 @@ class Fit:
     def is_running(self) -> bool:
         """Whether Ray Train has not come to an end yet."""
         return self._thread.is_alive()
+
+    def measured(self) -> ModelFacts:
+        """What the base and its adapter hold, once a worker has imported all that it takes to say.
+
+        Raises ConfigError as planning/early.py's exact_facts, and ProcessDied where the workers ended before.
+        """
+        while self.is_running():
+            found = ray.get(self.channel.measured.remote(), timeout=60)
+            if isinstance(found, Refused):
+                raise ConfigError(found.reason)
+            if found is not None:
+                return found
+            time.sleep(POLL_SECONDS)
+        raise ProcessDied(f"The workers ended before the base was measured: {self.error}")
 
     def call_off(self) -> None:
         """Nothing will be trained: wait for the end of the workers, since Ray must outlive the thread that asks it."""
@@ -109,7 +129,7 @@ class Fit:
 
             def _initialize_and_run_controller(self, **given):
                 if is_private:
-                    given["scaling_policy"] = OwnMachine(self.scaling_config)
+                    given["scaling_policy"] = OwnMachine(self.scaling_config)  # type: ignore[arg-type]  # Ray annotates its old ScalingConfig
                 elif size > 1 and ray_config.min_workers < ray_config.max_workers:
                     given["scaling_policy"] = WholeGroups(self.scaling_config, size)
                 return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
@@ -121,7 +141,11 @@ class Fit:
         return Trainer(
             train_worker,
             backend_config=ProcessGroup(self._use_gpu),
-            train_loop_config={"use_gpu": self._use_gpu, "channel": self.channel},
+            train_loop_config={
+                "use_gpu": self._use_gpu,
+                "channel": self.channel,
+                "measures": self._config if self._measures else None,
+            },
             scaling_config=ScalingConfig(
                 num_workers=self._num_workers if is_private else ray_config.num_workers,  # type: ignore[arg-type]  # Ray annotates its old ScalingConfig
                 use_gpu=self._use_gpu,
@@ -134,6 +158,6 @@ class Fit:
                 storage_filesystem=None if self._own or folder.is_local else folder.filesystem,
                 failure_config=FailureConfig(max_failures=ray_config.max_failures),
                 worker_runtime_env={"env_vars": self._network} if self._network else None,  # type: ignore[call-arg]
-                callbacks=callbacks,  # type: ignore[list-item]  # Ray annotates its old Callback
+                callbacks=callbacks,  # type: ignore[arg-type]  # Ray annotates its old Callback
             ),
         )
