@@ -1,7 +1,6 @@
 """From a config to a run: what is refused is refused, data is prepared while Ray starts, then the plan is made."""
 
 import importlib
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from qlora_ray import __version__, laps, storage
+from qlora_ray import __version__, collector, laps, storage
 from qlora_ray.cluster import connect
 from qlora_ray.config import Config
 from qlora_ray.console import console, say_note
@@ -111,29 +110,28 @@ class Start:
     def _prepare(self, folder: Folder, run: Folder, unless_trained: ExitStack) -> Ready:
         """Prepare the data while Ray starts, and on this machine's own Ray also the workers, called off on the way out.
 
-        Ray must start on this thread: its processes die with their maker. Where workers take all cores, one of them
-        measures the base, for which it imports nothing that it does not need anyway; else this process does.
+        Ray must start on this thread: its processes die with their maker. Workers that start early measure the base,
+        for which they import nothing that they do not need anyway; else this process does.
         """
         from qlora_ray.cluster.quick import ask_quickly, look_quickly
 
         config, started = self.config, Future[Hardware]()
         at_hand = folder_at_hand(config.model.base_model, config.model.revision) is not None
         starts_early = at_hand and not connect.address(config)  # of a cluster nothing is taken before all is planned
-        is_measured_there = starts_early and config.ray.max_workers >= len(os.sched_getaffinity(0))
         with ThreadPoolExecutor(1) as thread:
             thread.submit(importlib.import_module, "ray.train")  # takes a second, and fit waits for it
-            measured = None if is_measured_there else thread.submit(_measure, config)
+            measured = None if starts_early else thread.submit(_measure, config)
             prepared = thread.submit(_prepare_data, config, folder, started, measured)
             try:
-                with laps.part("Ray"):
+                with laps.part("Ray"), collector.paused():
                     hardware = connect.start_ray(config, self.debug)
                 fit = None
                 if starts_early:
-                    fit = self._begin(hardware, run, {}, is_measured_there)
+                    fit = self._begin(hardware, run, {}, measures=True)
                     unless_trained.callback(fit.call_off)
                 with laps.part("look at the nodes"):
                     found = ask_quickly(config, folder, hardware)
-                facts = fit.measured() if fit and is_measured_there else None
+                facts = fit.measured() if fit else None
                 if measured and at_hand:  # else it is still downloaded
                     facts = measured.result()
                 notes, network, hardware = look_quickly(found, config, hardware, facts)

@@ -23,7 +23,7 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    from qlora_ray import laps
+    from qlora_ray import collector, laps
     from qlora_ray.worker.messages import Fatal
 
     channel = job["channel"]
@@ -38,7 +38,7 @@ def train_worker(job: dict[str, Any]) -> None:
     # bitsandbytes wraps helpers in torch.compile, which imports a compiler for a second; nothing here is compiled.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     laps.begin()
-    with laps.part("imports"):
+    with laps.part("imports"), collector.paused():
         from qlora_ray.worker.loop import run_worker
 
     is_asked = run is None and job["measures"] and ray.train.get_context().get_world_rank() == 0
