@@ -39,6 +39,9 @@ def train_worker(job: dict[str, Any]) -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     laps.begin()
     with laps.part("imports"), collector.paused():
+        from qlora_ray.worker import losses
+
+        losses.load()
         from qlora_ray.worker.loop import run_worker
 
     is_asked = run is None and job["measures"] and ray.train.get_context().get_world_rank() == 0
