@@ -13,7 +13,6 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.base import load_base
 from qlora_ray.model.facts import read_facts, stored_quantization
 from qlora_ray.model.homes import Away, DiskFile, network_file_system
 from qlora_ray.model.host import available_bytes
@@ -45,8 +44,6 @@ def load(run: Run, team: Team, device: torch.device) -> Loaded:
     is_share = plan.shares_base and team.size > 1 and not begins_whole(config)
     place = _cache_of(run, device)
     away = _away_of(run, team) if config.deepspeed.offload_params != "none" else None
-    if not is_share and place is None and away is None:
-        return Loaded(load_base(config.model, config.quantization, plan.compute_dtype, device), [], False)
     keeper: Keeper = Whole() if away is None else away
     if is_share:
         group = _group_of_node(team) if plan.is_shared_by_node else None
