@@ -59,7 +59,7 @@ def set_environment(config: Config, debug: bool) -> None:
     if not address(config):  # nobody drains the only node
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         settings["RAY_prestart_worker_first_driver"] = "0"  # processes without the environment that ours want
-    if config.ray.min_workers < config.ray.max_workers:  # a node that is gone is not waited for long
+    elif config.ray.min_workers < config.ray.max_workers:  # a node that is gone is not waited for long
         settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
