@@ -26,6 +26,7 @@ from qlora_ray import laps, storage
 from qlora_ray.cluster.node_facts import versions
 from qlora_ray.config import Config, make_config
 from qlora_ray.data.prepare import prepare
+from qlora_ray.model.facts import ModelFacts
 from qlora_ray.planning.early import exact_facts
 from qlora_ray.planning.hardware import Hardware, check_workers_fit, resources_of_a_worker, uses_gpu
 from qlora_ray.planning.plan import make_plan
@@ -47,7 +48,8 @@ def run(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess:
 def refused(*arguments: str) -> str:
     """The one line of a run that must be refused."""
     ended = run(*arguments)
-    assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.startswith("error: "), ended
+    assert ended.returncode == 2 and ended.stderr.startswith("error: "), ended
+    assert all(line.startswith("qlora_ray ") for line in ended.stdout.splitlines() if line), ended.stdout
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
     return ended.stderr
 
@@ -123,8 +125,8 @@ _teams: dict[int, Any] = {}  # by number of workers: a driver.fit.Fit that goes 
 class Turn:
     """One run of a team that stays; to the driver it is what driver.fit.Fit is."""
 
-    def __init__(self, team: Callable, config: Config, hardware: Hardware, folder: Any, network: dict[str, str]):
-        """`team` makes one: driver.fit.Fit, before this took its place."""
+    def __init__(self, team: Callable, config: Config, hardware: Hardware, *where: Any):
+        """`team` makes one: driver.fit.Fit, before this took its place. `where` are folder, network and measures."""
         import ray
 
         check_workers_fit(config, resources_of_a_worker(config, uses_gpu(config, hardware)), hardware)
@@ -132,8 +134,8 @@ class Turn:
         assert config.ray.min_workers == size and not config.ray.address
         if size not in _teams or not _teams[size].is_running():  # at first, and after an error
             alone = config.ray.model_copy(update={"resources_per_worker": {"CPU": 0.1}, "max_failures": 0})
-            _teams[size] = team(config.model_copy(update={"ray": alone}), hardware, folder, network)
-        self._team, self._size, self.channel = _teams[size], size, _teams[size].channel
+            _teams[size] = team(config.model_copy(update={"ray": alone}), hardware, *where)
+        self._config, self._team, self._size, self.channel = config, _teams[size], size, _teams[size].channel
         ray.get(self.channel.__ray_call__.remote(_begin))
 
     @property
@@ -144,6 +146,9 @@ class Turn:
         import ray
 
         return self._team.is_running() and ray.get(self.channel.__ray_call__.remote(_num_ended)) < self._size
+
+    def measured(self) -> ModelFacts:
+        return exact_facts(self._config)
 
     def call_off(self) -> None:
         """The workers wait for the next run."""
@@ -172,6 +177,9 @@ def work(job: dict[str, Any]) -> None:
     import ray
 
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+    from qlora_ray.worker import losses
+
+    losses.load()
     from qlora_ray.worker.loop import run_worker
 
     channel, last, began = job["channel"], 0, time.monotonic()
