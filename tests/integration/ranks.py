@@ -93,14 +93,15 @@ def digest(*tensors: torch.Tensor | None) -> str:
 def work(folder: Path, job: Job) -> Held:
     """Set up as a worker does, and take steps."""
     from qlora_ray.errors import QloraRayError
+    from qlora_ray.model.apart import Apart
     from qlora_ray.planning.memory import begins_whole
-    from qlora_ray.worker import base, deepspeed_patches
+    from qlora_ray.worker import base
     from tests.integration import engines, tiny_models
 
     rank, size = dist.get_rank(), dist.get_world_size()
     os.environ["NODE_RANK"] = str(rank * job.num_nodes // size)
     base.begins_whole = (lambda *_: True) if job.is_loaded_whole else begins_whole
-    keep = deepspeed_patches.Shares.keep
+    keep = Apart.keep
 
     def keep_it(self, parameter, share):
         if job.fault == "flip" and rank == size - 1:
@@ -109,7 +110,7 @@ def work(folder: Path, job: Job) -> Held:
             share = share.to(torch.bfloat16)
         keep(self, parameter, share)
 
-    deepspeed_patches.Shares.keep = keep_it  # type: ignore[method-assign]
+    Apart.keep = keep_it  # type: ignore[method-assign]
     config = tiny_models.make_config(job.base, **job.sections, ray={"num_workers": size})
     if job.rows:
         return train_on_rows(folder, job, config)
@@ -119,13 +120,13 @@ def work(folder: Path, job: Job) -> Held:
     except QloraRayError as error:
         return Held(error=str(error))
     finally:
-        deepspeed_patches.Shares.keep = keep  # type: ignore[method-assign]
-    shares, scales, persistent, bytes_read = {}, {}, [], sum(reads)
+        Apart.keep = keep  # type: ignore[method-assign]
+    shares, scales, persistent, bytes_read = stretches(engine), {}, [], sum(reads)
     for name, parameter in engine.module.named_parameters():
         share = getattr(parameter, "ds_tensor", None)
         if "lora" in name or share is None:
             continue
-        place = deepspeed_patches.rank_among_holders(parameter, rank)
+        place = parameter.ds_zero_partition_rank
         held = max(0, min(share.numel(), parameter.ds_numel - place * share.numel()))
         shares[name] = f"{share.dtype} {tuple(parameter.ds_shape)} {share.numel()} {digest(share[:held])}"
         persistent += [name] * parameter.ds_persist
@@ -136,6 +137,14 @@ def work(folder: Path, job: Job) -> Held:
             scales[name] = f"{state.dtype} {tuple(state.shape)} {state.blocksize} {state.quant_type} {values}"
     losses = engines.train(engine, range(job.steps))
     return Held(shares, scales, persistent, losses, digest(*engine.state().weights.values()), bytes_read)
+
+
+def stretches(engine: Any) -> dict[str, str]:
+    """Digest of what this worker holds of each fused layer's weights and scales, where workers share them."""
+    if engine._ring is None:
+        return {}
+    parts = [engine._ring._copies.part(slab) for slab in engine._ring.slabs]
+    return {f"layer {number}": f"{part.numel()} {digest(part)}" for number, part in enumerate(parts)}
 
 
 def train_on_rows(folder: Path, job: Job, config: Any) -> Held:
