@@ -73,10 +73,11 @@ class Apart:
     def homes_of_scales(self, parameter: Any) -> list[Home]:
         """Where those of a packed weight are."""
         state = getattr(parameter, "quant_state", None)
-        scales = [one.absmax for one in scales_of(state)]
+        if state is None:
+            return []
+        scales, counts = [one.absmax for one in scales_of(state)], num_scales(state)
         if not hasattr(parameter, "part"):
             return [InMemory(_bytes(values)) for values in scales]
-        counts = num_scales(state) if scales else []
         return [
             InParts(_bytes(values), count * values.element_size(), self.group)
             for values, count in zip(scales, counts, strict=True)

@@ -153,21 +153,32 @@ def slab_bytes(sizes: Sizes) -> float:
     return passing_bytes(sizes) / max(1, sizes.base.num_layers)
 
 
+def gathered_bytes(sizes: Sizes) -> float:
+    """Of what other workers hold of the base, what a worker has beside its own share, where they share it."""
+    base, others = sizes.base, 1 - 1 / sizes.num_sharing
+    if not others:
+        return 0.0
+    end = base.vocab_size * base.hidden_size * sizes.element_bytes * others  # ZeRO-3 brings an end or two beforehand
+    if isinstance(sizes.layer, LayerShape):  # model/ring.py
+        return end + min(NUM_SLOTS, base.num_layers) * slab_bytes(sizes)
+    scales = base.num_packed_parameters * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5) if sizes.quantized else 0
+    return end + scales * others  # ZeRO-3 shards weights, not their scales
+
+
 def resident_gib(sizes: Sizes) -> dict[str, float]:
     """GiB a worker holds all the time, by part."""
     base, wide = sizes.base, sizes.element_bytes
     quantized = base.num_packed_parameters if sizes.quantized else 0
-    packed = quantized * 0.5
-    scales = quantized * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5)  # ZeRO shards weights, not their scales
+    packed = quantized * BYTES_PER_WEIGHT[sizes.double_quant]  # with scales
     rest = (base.num_parameters - quantized) * wide
     shares = sizes.num_workers if sizes.stage > 0 else 1
     master = 4 if wide == 2 else 0
     # Weights and gradients; the float32 sum of gradients, and DeepSpeed's share of it; float32 copy and two moments.
     here = sizes.num_trainable * wide * 2
     ours = sizes.num_trainable * (4 / sizes.num_workers + (wide / shares if sizes.stage > 0 else 0))
-    held = (packed + rest) / sizes.num_sharing + scales
+    held = (packed + rest) / sizes.num_sharing + gathered_bytes(sizes)
     if sizes.offload != "none":
-        held = packed + scales + rest - passing_bytes(sizes) + NUM_SLOTS * slab_bytes(sizes)
+        held = packed + rest - passing_bytes(sizes) + NUM_SLOTS * slab_bytes(sizes)
     return {
         "base": held / GIB,
         "lora_and_optimizer": (here + ours + sizes.num_trainable * (8 + master) / shares) / GIB,
@@ -194,7 +205,8 @@ def loading_gib(sizes: Sizes) -> float:
         largest = max(stack or 0, *(rows * columns for _, rows, columns in base.linear_shapes), 0)
         share = 1 / sizes.num_sharing if sizes.loads_in_shares else 1.0
         one = largest * (wide * share + 2 * 4 / 64)  # its share, and float32 scales of all of it
-        return resident_gib(sizes)["base"] + one / GIB
+        held = resident_gib(sizes)["base"] - gathered_bytes(sizes) / GIB  # what is gathered, is later
+        return held + one / GIB
     return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB
 
 

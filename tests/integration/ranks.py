@@ -121,7 +121,8 @@ def work(folder: Path, job: Job) -> Held:
         return Held(error=str(error))
     finally:
         Apart.keep = keep  # type: ignore[method-assign]
-    shares, scales, persistent, bytes_read = stretches(engine), {}, [], sum(reads)
+    bytes_read = sum(reads)
+    (shares, scales), persistent = passing(engine), []
     for name, parameter in engine.module.named_parameters():
         share = getattr(parameter, "ds_tensor", None)
         if "lora" in name or share is None:
@@ -130,21 +131,31 @@ def work(folder: Path, job: Job) -> Held:
         held = max(0, min(share.numel(), parameter.ds_numel - place * share.numel()))
         shares[name] = f"{share.dtype} {tuple(parameter.ds_shape)} {share.numel()} {digest(share[:held])}"
         persistent += [name] * parameter.ds_persist
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            of_scales = state.state2.absmax if state.nested else None
-            values = digest(state.absmax, state.code, state.offset, of_scales)
-            scales[name] = f"{state.dtype} {tuple(state.shape)} {state.blocksize} {state.quant_type} {values}"
+        if hasattr(parameter, "quant_state"):
+            scales[name] = of_scales(parameter.quant_state)
     losses = engines.train(engine, range(job.steps))
     return Held(shares, scales, persistent, losses, digest(*engine.state().weights.values()), bytes_read)
 
 
-def stretches(engine: Any) -> dict[str, str]:
-    """Digest of what this worker holds of each fused layer's weights and scales, where workers share them."""
-    if engine._ring is None:
-        return {}
-    parts = [engine._ring._copies.part(slab) for slab in engine._ring.slabs]
-    return {f"layer {number}": f"{part.numel()} {digest(part)}" for number, part in enumerate(parts)}
+def passing(engine: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """What this worker holds of each fused layer's slab, and the scales in it, where workers share the base."""
+    shares: dict[str, str] = {}
+    scales: dict[str, str] = {}
+    for number, slab in enumerate(engine._ring.slabs if engine._ring else ()):
+        part = engine._ring._copies.part(slab)
+        shares[f"layer {number}"] = f"{part.numel()} {digest(part)}"
+        for path, module in slab.layer.named_modules():
+            for name, parameter in vars(module).items():
+                if isinstance(parameter, torch.nn.Parameter) and hasattr(parameter, "quant_state"):
+                    engine._ring.bring(parameter)
+                    scales[f"layer {number}.{path}.{name}"] = of_scales(parameter.quant_state)
+    return shares, scales
+
+
+def of_scales(state: Any) -> str:
+    """What tells those of one weight from others."""
+    values = digest(state.absmax, state.code, state.offset, state.state2.absmax if state.nested else None)
+    return f"{state.dtype} {tuple(state.shape)} {state.blocksize} {state.quant_type} {values}"
 
 
 def train_on_rows(folder: Path, job: Job, config: Any) -> Held:
