@@ -158,7 +158,7 @@ def gathered_bytes(sizes: Sizes) -> float:
     base, others = sizes.base, 1 - 1 / sizes.num_sharing
     if not others:
         return 0.0
-    end = base.vocab_size * base.hidden_size * sizes.element_bytes * others  # ZeRO-3 brings an end or two beforehand
+    end = base.vocab_size * base.hidden_size * sizes.element_bytes  # ZeRO-3 brings embedding or output layer beforehand
     if isinstance(sizes.layer, LayerShape):  # model/ring.py
         return end + min(NUM_SLOTS, base.num_layers) * slab_bytes(sizes)
     scales = base.num_packed_parameters * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5) if sizes.quantized else 0
