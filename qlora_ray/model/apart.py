@@ -1,7 +1,7 @@
 """A base of which each worker holds a part: of every weight while it loads, then of each fused layer as a whole.
 
-A layer's slab (model/ring.py) lies in stretches, one on each worker, and is gathered into the slot that its parameters
-are views of: one collective, and nothing is copied out of what it brings.
+A layer's slab (model/ring.py) lies in stretches, one on each worker, and is put together in the slot that its
+parameters are views of (model/stretches.py), so that nothing is copied out of what comes.
 """
 
 # N workers that hold the base together
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qlora_ray.model.ends import Ends, ends_that_pass
 from qlora_ray.model.homes import Home, InMemory, scales_of, values_of
-from qlora_ray.model.ring import BORDER, Ring, Slab, is_fused_layer, slab_of
+from qlora_ray.model.ring import Ring, Slab, is_fused_layer, slab_of
 from qlora_ray.model.shares import Share, num_scales
+from qlora_ray.model.stretches import copies_between
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class InParts:
 
     def read_into(self, out: torch.Tensor) -> None:
         """Gather it. Every worker must call this."""
-        out.copy_(_gathered(self.part, self.group)[: self.num_bytes])
+        if len(out) == len(self.part) * dist.get_world_size(self.group):
+            dist.all_gather_into_tensor(out, self.part, group=self.group)
+        else:
+            out.copy_(_gathered(self.part, self.group)[: self.num_bytes])
 
 
 class Apart:
@@ -96,66 +101,41 @@ class Apart:
         return part
 
 
-class FromWorkers:
-    """Slabs of which each worker holds a stretch: a collective brings one."""
-
-    def __init__(self, slabs: list[Slab], keeper: Apart):
-        self._group, share = keeper.group, keeper.share
-        self._parts: dict[int, torch.Tensor] = {}
-        for slab in slabs:  # stretches are as long as each other, and begin at borders
-            slab.num_bytes = -(-slab.num_bytes // (share.size * BORDER)) * share.size * BORDER
-        room = torch.zeros(max(slab.num_bytes for slab in slabs), dtype=torch.uint8, device=keeper.device)
-        for slab in slabs:  # one by one, so that no more than one is whole
-            slab.read_into(room)
-            length = slab.num_bytes // share.size
-            self._parts[id(slab)] = room[share.rank * length : (share.rank + 1) * length].clone()
-            slab.show(room)  # what was whole here is free
-            slab.homes.clear()
-            for parameter in slab.parameters:
-                _forget_part(parameter)
-
-    def copy(self, slab: Slab, slot: torch.Tensor, passed: Any) -> Any:
-        """Launch the collective, on its own stream, once the device is past what was launched before this."""
-        place = slot[: slab.num_bytes]
-        return dist.all_gather_into_tensor(place, self._parts[id(slab)], group=self._group, async_op=True)
-
-    def wait(self, arrival: Any) -> None:
-        """Of the device, on CPUs of the host."""
-        arrival.wait()
-
-    def part(self, slab: Slab) -> torch.Tensor:
-        """What this worker holds of a slab."""
-        return self._parts[id(slab)]
-
-
 def pass_between_workers(model: torch.nn.Module, keeper: Apart) -> Ring | None:
-    """Have fused layers' weights pass between the workers; None of a model without such. Every worker must call this.
+    """Have the weights of fused layers, and of both ends of their model, pass between the workers.
 
-    What is small in them becomes whole on each worker. Other weights stay as they are.
+    What is small in them becomes whole on each worker. Other weights stay as they are. None of a model without fused
+    layers. Every worker must call this.
     """
-    slabs = []
-    for layer in filter(is_fused_layer, model.modules()):
-        frozen = [parameter for parameter in layer.parameters() if not parameter.requires_grad]
-        for parameter in frozen:
-            parameter.home, parameter.whole_shape = keeper.home(parameter), parameter.shape  # type: ignore[attr-defined]
-        slab = slab_of(layer, keeper)
-        passing = {id(parameter) for parameter in slab.parameters}
-        for parameter in frozen:
-            if id(parameter) not in passing:
-                parameter.data = values_of(parameter, keeper.device)
-                _forget_part(parameter)
-        slabs.append(slab)
-    return Ring(slabs, keeper.device, FromWorkers(slabs, keeper)) if slabs else None
+    layers, ends = list(filter(is_fused_layer, model.modules())), ends_that_pass(model)
+    if not layers:
+        return None
+    of_layers = [_slab(layer, keeper) for layer in layers]
+    of_ends = [_slab(end, keeper) for end in ends]
+    copies = copies_between([*of_layers, *of_ends], keeper.share, keeper.device, keeper.group)
+    ring = Ring(of_layers, keeper.device, copies)
+    if of_ends:
+        ring.ends = Ends(model, of_ends, ring, copies)
+    return ring
 
 
-def _forget_part(parameter: Any) -> None:
-    for name in ("home", "whole_shape", "part"):
-        parameter.__dict__.pop(name, None)
+def _slab(module: torch.nn.Module, keeper: Apart) -> Slab:
+    frozen: list[Any] = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.home, parameter.whole_shape = keeper.home(parameter), parameter.shape
+    slab = slab_of(module, keeper)
+    passing = {id(parameter) for parameter in slab.parameters}
+    for parameter in frozen:
+        if id(parameter) not in passing:
+            parameter.data = values_of(parameter, keeper.device)
+        for name in ("home", "whole_shape", "part"):
+            parameter.__dict__.pop(name, None)
+    return slab
 
 
 def _gathered(part: torch.Tensor, group: Any) -> torch.Tensor:
     whole = part.new_empty(part.numel() * dist.get_world_size(group))
-    dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+    dist.all_gather_into_tensor(whole, part, group=group)
     return whole
 
 

@@ -93,17 +93,23 @@ class Ring:
     """The slabs of a model's layers, first to last."""
 
     def __init__(self, slabs: list[Slab], device: torch.device, copies: Copies):
-        self.slabs, self._device, self._copies = slabs, device, copies
+        self.slabs, self.device, self._copies = slabs, device, copies
         self.num_resident = 0
         self._resident: list[torch.Tensor] = []
         self._slots = [self._memory(max(slab.num_bytes for slab in slabs)) for _ in range(min(NUM_SLOTS, len(slabs)))]
         self._holds: list[int | None] = [None] * NUM_SLOTS
         self._arrivals: list[Any] = [None] * NUM_SLOTS
         self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered while the device waits
+        self.ends: Any = None  # model/ends.py, where the model's pass too
         self._index = {id(p): index for index, slab in enumerate(slabs) for p in slab.parameters}
         for index, slab in enumerate(slabs):
             slab.show(self._slots[index % NUM_SLOTS])
             self._fetch_where_needed(index, slab.layer)
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """Whose weights pass."""
+        return [*(slab.layer for slab in self.slabs), *(self.ends.modules if self.ends else ())]
 
     @property
     def num_passing(self) -> int:
@@ -114,7 +120,7 @@ class Ring:
         """Have a layer there for what is launched next, and the two after it in a direction, 1 or -1, on their way."""
         if index >= self.num_passing:
             return
-        passed = _mark(self._device)
+        passed = mark(self.device)
         for number in (index, index + step, index + 2 * step):
             slot = number % NUM_SLOTS
             if 0 <= number < self.num_passing and self._holds[slot] != number:
@@ -128,13 +134,15 @@ class Ring:
         index = self._index.get(id(parameter))
         if index is not None:
             self.fetch(index, 0)
+        elif self.ends:
+            self.ends.bring(parameter)
 
     def keep_last(self, count: int) -> None:
         """Keep so many of the last layers on the device from now on."""
         self.num_resident = count
         for slab in self.slabs[self.num_passing :]:
             memory = self._memory(slab.num_bytes)
-            self._copies.wait(self._copies.copy(slab, memory, _mark(self._device)))
+            self._copies.wait(self._copies.copy(slab, memory, mark(self.device)))
             self._resident.append(memory)
             slab.show(memory)
         if not self.num_passing:
@@ -143,7 +151,7 @@ class Ring:
             self._slots = []
 
     def _memory(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def _fetch_where_needed(self, index: int, layer: torch.nn.Module) -> None:
         layer.register_forward_pre_hook(lambda *_: self.fetch(index, 1))
@@ -153,7 +161,8 @@ class Ring:
             layer.bring_weights = lambda: self.fetch(index, -1 if torch.is_grad_enabled() else 1)  # type: ignore
 
 
-def _mark(device: torch.device) -> Any:
+def mark(device: torch.device) -> Any:
+    """Where a device's stream is now; None of a CPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 

@@ -46,7 +46,7 @@ class Engine:
         self._is_sharded = deepspeed_config["zero_optimization"]["stage"] == 3
         wholes = list(self._parameters.values())
         if self._is_sharded:
-            patches.keep_out_of_zero(model, shares_base)
+            self._keep_frozen_out_of_zero(model, shares_base)
             patches.gather_as_one(model)
             patches.mark_no_ranges()
             patches.print_only_on_demand()
@@ -76,6 +76,13 @@ class Engine:
         model.register_forward_pre_hook(lambda *_: self._flat.attach())  # after ZeRO's own
         for state in self._torch_optimizer().state.values():  # some wrappers begin with an empty step: not counted
             state["step"].zero_()
+
+    def _keep_frozen_out_of_zero(self, model: torch.nn.Module, shares_base: bool) -> None:
+        if not shares_base:  # the smallest stays: transformers asks a model's first parameter for its device
+            frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+            patches.keep_out_of_zero([model], min(frozen, key=torch.Tensor.numel, default=None))
+        elif self._ring:
+            patches.keep_out_of_zero(self._ring.modules)
 
     @property
     def module(self) -> torch.nn.Module:

@@ -29,6 +29,7 @@ class Job:
     takes_as_long: bool = False  # the rows: by slices of 16 tokens, with attention parked
     rows: list[list[int]] = dataclasses.field(default_factory=list)  # lengths of the samples of each; []: a batch's two
     num_nodes: int = 1  # that the workers seem to live on
+    resumes_at: int = 0  # the step before which all is built anew
     fault: str = (
         ""  # "flip": the last worker holds a wrong byte of each weight; "cast": all hold packed bytes as numbers
     )
@@ -133,7 +134,10 @@ def work(folder: Path, job: Job) -> Held:
         persistent += [name] * parameter.ds_persist
         if hasattr(parameter, "quant_state"):
             scales[name] = of_scales(parameter.quant_state)
-    losses = engines.train(engine, range(job.steps))
+    losses = engines.train(engine, range(job.resumes_at))
+    if job.resumes_at:
+        engine = engines.build(config, folder / "again", resumed=engine.state())
+    losses += engines.train(engine, range(job.resumes_at, job.steps))
     return Held(shares, scales, persistent, losses, digest(*engine.state().weights.values()), bytes_read)
 
 
@@ -141,13 +145,17 @@ def passing(engine: Any) -> tuple[dict[str, str], dict[str, str]]:
     """What this worker holds of each fused layer's slab, and the scales in it, where workers share the base."""
     shares: dict[str, str] = {}
     scales: dict[str, str] = {}
-    for number, slab in enumerate(engine._ring.slabs if engine._ring else ()):
-        part = engine._ring._copies.part(slab)
+    ring = engine._ring
+    for number, slab in enumerate((ring.ends.slabs if ring.ends else []) if ring else []):
+        part = ring._copies.stretches[id(slab)]
+        shares[f"end {number}"] = f"{part.numel()} {digest(part)}"
+    for number, slab in enumerate(ring.slabs if ring else ()):
+        part = ring._copies.stretches[id(slab)]
         shares[f"layer {number}"] = f"{part.numel()} {digest(part)}"
         for path, module in slab.layer.named_modules():
             for name, parameter in vars(module).items():
                 if isinstance(parameter, torch.nn.Parameter) and hasattr(parameter, "quant_state"):
-                    engine._ring.bring(parameter)
+                    ring.bring(parameter)
                     scales[f"layer {number}.{path}.{name}"] = of_scales(parameter.quant_state)
     return shares, scales
 

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from qlora_ray.libraries import Patch
-from qlora_ray.model.ring import is_fused_layer
 from qlora_ray.worker.deepspeed_patches.start import begin, for_each_micro_batch
 
 BORN_IN_SHARES = Patch(
@@ -64,22 +63,14 @@ OUT_OF_ZERO = Patch(
 )  # fmt: skip
 
 
-def keep_out_of_zero(model: torch.nn.Module, shares_base: bool) -> None:
-    """Have ZeRO-3 not see what is frozen; modules read it as ever. Call it when the trained ones are flat.
+def keep_out_of_zero(modules: list[torch.nn.Module], stays: torch.nn.Parameter | None = None) -> None:
+    """Have ZeRO-3 not see what is frozen in these modules, but for one parameter; they read it as ever.
 
-    Where workers share the base, of fused layers alone. Else the smallest stays: transformers asks a model's first
-    parameter for its device.
+    Call it when the trained ones are flat.
     """
-    owners = [model]
-    smallest = None
-    if shares_base:
-        owners = [layer for layer in model.modules() if is_fused_layer(layer)]
-    else:
-        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-        smallest = min(frozen, key=torch.Tensor.numel, default=None)
-    for module in (module for owner in owners for module in owner.modules()):
+    for module in (part for owner in modules for part in owner.modules()):
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and not parameter.requires_grad and parameter is not smallest:
+            if parameter is not None and not parameter.requires_grad and parameter is not stays:
                 del module._parameters[name]
                 module.__dict__[name] = parameter
 
