@@ -93,7 +93,7 @@ def test_layers_are_put_together_one_at_a_time_and_what_is_waited_for_is_told(tm
     slots, adapter = 3 * layer + end, 4 * sum(one.numel() for one in trainable(model).values())
     whole = 8 * layer + 2 * end  # one worker has all stretches
     assert held == pytest.approx(whole + slots + adapter, rel=0.1)
-    assert held < peak <= held + end
+    assert held < peak <= held + 1.05 * end
     stopwatch = Stopwatch(cpu)
     ring.waiting = partial(stopwatch.aside, "communication")
     with torch.no_grad(), patches.gathered(list(model.parameters())):
