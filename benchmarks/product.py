@@ -64,7 +64,7 @@ def train(settings: list[str], num_steps: int = STEPS) -> dict:
         sys.exit(ran.returncode)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [entry for entry in metrics if "loss" in entry]
-    steady = [entry for entry in metrics if entry["step"] > every]
+    steady = [entry for entry in metrics if entry["step"] > every] or metrics
     said = [line for line in log.read_text().splitlines() if "qlora_ray" in line and " INFO " in line]
     return {
         "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in steady),

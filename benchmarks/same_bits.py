@@ -1,10 +1,11 @@
 """Whether a GPU gives the same bits twice, after kills, and with another number of workers; and what that costs.
 
     python -m benchmarks.same_bits [--layers 4] [--workers 2 --compare again killed shared]
+    python -m benchmarks.same_bits --only deterministic --shape tiny --device cpu --workers 8 --compare killed shared
 
 Trains a few layers of a real shape (random weights) through `python -m qlora_ray.train`, with and without
-training.deterministic: twice undisturbed, once with three workers killed, and once by --workers workers with the same
-global batch ("shared"). Prints JSON lines and a Markdown table.
+training.deterministic: twice undisturbed by one worker, and by --workers workers with the same global batch, once
+undisturbed ("shared") and once with three of them killed. Prints JSON lines and a Markdown table.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def _kind(folder: Path, common: list[str], kind: str, workers: int, compare: lis
 
     def killed() -> str:
         run = folder / f"{kind}-killed"
-        driver = door.start(*settings("killed", 1))
+        driver = door.start(*settings("killed", workers))
         for step in KILL_AT:
             door.wait_for_step(run, step, driver)
             random_kills.kill(random_kills.processes(driver), "worker")

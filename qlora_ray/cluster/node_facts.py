@@ -74,17 +74,17 @@ def code_fingerprint() -> str:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, total and free memory (GiB), driver and compute capability of each GPU, by nvidia-smi."""
-    query = "name,memory.total,memory.free,driver_version,compute_cap"
+    """Name, UUID, total and free memory (GiB), driver and compute capability of each GPU, by nvidia-smi."""
+    query = "name,uuid,memory.total,memory.free,driver_version,compute_cap"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMMAND_SECONDS).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     return [
-        {"name": name, "total_gib": float(total) / 1024, "free_gib": float(free) / 1024, "driver": driver,
+        {"name": name, "uuid": uuid, "total_gib": float(total) / 1024, "free_gib": float(free) / 1024, "driver": driver,
          "compute_capability": capability}
-        for name, total, free, driver, capability in csv.reader(said.splitlines(), skipinitialspace=True)
+        for name, uuid, total, free, driver, capability in csv.reader(said.splitlines(), skipinitialspace=True)
     ]  # fmt: skip
 
 

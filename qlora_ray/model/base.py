@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from qlora_ray.config import ModelConfig, QuantizationConfig, base_model_path
 from qlora_ray.errors import ConfigError
 from qlora_ray.libraries import Patch
-from qlora_ray.model.architecture import config_of, dense_config, load_filled
+from qlora_ray.model.architecture import build_empty, config_of, dense_config, load_filled
 from qlora_ray.model.experts import misshapen_stacks, packed_while_loading
 from qlora_ray.model.facts import has_mxfp4, loadable_folder, packed_weights, stored_quantization
 from qlora_ray.model.hub import local_folder
@@ -225,6 +225,15 @@ def build_without_weights(folder: str, trust_remote_code: bool = False, factory:
     """
     _build_linear_layers_that_can_be_quantized()
     return build_from_headers(folder, trust_remote_code, factory)
+
+
+def build_from_config(folder: str, trust_remote_code: bool = False, factory: str | None = None) -> PreTrainedModel:
+    """The same of a folder without weights. Raises ConfigError where config.json makes no causal language model."""
+    _build_linear_layers_that_can_be_quantized()
+    with torch.device("meta"):
+        model = build_empty(folder, trust_remote_code, factory)
+    model.tie_weights()
+    return model
 
 
 def _pack(model: PreTrainedModel, folder: str) -> dict[str, Any]:

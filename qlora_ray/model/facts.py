@@ -128,6 +128,18 @@ def read_facts(folder: str) -> BaseFacts:
     _check_experts(shapes, key)
     if not any(map(math.prod, shapes.values())):
         raise ConfigError(f"{key}: its *.safetensors hold no weights. Download or copy it again.")
+    fingerprint = _fingerprint(path, {name: entry.shape for name, entry in _read_entries(path, key).items()})
+    return facts_of(config, shapes, fingerprint)
+
+
+def facts_of_config(folder: str, shapes: dict[str, tuple[int, ...]]) -> BaseFacts:
+    """As read_facts, of a folder that has its config.json alone, and weights of these shapes. Raises ConfigError."""
+    return facts_of(_read_model_config(Path(folder), f"model.base_model={folder}"), shapes, fingerprint="")
+
+
+def facts_of(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], fingerprint: str) -> BaseFacts:
+    """Sizes of a base, from its config.json and the shape of each of its weights."""
+    text = {**config, **(config.get("text_config") or {})}
     linear = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight") and not NOT_QUANTIZED.search(n)}
     return BaseFacts(
         model_type=str(config.get("model_type", "unknown")),
@@ -138,7 +150,7 @@ def read_facts(folder: str) -> BaseFacts:
         vocab_size=int(text.get("vocab_size") or 0),
         linear_shapes=tuple((name.removesuffix(".weight"), *shape) for name, shape in linear.items()),
         context_length=text.get("max_position_embeddings") or text.get("n_positions"),
-        fingerprint=_fingerprint(path, {name: entry.shape for name, entry in _read_entries(path, key).items()}),
+        fingerprint=fingerprint,
         num_embeddings=_rows_of(shapes, EMBEDDING),
         num_positions=_rows_of(shapes, LEARNED_POSITIONS),
         num_heads=text.get("num_attention_heads") or text.get("n_head"),
@@ -174,7 +186,7 @@ def _rope_limit(text: dict[str, Any]) -> RopeLimit | None:
 def check_folder(folder: str) -> None:
     """Raise ConfigError if a local folder lacks what a base model needs. Reads names only: milliseconds."""
     path, key = Path(folder), f"model.base_model={folder}"
-    _refuse_other_quantization(_read_model_config(path, key), key)
+    check_config(folder)
     if not has_weights(path, key):
         others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
         if others:
@@ -187,6 +199,12 @@ def check_folder(folder: str) -> None:
         )
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"{key}: no tokenizer (tokenizer.json) in the folder. Save it there with save_pretrained.")
+
+
+def check_config(folder: str) -> None:
+    """Raise ConfigError where config.json cannot be read, or says that the weights are stored as none can be read."""
+    key = f"model.base_model={folder}"
+    _refuse_other_quantization(_read_model_config(Path(folder), key), key)
 
 
 def _read_model_config(path: Path, key: str) -> dict:

@@ -18,9 +18,9 @@ from qlora_ray.errors import ConfigError
 from qlora_ray.model import rope
 from qlora_ray.model.adapter import ADAPTER_NAME, trainable, wrap
 from qlora_ray.model.balance import routers_of
-from qlora_ray.model.base import build_without_weights, count_parameters, packs_experts
+from qlora_ray.model.base import build_from_config, build_without_weights, count_parameters, packs_experts
 from qlora_ray.model.experts import expert_sizes
-from qlora_ray.model.facts import ModelFacts, left_out_of_all_linear, read_facts
+from qlora_ray.model.facts import BaseFacts, ModelFacts, facts_of_config, left_out_of_all_linear, read_facts
 from qlora_ray.model.peft_names import taken_for_experts
 from qlora_ray.model.start import check_base, check_tensors, check_tokens, open_start
 from qlora_ray.model.token_rows import NewTokens
@@ -35,6 +35,19 @@ def model_facts(folder: str, model: ModelConfig, new_tokens: NewTokens) -> Model
     """
     facts = read_facts(folder)
     base = build_without_weights(folder, model.trust_remote_code, model.factory)
+    return _facts_as_built(folder, facts, base, model, new_tokens)
+
+
+def model_facts_of_config(folder: str, model: ModelConfig, new_tokens: NewTokens) -> ModelFacts:
+    """The same of a folder that has its config.json and no weights. Raises ConfigError."""
+    base = build_from_config(folder, model.trust_remote_code, model.factory)
+    shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}  # of tied ones the first
+    return _facts_as_built(folder, facts_of_config(folder, shapes), base, model, new_tokens)
+
+
+def _facts_as_built(
+    folder: str, facts: BaseFacts, base: PreTrainedModel, model: ModelConfig, new_tokens: NewTokens
+) -> ModelFacts:
     rope.check(base, model)
     packed, all_of_them = count_parameters(copy.deepcopy(base), folder)
     names = layer_names(base)

@@ -5,13 +5,22 @@ import json
 import logging
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from qlora_ray import environment
-from qlora_ray.config import Config, find_file
+from qlora_ray.config import Config, base_model_path, find_file
 from qlora_ray.errors import ConfigError
 from qlora_ray.model import host
-from qlora_ray.model.facts import ModelFacts, check_folder, has_mxfp4, read_facts, stored_quantization
+from qlora_ray.model.facts import (
+    ModelFacts,
+    check_config,
+    check_folder,
+    has_mxfp4,
+    has_weights,
+    read_facts,
+    stored_quantization,
+)
 from qlora_ray.model.own_code import refuse_unread_code
 from qlora_ray.model.start import check_base, open_start
 from qlora_ray.planning import deepspeed, offload
@@ -123,11 +132,12 @@ def exact_facts(config: Config, folder: str | None = None) -> ModelFacts:
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # announces optional CPU kernels where PEFT imports it
     from qlora_ray.data.tokenize import pieces_of
-    from qlora_ray.model.meta import model_facts
+    from qlora_ray.model.meta import model_facts, model_facts_of_config
 
     folder, model = folder or local_base(config), config.model
     new_tokens = pieces_of(model.new_tokens, folder, model.trust_remote_code) if model.new_tokens else {}
-    facts = model_facts(folder, model, new_tokens)
+    is_whole = has_weights(Path(folder), f"model.base_model={folder}")
+    facts = (model_facts if is_whole else model_facts_of_config)(folder, model, new_tokens)
     coefficient = config.training.router_aux_loss_coef
     if coefficient and not facts.has_balancing_loss:
         raise ConfigError(
@@ -145,6 +155,16 @@ def facts_at_hand(config: Config) -> ModelFacts | None:
     if folder is None:
         return None
     _check_base(config, folder)
+    return exact_facts(config, folder)
+
+
+def planned_facts(config: Config) -> ModelFacts | None:
+    """As facts_at_hand; of a folder without weights what its config.json says. Raises ConfigError."""
+    folder = base_model_path(config.model.base_model)
+    if not os.path.isdir(folder) or has_weights(Path(folder), f"model.base_model={folder}"):
+        return facts_at_hand(config)
+    check_config(folder)
+    refuse_unread_code(folder, config.model, f"model.base_model={config.model.base_model}")
     return exact_facts(config, folder)
 
 

@@ -9,7 +9,7 @@ from qlora_ray.model.facts import ModelFacts
 from qlora_ray.model.recompute import LONG_ROW, Choice, Keep, Room, RoutedShape, choose
 from qlora_ray.planning import holding, memory, offload
 from qlora_ray.planning.deepspeed import zero_stage
-from qlora_ray.planning.early import as_stored, facts_at_hand
+from qlora_ray.planning.early import as_stored, planned_facts
 from qlora_ray.planning.memory import GIB, SHARE_OF_MEMORY
 from qlora_ray.planning.plan import shown_layers
 from qlora_ray.planning.recomputation import may_hold_weights
@@ -28,6 +28,8 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     """The table: rows a forward pass against what is kept, peak GiB of a worker and tokens per second of all.
 
     `host_gib` is what a worker's layers may park on the host.
+
+    A folder needs no weights, its config.json is enough.
 
     Raises ConfigError where the base is neither a local folder nor in the hub's cache.
     """
@@ -125,11 +127,12 @@ def _what_fits(config: Config, base: ModelFacts, gib: float) -> str | None:
 
 def _facts(config: Config) -> ModelFacts:
     base = config.model.base_model
-    facts = facts_at_hand(config)
+    facts = planned_facts(config)
     if facts is None:
         raise ConfigError(
             f"model.base_model={base}: no such folder, and not in the hub's cache; plan reads sizes from "
-            f"the files and downloads nothing. Run `hf download {base}` first, or name a local folder."
+            f"the files and downloads nothing. Run `hf download {base}` first, or name a local folder: config.json is "
+            "enough."
         )
     return facts
 

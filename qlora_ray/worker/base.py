@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from qlora_ray.errors import ConfigError
 from qlora_ray.model.apart import Apart, pass_between_workers
-from qlora_ray.model.base import load_base
 from qlora_ray.model.facts import read_facts, stored_quantization
 from qlora_ray.model.homes import Away, DiskFile, network_file_system
 from qlora_ray.model.host import available_bytes
@@ -52,9 +51,6 @@ def load(run: Run, team: Team, device: torch.device) -> Loaded:
     is_share = apart is not None and not begins_whole(config)
     place = _cache_of(run, device)
     away = _away_of(run, team) if config.deepspeed.offload_params != "none" else None
-    if not is_share and place is None and away is None:
-        base = load_base(config.model, config.quantization, plan.compute_dtype, device)
-        return Loaded(base, [], False, apart=apart)
     keeper: Keeper = away or Whole()
     if apart is not None and is_share:
         keeper = apart

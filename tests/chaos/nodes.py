@@ -21,8 +21,8 @@ def cluster(num_nodes: int) -> Iterator[Cluster]:
         made.shutdown()
 
 
-def add(made: Cluster):
-    return made.add_node(num_cpus=1, resources={"slot": 1}, wait=True)
+def add(made: Cluster, slots: int = 1, **more):
+    return made.add_node(num_cpus=slots, resources={"slot": slots}, wait=True, **more)
 
 
 def drain(made: Cluster, node, seconds: float) -> None:

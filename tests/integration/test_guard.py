@@ -7,7 +7,6 @@ import torch
 
 from qlora_ray.config import base_model_path
 from qlora_ray.errors import GuardError
-from qlora_ray.model import base as base_module
 from qlora_ray.worker import setup
 from tests.integration import engines, tiny_models
 
@@ -15,28 +14,26 @@ EMBEDDED = base_model_path("embedded")
 SHARED = {"ray": {"num_workers": 2}}
 
 
-def packing_into(storage: torch.dtype, monkeypatch) -> None:
-    exact = base_module.four_bit_config
+class Casting(setup.Engine):
+    """Casts packed bytes as ZeRO-3 does where bnb_4bit_quant_storage is float16."""
 
-    def with_storage(quantization, dtype):
-        settings = exact(quantization, dtype)
-        settings.bnb_4bit_quant_storage = storage
-        return settings
-
-    monkeypatch.setattr(base_module, "four_bit_config", with_storage)
+    def __init__(self, model, *settings):
+        for parameter in model.parameters():
+            if hasattr(parameter, "quant_state"):
+                cast = parameter.data.view(-1).view(torch.float16).bfloat16().half()
+                parameter.data = cast.view(torch.uint8).view(parameter.shape)
+        super().__init__(model, *settings)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_guard_passes_byte_storage(dtype, tmp_path, monkeypatch, process_group):
-    packing_into(torch.uint8, monkeypatch)
+def test_guard_passes_bytes_as_they_are(dtype, tmp_path, process_group):
     engines.build(tiny_models.make_config(EMBEDDED, **SHARED, quantization={"compute_dtype": dtype}), tmp_path)
 
 
 def test_guard_stops_a_run_whose_packed_weights_were_cast(tmp_path, monkeypatch, process_group):
-    packing_into(torch.float16, monkeypatch)
-    base = tiny_models.save("opt", tmp_path / "base")  # whose layers are not fused, and so are ZeRO-3's
+    monkeypatch.setattr(setup, "Engine", Casting)
     with pytest.raises(GuardError, match="bnb_4bit_quant_storage"):
-        engines.build(tiny_models.make_config(base, **SHARED, quantization={"compute_dtype": "bfloat16"}), tmp_path)
+        engines.build(tiny_models.make_config(EMBEDDED, **SHARED, quantization={"compute_dtype": "bfloat16"}), tmp_path)
 
 
 def test_guard_stops_a_run_that_has_another_share_in_4_bits_than_was_planned(tmp_path, process_group):

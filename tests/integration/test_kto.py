@@ -119,5 +119,6 @@ def test_metrics_have_trls_names(folder):
     lines = [json.loads(line) for line in (folder / "two" / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     assert {"kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"} <= logged[-1].keys()
-    assert logged[0]["kl"] == 0 and logged[0]["loss"] == pytest.approx(0.5)
+    assert logged[0]["kl"] == pytest.approx(0, abs=1e-5)  # two passes over the same weights, in rows of other lengths
+    assert logged[0]["loss"] == pytest.approx(0.5)
     assert any("eval_rewards/margins" in line and "eval_kl" in line for line in lines)

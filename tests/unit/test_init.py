@@ -9,6 +9,7 @@ import pytest
 from benchmarks.memory import facts_of, num_lora_parameters
 from benchmarks.shapes import SHAPES
 from qlora_ray import init
+from qlora_ray.cluster import here
 from qlora_ray.config import load_config
 from qlora_ray.data.lengths import Lengths
 from qlora_ray.errors import ConfigError
@@ -200,3 +201,12 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path, 
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1 and why in err
     assert not (tmp_path / "my.yaml").exists() and (tmp_path / "there.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "names, places",
+    [(None, [0, 1, 2]), ("", []), ("2,0", [2, 0]), ("1, GPU-c", [1, 2]), ("GPU-", []), ("0,7,1", [0]), ("-1", [])],
+)
+def test_gpus_are_those_that_cuda_visible_devices_leaves(names, places):
+    gpus = [{"uuid": f"GPU-{letter}", "free_gib": 8.0} for letter in "abc"]
+    assert here.visible(gpus, names) == [gpus[place] for place in places]
