@@ -5,6 +5,7 @@ need be asked, and copies take none of the processors that products run on. Else
 Stands on internals of torch: READ_EACH_OTHER.
 """
 
+import datetime
 import logging
 import os
 import socket
@@ -18,6 +19,7 @@ from qlora_ray.model.ring import BORDER, Copies, Slab
 from qlora_ray.model.shares import Share
 
 MAX_CTAS = 8  # of NCCL's: products that find all processors but these are faster than a faster gather
+TIMEOUT = datetime.timedelta(minutes=30)  # as of the workers' other groups
 READ_EACH_OTHER = Patch(
     "torch", "2.13.0", "torch.multiprocessing.reductions.reduce_tensor gives what rebuilds a tensor in another "
     "process, the seventh argument of which is the device that it is mapped for",
@@ -61,9 +63,9 @@ class FromGathers:
         self.stretches, self._group = stretches, group
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options.config.max_ctas = MAX_CTAS
-            ranks = dist.get_process_group_ranks(group)
-            self._group = dist.new_group(ranks, pg_options=options, use_local_synchronization=True)
+            options.config.max_ctas, options._timeout = MAX_CTAS, TIMEOUT
+            ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+            self._group = dist.new_group(ranks, TIMEOUT, pg_options=options, use_local_synchronization=True)
 
     def copy(self, slab: Slab, slot: torch.Tensor, passed: Any) -> Any:
         """Launch the collective, on its own stream, once the device is past what was launched before this."""
