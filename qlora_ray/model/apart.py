@@ -4,7 +4,6 @@ A layer's slab (model/ring.py) lies in stretches, one on each worker, and is put
 parameters are views of (model/stretches.py), so that nothing is copied out of what comes.
 """
 
-# N workers that hold the base together
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +89,8 @@ class Apart:
 
     def take_part(self, parameter: Any) -> torch.Tensor:
         """The part of a parameter that stays so, whose scales become whole. Every worker must call this."""
-        for one, home in zip(
-            scales_of(getattr(parameter, "quant_state", None)), self.homes_of_scales(parameter), strict=True
-        ):
+        scales = scales_of(getattr(parameter, "quant_state", None))
+        for one, home in zip(scales, self.homes_of_scales(parameter), strict=True):
             content = torch.empty(home.num_bytes, dtype=torch.uint8, device=self.device)
             home.read_into(content)
             one.absmax = content.view(one.absmax.dtype)

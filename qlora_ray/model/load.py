@@ -1,4 +1,4 @@
-"""The frozen base under ZeRO-3: each worker reads, packs and keeps its share of every weight, one weight at a time.
+"""The frozen base where workers share it: each reads, packs and keeps its share of every weight, one weight at a time.
 
 transformers loads as ever, and names, renames, merges and ties the weights. Only its hands are replaced: what it opens
 holds Pieces, which are read where a parameter is made of them. Stands on internals of transformers: OWN_PARAMETERS.

@@ -32,7 +32,7 @@ def jobs(base: str, **sections) -> list[Job]:
 
 @pytest.mark.bites("worker.deepspeed_patches.shares.OUT_OF_ZERO")
 def test_a_base_in_shares_and_one_whole_on_each_worker_give_one_adapter(tmp_path):
-    mixtral = tiny_models.save("mixtral", tmp_path / "mixtral", num_hidden_layers=1)
+    mixtral = tiny_models.save("mixtral", tmp_path / "mixtral", num_hidden_layers=4)  # more than slots
     gpt2 = tiny_models.save("gpt2", tmp_path / "gpt2")
     left = ranks.run(
         2, tmp_path / "run", *jobs(EMBEDDED), *jobs(gpt2, quantization={"compute_dtype": "bfloat16"}),
