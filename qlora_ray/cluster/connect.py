@@ -3,6 +3,7 @@
 Stands on four of Ray's internals: SETTINGS, ADDRESS, OWN_PROCESSES and GROUPS_OF_JOB.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 
 from qlora_ray import environment
 from qlora_ray.cluster import authentication
+from qlora_ray.cluster.few_processes import few_processes
 from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError, ProcessDied
 from qlora_ray.libraries import Patch
@@ -57,7 +59,7 @@ def set_environment(config: Config, debug: bool) -> None:
     if not address(config):  # nobody drains the only node
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         settings["RAY_prestart_worker_first_driver"] = "0"  # processes without the environment that ours want
-    if config.ray.min_workers < config.ray.max_workers:  # a node that is gone is not waited for long
+    elif config.ray.min_workers < config.ray.max_workers:  # a node that is gone is not waited for long
         settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
@@ -89,13 +91,14 @@ def start_ray(config: Config, debug: bool) -> Hardware:
     private: dict[str, Any] = {} if where else {"num_cpus": cores + 1, "include_dashboard": False}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // config.ray.max_workers)))
     try:
-        ray.init(
-            address=where or "local",  # without it Ray would join any cluster that someone started on this machine
-            log_to_driver=debug,
-            logging_level=logging.INFO if debug else logging.ERROR,
-            runtime_env={"env_vars": environment.carried(os.environ) if where else {"OMP_NUM_THREADS": threads}},
-            **private,
-        )
+        with contextlib.nullcontext() if where else few_processes(shows_logs=debug):
+            ray.init(
+                address=where or "local",  # without it Ray would join any cluster that someone started here
+                log_to_driver=debug,
+                logging_level=logging.INFO if debug else logging.ERROR,
+                runtime_env={"env_vars": environment.carried(os.environ) if where else {"OMP_NUM_THREADS": threads}},
+                **private,
+            )
     except ConnectionError as error:
         raise ConfigError(f"ray.address={where}: no Ray cluster answers there: {error}") from error
     except RuntimeError as error:

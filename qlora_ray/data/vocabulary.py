@@ -1,6 +1,7 @@
 """How often each token comes in what was tokenized, counted once; and tokens that the base has no row for. No torch."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,12 @@ def token_counts(samples: tuple[Samples, ...]) -> np.ndarray:
     return total
 
 
-def refuse_without_row(counts: np.ndarray, num_rows: int, tokenizer: Any, key: str) -> None:
+def refuse_without_row(counts: np.ndarray, num_rows: int, open_tokenizer: Callable[[], Any], key: str) -> None:
     """Raise ConfigError for a token of the data beyond the rows of the base's embedding."""
     used = [int(token) for token in np.flatnonzero(counts[num_rows:]) + num_rows]
     if used:
-        named = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})" for token in used[:MOST_SHOWN])
+        text_of = open_tokenizer().convert_ids_to_tokens
+        named = ", ".join(f"{text_of(token)!r} (id {token})" for token in used[:MOST_SHOWN])
         more = f" and {len(used) - MOST_SHOWN:,} more" if len(used) > MOST_SHOWN else ""
         raise ConfigError(
             f"{key}: its embedding has {num_rows:,} rows, and the data has tokens beyond them: {named}{more}. Add them "
@@ -34,12 +36,13 @@ def refuse_without_row(counts: np.ndarray, num_rows: int, tokenizer: Any, key: s
         )
 
 
-def note_untrained(counts: np.ndarray, untrained: frozenset[int], tokenizer: Any) -> str | None:
+def note_untrained(counts: np.ndarray, untrained: frozenset[int], open_tokenizer: Callable[[], Any]) -> str | None:
     """What to tell of tokens of the data whose rows no training of the base has touched; None where there are none."""
     found = sorted((token for token in untrained if token < len(counts) and counts[token]), key=lambda t: -counts[t])
     if not found:
         return None
-    named = ", ".join(f"{tokenizer.convert_ids_to_tokens(t)!r} ({counts[t]:,}x)" for t in found[:MOST_SHOWN])
+    text_of = open_tokenizer().convert_ids_to_tokens
+    named = ", ".join(f"{text_of(token)!r} ({counts[token]:,}x)" for token in found[:MOST_SHOWN])
     more = f" and {len(found) - MOST_SHOWN:,} more" if len(found) > MOST_SHOWN else ""
     return (
         f"The data has tokens that the base was never trained on: {named}{more}. A LoRA leaves their rows as they are; "

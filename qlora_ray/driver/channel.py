@@ -2,6 +2,7 @@
 
 import ray
 
+from qlora_ray.model.facts import ModelFacts
 from qlora_ray.worker.messages import DEATH, FREEZE, Failed, Fatal, Holding, Message, Ready, Refused, Run
 
 MAX_REPETITIONS = 3  # of one failure at one step
@@ -14,6 +15,7 @@ class Channel:
     def __init__(self) -> None:
         self._messages: list[Message] = []
         self._run: Run | None = None
+        self._measured: ModelFacts | Refused | None = None
         self._is_called_off = False
         self._stop = False
         self._hold: str | None = None
@@ -49,9 +51,17 @@ class Channel:
         """There will be nothing to do."""
         self._is_called_off = True
 
-    def wanted(self) -> tuple[Run | None, bool]:
-        """What workers are to do, None while that is not known yet, and whether there will be nothing to do."""
+    def wanted(self, measured: ModelFacts | Refused | None = None) -> tuple[Run | None, bool]:
+        """What workers are to do, None while that is not known yet, and whether there will be nothing to do.
+
+        `measured` is for the driver, which plans by it: told each time, as `take` is told the run.
+        """
+        self._measured = measured or self._measured
         return self._run, self._is_called_off
+
+    def measured(self) -> ModelFacts | Refused | None:
+        """What a worker found that the base and its adapter hold, once it has."""
+        return self._measured
 
     def stop(self) -> None:
         """Ask the run to stop after its current step, leaving a checkpoint."""

@@ -1,6 +1,6 @@
 """What runs in Ray Train's controller: it tells the driver why a worker group failed, and saves before a resize.
 
-Stands on four of Ray's internals: CAUSES, HOOKS, FRESH_NODES and WHOLE_GROUPS.
+Stands on five of Ray's internals: CAUSES, HOOKS, FRESH_NODES, WHOLE_GROUPS and OWN_MACHINE.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 
 from qlora_ray.libraries import Patch
 from qlora_ray.worker.messages import DEATH, FREEZE, Failed
@@ -38,6 +38,12 @@ WHOLE_GROUPS = Patch(
     "_initialize_and_run_controller is given that policy",
     gains="training.sequence_parallel with [min, max] workers: never as many as make no whole groups",
     delete_when="ScalingConfig takes a number that workers must be a multiple of",
+)  # fmt: skip
+OWN_MACHINE = Patch(
+    "ray", "2.60.0", "FixedScalingPolicy registers nowhere: after_controller_start and _maybe_send_resource_request do "
+    "nothing, and the trainer's own call of _initialize_and_run_controller is given that policy",
+    gains="a process of the autoscaling coordinator, which starts before any worker does: two seconds on two cores",
+    delete_when="Ray Train asks no autoscaler where none runs",
 )  # fmt: skip
 
 COLLATERAL = re.compile(r"connection (closed|reset)|connection refused|timed out|NCCL|gloo|aborted", re.IGNORECASE)
@@ -113,6 +119,16 @@ class WholeGroups(ElasticScalingPolicy):
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         possible = super()._count_possible_workers(reserved_resources)
         return possible // self._size * self._size
+
+
+class OwnMachine(FixedScalingPolicy):
+    """As many workers as fit a machine of our own: nobody else asks for its room, and nothing can be added to it."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ray Train calls this to have room kept."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):

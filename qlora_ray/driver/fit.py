@@ -15,11 +15,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from qlora_ray.cluster import connect
 from qlora_ray.config import Config
 from qlora_ray.driver.channel import Channel
+from qlora_ray.errors import ConfigError, ProcessDied
 from qlora_ray.libraries import Patch
-from qlora_ray.planning.hardware import Hardware, check_workers_fit, resources_of_a_worker, uses_gpu
+from qlora_ray.model.facts import ModelFacts
+from qlora_ray.planning.hardware import Hardware, check_workers_fit, most_workers, resources_of_a_worker, uses_gpu
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
-from qlora_ray.worker.messages import DEATH, Failed
+from qlora_ray.worker.messages import DEATH, Failed, Refused
 
 FEWER_CALLBACKS = Patch(
     "ray", "2.60.0", "DataParallelTrainer._create_default_callbacks leaves out those in NEEDLESS",
@@ -28,6 +30,7 @@ FEWER_CALLBACKS = Patch(
     delete_when="each starts its process only where there is work for it",
 )  # fmt: skip
 CALL_OFF_SECONDS = 60
+POLL_SECONDS = 0.1
 NEEDLESS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
@@ -39,18 +42,24 @@ class Fit:
     checkpoints.
     """
 
-    def __init__(self, config: Config, hardware: Hardware, folder: Folder, network: dict[str, str]):
+    def __init__(
+        self, config: Config, hardware: Hardware, folder: Folder, network: dict[str, str], measures: bool = False
+    ):  # fmt: skip
         """`folder` is the run directory; `network` tells the workers which interface to use, as variables.
 
-        Raises ConfigError for more workers than there is room for: they would be waited for.
+        `measures`: whether `measured` will be asked. Raises ConfigError for more workers than there is room for: they
+        would be waited for.
         """
         self.error: BaseException | None = None
-        self._config, self._folder, self._network = config, folder, network
+        self._config, self._folder, self._network, self._measures = config, folder, network, measures
         self._use_gpu = uses_gpu(config, hardware)
-        check_workers_fit(config, resources_of_a_worker(config, self._use_gpu), hardware)
+        self._is_private = connect.address(config) is None
+        self._resources = resources_of_a_worker(config, self._use_gpu)
+        check_workers_fit(config, self._resources, hardware)
+        self._num_workers = most_workers(config, self._resources, hardware)
         self._tries_left = 1 + config.ray.max_failures
         # What Ray Train keeps is never needed again: on one node it need not lie in the run directory.
-        self._own = tempfile.mkdtemp(prefix="qlora_ray-") if connect.address(config) is None else None
+        self._own = tempfile.mkdtemp(prefix="qlora_ray-") if self._is_private else None
         # On the driver's own node: what is known of a run must not go with a worker's.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.channel: Any = Channel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # what ray.remote makes of the class
@@ -60,6 +69,20 @@ class Fit:
     def is_running(self) -> bool:
         """Whether Ray Train has not come to an end yet."""
         return self._thread.is_alive()
+
+    def measured(self) -> ModelFacts:
+        """What the base and its adapter hold, once a worker has imported all that it takes to say.
+
+        Raises ConfigError as planning/early.py's exact_facts, and ProcessDied where the workers ended before.
+        """
+        while self.is_running():
+            found = ray.get(self.channel.measured.remote(), timeout=60)
+            if isinstance(found, Refused):
+                raise ConfigError(found.reason)
+            if found is not None:
+                return found
+            time.sleep(POLL_SECONDS)
+        raise ProcessDied(f"The workers ended before the base was measured: {self.error}")
 
     def call_off(self) -> None:
         """Nothing will be trained: wait for the end of the workers, since Ray must outlive the thread that asks it."""
@@ -95,7 +118,7 @@ class Fit:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from qlora_ray.driver.controller import ReportFailures, SaveBeforeResize, WholeGroups
+        from qlora_ray.driver.controller import OwnMachine, ReportFailures, SaveBeforeResize, WholeGroups
         from qlora_ray.driver.process_group import ProcessGroup
         from qlora_ray.worker import train_worker
 
@@ -105,21 +128,28 @@ class Fit:
                 return [one for one in made if type(one).__name__ not in NEEDLESS]
 
             def _initialize_and_run_controller(self, **given):
-                if size > 1 and ray_config.min_workers < ray_config.max_workers:
+                if is_private:
+                    given["scaling_policy"] = OwnMachine(self.scaling_config)  # type: ignore[arg-type]  # Ray annotates its old ScalingConfig
+                elif size > 1 and ray_config.min_workers < ray_config.max_workers:
                     given["scaling_policy"] = WholeGroups(self.scaling_config, size)
                 return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
 
         size, ray_config, folder = self._config.training.sequence_parallel, self._config.ray, self._folder
-        logs = f"{folder.path}/{names.LOGS}" if folder.is_local else None
+        logs, is_private = f"{folder.path}/{names.LOGS}" if folder.is_local else None, self._is_private
+        callbacks = [ReportFailures(self.channel, logs), *([] if is_private else [SaveBeforeResize(self.channel)])]
         # Ray's own bookkeeping gets a fresh name each time: what it leaves behind can never block a run of ours.
         return Trainer(
             train_worker,
             backend_config=ProcessGroup(self._use_gpu),
-            train_loop_config={"use_gpu": self._use_gpu, "channel": self.channel},
+            train_loop_config={
+                "use_gpu": self._use_gpu,
+                "channel": self.channel,
+                "measures": self._config if self._measures else None,
+            },
             scaling_config=ScalingConfig(
-                num_workers=ray_config.num_workers,  # type: ignore[arg-type]  # Ray annotates its old ScalingConfig
+                num_workers=self._num_workers if is_private else ray_config.num_workers,  # type: ignore[arg-type]  # Ray annotates its old ScalingConfig
                 use_gpu=self._use_gpu,
-                resources_per_worker=resources_of_a_worker(self._config, self._use_gpu),
+                resources_per_worker=self._resources,
                 elastic_resize_monitor_interval_s=ray_config.elastic_resize_monitor_interval_s,  # type: ignore[call-arg]
             ),
             run_config=RunConfig(
@@ -128,6 +158,6 @@ class Fit:
                 storage_filesystem=None if self._own or folder.is_local else folder.filesystem,
                 failure_config=FailureConfig(max_failures=ray_config.max_failures),
                 worker_runtime_env={"env_vars": self._network} if self._network else None,  # type: ignore[call-arg]
-                callbacks=[ReportFailures(self.channel, logs), SaveBeforeResize(self.channel)],  # type: ignore[list-item]  # Ray annotates its old Callback
+                callbacks=callbacks,  # type: ignore[arg-type]  # Ray annotates its old Callback
             ),
         )

@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 
+from qlora_ray import collector
 from qlora_ray.libraries import Patch
 
 TIMEOUT_SECONDS = 1800  # of the process group, as TorchConfig's
@@ -71,7 +72,9 @@ def on_its_device() -> Iterator[None]:
 def join(backend: str, host: str, port: int) -> None:
     """Make the process group of all workers. Every worker must call this."""
     import ray.train
-    from ray.train.torch import config
+
+    with collector.paused():
+        from ray.train.torch import config
 
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     config._set_torch_distributed_env_vars()

@@ -148,7 +148,8 @@ class Driver:
             progress.note(f"{reason} Going on from step {message.step:,}.")
         if "to_first_step" not in self._seconds:
             self._seconds["to_first_step"] = time.perf_counter() - self._began
-            self._seconds["load"] = sum(message.parts.values()) - message.parts["imports"]
+            before = ("imports", "sizes of the base")  # the run was known
+            self._seconds["load"] = sum(value for name, value in message.parts.items() if name not in before)
             laps.note("workers", self._seconds["to_first_step"] - self._seconds["prepare"] - self._seconds["load"])
             for name, seconds in message.parts.items():
                 laps.note(name, seconds)

@@ -6,7 +6,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_ray import laps, storage
+from rich.markup import escape
+
+from qlora_ray import __version__, collector, laps, storage
 from qlora_ray.cluster import connect
 from qlora_ray.config import Config
 from qlora_ray.console import console, say_note
@@ -14,12 +16,19 @@ from qlora_ray.data.check import check_records
 from qlora_ray.data.prepare import Prepared, prepare
 from qlora_ray.driver import screen
 from qlora_ray.errors import ConfigError
-from qlora_ray.model.facts import ModelFacts
+from qlora_ray.model.facts import ModelFacts, read_facts
 from qlora_ray.model.hub import folder_at_hand
 from qlora_ray.model.start import copy_weights, open_start
 from qlora_ray.model.start import notes as start_notes
 from qlora_ray.planning import offload
-from qlora_ray.planning.early import as_stored, check_room, exact_facts, read_deepspeed_json, refuse_before_ray
+from qlora_ray.planning.early import (
+    as_stored,
+    check_room,
+    exact_facts,
+    local_base,
+    read_deepspeed_json,
+    refuse_before_ray,
+)
 from qlora_ray.planning.hardware import Hardware
 from qlora_ray.planning.plan import Plan, make_plan, storage_bytes
 from qlora_ray.planning.rows import layout
@@ -73,6 +82,7 @@ class Start:
             )
         run = directory.find_run(config, self.config_name, folder, self.resume)
         check_records(config)
+        console.print(f"qlora_ray {__version__}: starting Ray and the workers for {escape(run.path)} ...\n")
         connect.set_environment(config, self.debug)
         with ExitStack() as unless_trained:
             ready = self._prepare(folder, run, unless_trained)
@@ -92,59 +102,47 @@ class Start:
         screen.show_result(summary, run)
         return EXIT_CODES.get(summary["status"], 1)
 
-    def _begin(self, hardware: Hardware, run: Folder, network: dict[str, str]) -> "Fit":
+    def _begin(self, hardware: Hardware, run: Folder, network: dict[str, str], measures: bool = False) -> "Fit":
         from qlora_ray.driver.fit import Fit
 
-        return Fit(self.config, hardware, run, network)
+        return Fit(self.config, hardware, run, network, measures)
 
     def _prepare(self, folder: Folder, run: Folder, unless_trained: ExitStack) -> Ready:
         """Prepare the data while Ray starts, and on this machine's own Ray also the workers, called off on the way out.
 
-        Ray must start on this thread: its processes die with their maker.
+        Ray must start on this thread: its processes die with their maker. Workers that start early measure the base,
+        for which they import nothing that they do not need anyway; else this process does.
         """
         from qlora_ray.cluster.quick import ask_quickly, look_quickly
-        from qlora_ray.data.spread import run_on_cores, run_on_ray
 
         config, started = self.config, Future[Hardware]()
-
-        def runner():
-            if not connect.address(config):
-                return run_on_cores
-            started.result()
-            return run_on_ray
-
-        def measure() -> ModelFacts:
-            with laps.part("sizes of the base"):
-                return exact_facts(config)
-
-        def prepare_data() -> tuple[Prepared, list[str]]:
-            facts = measured.result()
-            with laps.part("data"):
-                prepared = prepare(config, folder, layout(config, facts), runner, console.out)
-                return prepared, check_vocabulary(config, prepared, facts)
-
+        at_hand = folder_at_hand(config.model.base_model, config.model.revision) is not None
+        starts_early = at_hand and not connect.address(config)  # of a cluster nothing is taken before all is planned
         with ThreadPoolExecutor(1) as thread:
             thread.submit(importlib.import_module, "ray.train")  # takes a second, and fit waits for it
-            measured = thread.submit(measure)
-            prepared = thread.submit(prepare_data)
+            measured = None if starts_early else thread.submit(_measure, config)
+            prepared = thread.submit(_prepare_data, config, folder, started, measured)
             try:
-                with laps.part("Ray"):
+                with laps.part("Ray"), collector.paused():
                     hardware = connect.start_ray(config, self.debug)
-                at_hand = folder_at_hand(config.model.base_model, config.model.revision) is not None
+                fit = None
+                if starts_early:
+                    fit = self._begin(hardware, run, {}, measures=True)
+                    unless_trained.callback(fit.call_off)
                 with laps.part("look at the nodes"):
                     found = ask_quickly(config, folder, hardware)
-                fit = None
-                if at_hand and not connect.address(config):  # of a cluster nothing is taken before all is planned
-                    fit = self._begin(hardware, run, {})
-                    unless_trained.callback(fit.call_off)
-                facts = measured.result() if at_hand else None  # else it is still downloaded
+                facts = fit.measured() if fit else None
+                if measured and at_hand:  # else it is still downloaded
+                    facts = measured.result()
                 notes, network, hardware = look_quickly(found, config, hardware, facts)
                 started.set_result(hardware)
             except BaseException as error:
                 started.set_exception(error)  # the thread may be waiting for it
                 raise
-            data, of_tokens = prepared.result()
-        return Ready(measured.result(), data, hardware, [*notes, *of_tokens], network, fit)
+            data = prepared.result()
+            facts = measured.result() if measured else facts
+        assert facts is not None
+        return Ready(facts, data, hardware, [*notes, *check_vocabulary(config, data, facts)], network, fit)
 
     def _open(self, run: Folder, plan: Plan, ready: Ready) -> bool:
         """Say what will be done, and write it into the run directory; False where all of it is done already.
@@ -179,3 +177,23 @@ class Start:
         directory.write_run_files(run, config, plan, data.stats, ground)
         directory.write_rejected(run, data)
         return True
+
+
+def _measure(config: Config) -> ModelFacts:
+    with laps.part("sizes of the base"):
+        return exact_facts(config)
+
+
+def _prepare_data(
+    config: Config, folder: Folder, started: Future[Hardware], measured: Future[ModelFacts] | None
+) -> Prepared:
+    """Tokenized rows. Long work waits until all that can be refused before has been; a cluster does it, if there is."""
+    from qlora_ray.data.spread import run_on_cores, run_on_ray
+
+    def runner():
+        started.result()
+        return run_on_ray if connect.address(config) else run_on_cores
+
+    facts = measured.result() if measured else read_facts(local_base(config))
+    with laps.part("data"):
+        return prepare(config, folder, layout(config, facts), runner, console.out)

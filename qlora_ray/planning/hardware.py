@@ -59,6 +59,12 @@ def check_workers_fit(config: Config, resources: dict[str, float], hardware: Har
         )
 
 
+def most_workers(config: Config, resources: dict[str, float], hardware: Hardware) -> int:
+    """Of those that are asked for, as many as one machine holds, in whole groups."""
+    size = config.training.sequence_parallel
+    return min(config.ray.max_workers, _fit(held(hardware), resources)) // size * size
+
+
 def fewest_of_a_node(num_workers: int, resources: dict[str, float], hardware: Hardware) -> int:
     """Workers of the node that gets fewest of them, where Ray fills one node after the other."""
     left = fewest = num_workers

@@ -13,6 +13,9 @@ from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, Rout
 GIB = 2**30
 SHARE_OF_MEMORY = 0.93  # of a GPU's; the rest is the CUDA context and the allocator's
 NUM_SLOTS = 3  # of model/ring.py
+# cuBLAS has room of its own for each thread, that of forward and that of backward: on Hopper and later 32 MiB, on older
+# GPUs a quarter (torch 2.13, aten/src/ATen/cuda/CublasHandlePool.cpp).
+CUBLAS_BYTES = 2 * 2**25
 # 4 bits + one 8-bit scale per 64 weights (arXiv:2305.14314), or one float32 scale without double quantization.
 BYTES_PER_WEIGHT = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 # bf16 matrix products, FLOP/s: H200 measured (8192^3, random data), the others their datasheets' dense rate x 0.8.
@@ -46,6 +49,7 @@ class Sizes:
     shares_base: bool  # over the workers; else each holds all of it
     offload: str  # none, or where the layers' weights lie: cpu, nvme
     num_of_node: int | None = None  # workers that share the base, where those of each node do; None: all do
+    use_gpu: bool = True
 
     @property
     def loads_in_shares(self) -> bool:
@@ -182,6 +186,7 @@ def resident_gib(sizes: Sizes) -> dict[str, float]:
     return {
         "base": held / GIB,
         "lora_and_optimizer": (here + ours + sizes.num_trainable * (8 + master) / shares) / GIB,
+        "libraries": CUBLAS_BYTES / GIB if sizes.use_gpu else 0.0,
     }
 
 

@@ -1,7 +1,12 @@
 """One Ray Train worker's life."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_ray.config import Config
+    from qlora_ray.model.facts import ModelFacts
+    from qlora_ray.worker.messages import Refused
 
 POLL_SECONDS = 0.05
 
@@ -9,14 +14,16 @@ POLL_SECONDS = 0.05
 def train_worker(job: dict[str, Any]) -> None:
     """What Ray Train calls on each worker, with `use_gpu` and `channel` (driver/channel.py), which has the run.
 
-    That may still be planned: a worker imports what it needs meanwhile.
+    That may still be planned: a worker imports what it needs meanwhile, and rank 0 measures the base of the config
+    that `measures` may hold, by which the driver plans.
     Imports late: the controller process stays light, and a group that should not start ends at once.
     """
     import os
 
     import ray
+    import ray.train
 
-    from qlora_ray import laps
+    from qlora_ray import collector, laps
     from qlora_ray.worker.messages import Fatal
 
     channel = job["channel"]
@@ -31,11 +38,30 @@ def train_worker(job: dict[str, Any]) -> None:
     # bitsandbytes wraps helpers in torch.compile, which imports a compiler for a second; nothing here is compiled.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     laps.begin()
-    with laps.part("imports"):
+    with laps.part("imports"), collector.paused():
+        from qlora_ray.worker import losses
+
+        losses.load()
         from qlora_ray.worker.loop import run_worker
 
+    is_asked = run is None and job["measures"] and ray.train.get_context().get_world_rank() == 0
+    measured = _measure(job["measures"]) if is_asked else None
     while run is None and not is_called_off:
         time.sleep(POLL_SECONDS)
-        run, is_called_off = ray.get(channel.wanted.remote(), timeout=60)
+        run, is_called_off = ray.get(channel.wanted.remote(measured), timeout=60)
     if not is_called_off:
         run_worker(run, channel)
+
+
+def _measure(config: "Config") -> "ModelFacts | Refused":
+    """What the base and its adapter will hold, or why they cannot be built."""
+    from qlora_ray import laps
+    from qlora_ray.errors import ConfigError
+    from qlora_ray.planning.early import exact_facts
+    from qlora_ray.worker.messages import Refused
+
+    try:
+        with laps.part("sizes of the base"):
+            return exact_facts(config)
+    except ConfigError as refusal:
+        return Refused(str(refusal))

@@ -17,6 +17,7 @@ from qlora_ray.model.plain import keep_plain, measure_whole_bytes, plain_layers
 from qlora_ray.model.recompute import Choice, Keep, Room, activation_bytes, host_bytes
 from qlora_ray.model.ring import Ring
 from qlora_ray.model.stash import HostStash
+from qlora_ray.planning.memory import CUBLAS_BYTES
 from qlora_ray.planning.plan import Plan, choose_recomputation
 from qlora_ray.worker import deepspeed_patches as patches
 
@@ -122,4 +123,5 @@ def _room_for_activations(model: torch.nn.Module, config: Config, plan: Plan, de
     if config.training.memory_budget_gib:
         room = min(room, config.training.memory_budget_gib * 2**30 - held)
     shares = dist.get_world_size() if plan.zero_stage > 0 else 1
-    return room - plan.num_trainable_parameters * (8 / shares + 4)  # AdamW's moments, made in the first step
+    # What the first step makes: AdamW's moments, and cuBLAS's room.
+    return room - plan.num_trainable_parameters * (8 / shares + 4) - CUBLAS_BYTES

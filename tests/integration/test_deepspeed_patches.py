@@ -61,18 +61,22 @@ def count_calls(monkeypatch, owner, name) -> list:
 
 
 @pytest.mark.bites("worker.deepspeed_patches.start.SHARED_MEMORY")
-def test_deepspeed_compiles_no_collective_of_its_own_on_cpus(monkeypatch, process_group):
+def test_deepspeed_neither_compiles_nor_tries_a_collective_of_its_own_on_cpus(monkeypatch, process_group):
     import deepspeed
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    compiled: list[str] = []
-    monkeypatch.setattr(ShareMemCommBuilder, "load", lambda _: compiled.append("op"))
-    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, ShareMemCommBuilder.NAME, True)
+    done: list[str] = []
+    monkeypatch.setattr(ShareMemCommBuilder, "load", lambda _: done.append("compiled"))
+    monkeypatch.setattr(
+        deepspeed.ops, "_probe_compatible_ops", lambda: done.append("tried") or {ShareMemCommBuilder.NAME: True}
+    )
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
     build_shm_op()
-    assert compiled == ["op"]
+    assert done == ["tried", "compiled"]
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__")
     patches.use_gloo_on_cpus()
-    assert build_shm_op() is None and compiled == ["op"]
+    assert build_shm_op() is None and done == ["tried", "compiled"]
 
 
 @pytest.mark.bites("worker.deepspeed_patches.hooks.KNOWN_PARAMETERS")

@@ -8,12 +8,21 @@ import pytest
 
 SCRIPT = """
 import os, signal, time
+import psutil
 import ray
 from ray.util.placement_group import placement_group, placement_group_table
 from qlora_ray.cluster import authentication, connect
+from qlora_ray.cluster.few_processes import few_processes
 
 authentication.keep_token_private()
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+with few_processes(shows_logs=False):
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+processes = ray._private.worker._global_node.all_processes
+(raylet,) = processes["raylet"]
+agents = psutil.Process(raylet.process.pid).children()
+(stand_in,) = [one for one in agents if any(part.endswith("no_agent.py") for part in one.cmdline())]
+others = [one for one in agents if "DashboardAgent" in " ".join(one.cmdline()) or "agent.py" in one.cmdline()[-1]]
+print(f"the processes: {sorted({*processes} - {'reaper'})}, {others}")
 head = ray.get_runtime_context().gcs_address
 ours = authentication.token()
 print(f"the head: {authentication.ask(head, ours)}, {authentication.ask(head, 'another')}")
@@ -28,12 +37,13 @@ while placement_group_table()[name]["state"] != "REMOVED" and time.monotonic() <
 print(f"the group: {is_ours}, {placement_group_table()[name]['state']}")
 
 before = connect.dead_processes()
-(raylet,) = ray._private.worker._global_node.all_processes["raylet"]
 os.kill(raylet.process.pid, signal.SIGKILL)
 deadline = time.monotonic() + 30
 while not connect.dead_processes() and time.monotonic() < deadline:
     time.sleep(0.05)
 print(f"the dead: {before}, {connect.dead_processes()}", flush=True)
+stand_in.wait(10)
+print("the stand-in: ended", flush=True)
 ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
 os._exit(0)
 """
@@ -63,3 +73,9 @@ def test_placement_groups_of_this_job_are_known_and_freed(said):
 @pytest.mark.bites("cluster.connect.OWN_PROCESSES")
 def test_process_of_the_private_ray_that_died_is_named(said):
     assert said["the dead"] == "[], ['raylet']"
+
+
+@pytest.mark.bites("cluster.few_processes.FEWER_PROCESSES")
+def test_private_ray_has_no_process_that_it_needs_not_and_leaves_none(said):
+    assert said["the processes"] == "['gcs_server', 'raylet'], []"
+    assert said["the stand-in"] == "ended"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_ray import evaluate, train
+from qlora_ray import __version__, evaluate, train
 from qlora_ray.config import base_model_path, find_file
 from qlora_ray.data.order import Order, held_out
 from qlora_ray.data.rows import Rows, sample_digest
@@ -80,6 +80,7 @@ def test_metrics_have_one_line_a_step_and_the_documented_names(two_workers):
 
 def test_user_sees_plan_progress_and_result_but_no_chatter(two_workers):
     _, ended = two_workers
+    assert ended.stdout.startswith(f"qlora_ray {__version__}: starting Ray and the workers for ")
     for expected in ("ZeRO stage 3", "step 20/20", "exact match on 4 held-out prompts", "report.html"):
         assert expected in ended.stdout
     for noise in ("Traceback", "WARNING", "(RayTrainWorker", "(TrainController", "kernels-community", "PlacementGroup"):

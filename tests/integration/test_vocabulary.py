@@ -15,6 +15,7 @@ from qlora_ray.data.rows import open_rows
 from qlora_ray.data.stats import Layout
 from qlora_ray.data.vocabulary import token_counts
 from qlora_ray.errors import ConfigError
+from qlora_ray.planning import tokens
 from qlora_ray.planning.early import exact_facts
 from qlora_ray.planning.tokens import check_vocabulary
 from qlora_ray.storage import open_folder
@@ -33,11 +34,15 @@ def add(base: Path, tokens: list[str]) -> None:
     tokenizer.save_pretrained(base)
 
 
-def look(base: Path, answer: str, **model) -> list[str]:
+def prepared_rows(base: Path, answer: str, **model):
     rows = base.parent / "rows.json"
     rows.write_text(json.dumps([{"instruction": f"say {i}", "output": answer} for i in range(12)]))
     config: Config = tiny_models.make_config(str(base), model=model, data={"train_file": str(rows)})
-    prepared = prepare(config, open_folder(str(base.parent / "storage")), how=Layout(packing=True))
+    return config, prepare(config, open_folder(str(base.parent / "storage")), how=Layout(packing=True))
+
+
+def look(base: Path, answer: str, **model) -> list[str]:
+    config, prepared = prepared_rows(base, answer, **model)
     return check_vocabulary(config, prepared, exact_facts(config))
 
 
@@ -61,6 +66,17 @@ def test_data_tokens_whose_rows_nothing_has_trained_are_told(base):
     assert look(base, "1") == []  # the data has none of them
     (note,) = look(base, "a zebra")
     assert f"{name!r} (12x)" in note and "model.new_tokens" in note
+
+
+def test_where_nothing_is_to_be_named_no_tokenizer_is_opened_again(base, monkeypatch):
+    assert look(base, "1") == []
+
+    def open_tokenizer(_):
+        raise AssertionError("a tokenizer was opened")
+
+    monkeypatch.setattr(tokens, "encoder_of", open_tokenizer)
+    config, prepared = prepared_rows(base, "1")
+    assert check_vocabulary(config, prepared, exact_facts(config)) == []
 
 
 def test_tokens_are_counted_as_the_rows_have_them(base):

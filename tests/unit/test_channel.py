@@ -1,11 +1,15 @@
 """When a run gives up: what failed would fail again."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from qlora_ray.driver.channel import Channel
 from qlora_ray.driver.controller import likely_cause
+from qlora_ray.driver.fit import Fit
+from qlora_ray.errors import ConfigError, ProcessDied
 from qlora_ray.worker.messages import DEATH, FREEZE, Failed, Fatal, Refused, Stepped
 
 
@@ -59,6 +63,23 @@ def test_workers_wait_until_the_run_is_planned_or_called_off(channel):
     assert channel.wanted() == (run, False)
     channel.call_off()
     assert channel.wanted() == (run, True)
+
+
+def test_driver_plans_by_what_a_worker_has_measured_and_refuses_what_it_refuses(channel, monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
+    fit = Fit.__new__(Fit)
+    fit.channel = SimpleNamespace(measured=SimpleNamespace(remote=channel.measured))
+    lives = iter([True, True, False])
+    fit.is_running, fit.error = lambda: next(lives), OSError("no room")  # type: ignore[method-assign]
+    facts: Any = object()
+    for told in (None, facts, None):  # a worker that waits asks again
+        channel.wanted(told)
+    assert fit.measured() is facts
+    channel.wanted(Refused("model.target_modules=vproj: matches no layer"))
+    with pytest.raises(ConfigError, match="vproj: matches no layer"):
+        fit.measured()
+    with pytest.raises(ProcessDied, match="no room"):
+        fit.measured()
 
 
 def test_cause_is_the_error_that_the_others_follow_from():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -130,17 +131,24 @@ def test_a_notice_that_ray_train_gives_a_worker_is_seen(monkeypatch):
     assert (info.deadline_ms, info.preempted_ranks) == (1234, [0, 1])
 
 
-@pytest.mark.bites("driver.fit.FEWER_CALLBACKS")
-def test_ray_train_is_given_no_needless_callback(tmp_path):
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    from qlora_ray.driver.fit import NEEDLESS, Fit
-    from qlora_ray.storage import open_folder
+def fit_of(config: Config, is_private: bool) -> Any:
+    """What would train on two workers, without a Ray that has started."""
+    from qlora_ray.driver.fit import Fit
 
     fit = Fit.__new__(Fit)
-    fit._config, fit._folder, fit._use_gpu, fit._network = Config(), open_folder(str(tmp_path)), False, {}
-    fit._own, fit.channel = None, None
-    trainer = fit._make_trainer()
+    fit._config, fit._folder, fit._network, fit._is_private = config, open_folder("/tmp/none"), {}, is_private
+    fit._own, fit.channel, fit._measures, fit._use_gpu = None, None, False, False
+    fit._resources, fit._num_workers = {"CPU": 1.0}, 2
+    return fit
+
+
+@pytest.mark.bites("driver.fit.FEWER_CALLBACKS")
+def test_ray_train_is_given_no_needless_callback():
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from qlora_ray.driver.fit import NEEDLESS
+
+    trainer = fit_of(Config(), is_private=True)._make_trainer()
     names = {type(one).__name__ for one in trainer._create_default_callbacks()}
     all_names = {type(one).__name__ for one in DataParallelTrainer._create_default_callbacks(trainer)}
     assert all_names - names == NEEDLESS and "BackendSetupCallback" in names
@@ -162,9 +170,17 @@ def test_workers_are_joined_as_ray_trains_own_backend_joins_them():
     assert list(signature.parameters) == ["backend", "world_rank", "world_size", "init_method", "timeout_s"]
 
 
-def test_ray_trains_controller_imports_no_torch():
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "driver.controller driver.process_group worker",
+        "driver.start driver.fit driver.run cluster.quick data.spread report",
+    ],
+    ids=["controller", "driver"],
+)
+def test_only_workers_import_torch(modules):
     code = (
-        "import sys, qlora_ray.driver.controller, qlora_ray.driver.process_group, qlora_ray.worker\n"
+        f"import sys, importlib; [importlib.import_module('qlora_ray.' + name) for name in {modules.split()}]\n"
         "import ray.train.v2.api.data_parallel_trainer\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
@@ -212,8 +228,7 @@ def test_elastic_runs_have_as_many_workers_as_make_whole_groups(monkeypatch):
     from ray.train import ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from qlora_ray.driver.controller import WholeGroups
-    from qlora_ray.driver.fit import Fit
+    from qlora_ray.driver.controller import OwnMachine, WholeGroups
 
     given = {}
     monkeypatch.setattr(DataParallelTrainer, "_initialize_and_run_controller", lambda self, **what: given.update(what))
@@ -221,11 +236,31 @@ def test_elastic_runs_have_as_many_workers_as_make_whole_groups(monkeypatch):
     for free, expected in ((7, 6), (5, 4), (3, 2), (1, 0)):
         assert policy._count_possible_workers({"node": {"CPU": free}}) == expected
     config = Config.model_validate({"ray": {"num_workers": [2, 6]}, "training": {"sequence_parallel": 2}})
-    fit = Fit.__new__(Fit)
-    fit._config, fit._folder, fit._use_gpu, fit._network = config, open_folder("/tmp/none"), False, {}
-    fit._own, fit.channel = None, None
-    fit._make_trainer()._initialize_and_run_controller(scaling_policy=None)
-    assert isinstance(given["scaling_policy"], WholeGroups)
+    for is_private, expected in ((False, WholeGroups), (True, OwnMachine)):
+        fit = fit_of(config, is_private)
+        fit._make_trainer()._initialize_and_run_controller(scaling_policy=None)
+        assert isinstance(given["scaling_policy"], expected)
+
+
+@pytest.mark.bites("driver.controller.OWN_MACHINE")
+def test_a_machine_of_our_own_is_asked_for_without_the_coordinator(monkeypatch):
+    from ray.train import ScalingConfig
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, scaling_policy
+
+    from qlora_ray.driver.controller import OwnMachine
+
+    asked: list[str] = []
+    client = SimpleNamespace(
+        send_resource_request=lambda *_: asked.append("room"),
+        maybe_send_resource_request=lambda *_: asked.append("room"),
+    )
+    monkeypatch.setattr(scaling_policy, "TrainAutoscalingCoordinatorClient", lambda _: client)
+    for policy_class, expected in ((FixedScalingPolicy, ["room", "room"]), (OwnMachine, [])):
+        policy = policy_class(ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}))
+        policy.after_controller_start(SimpleNamespace(run_id="1"))
+        assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+        assert asked == expected
+        asked.clear()
 
 
 @pytest.mark.bites("driver.controller.FRESH_NODES")
@@ -417,3 +452,12 @@ def test_transformers_calls_what_stands_in_the_place_of_layers_norm_and_head(lla
         monkeypatch.setattr(kind, "forward", staticmethod(lambda *a, p=plain, k=kind: called.append(k) or p(*a)))
     sum_of_nats(model, tiny_models.batch())
     assert called == [layer._Layer, layer._Layer, fused._LastNorm, head._Nats]
+
+
+@pytest.mark.bites("worker.losses.BOXES")
+def test_losses_of_images_do_not_bring_scipy():
+    def imported(before: str) -> str:
+        code = f"import sys; {before}; import transformers.modeling_utils; print('scipy.optimize' in sys.modules)"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert imported("pass") == "True" and imported("from qlora_ray.worker import losses; losses.load()") == "False"

@@ -11,7 +11,7 @@ from qlora_ray.data.stats import DataStats, Layout
 from qlora_ray.errors import ConfigError
 from qlora_ray.planning import holding, memory, table
 from qlora_ray.planning.early import exact_facts, refuse_early
-from qlora_ray.planning.hardware import Hardware, check_workers_fit
+from qlora_ray.planning.hardware import Hardware, check_workers_fit, most_workers
 from qlora_ray.planning.plan import learning_rate_at, make_plan
 from qlora_ray.planning.rows import layout
 
@@ -277,6 +277,12 @@ def test_number_of_lora_parameters_equals_pefts(targets):
     counted = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     facts = exact_facts(config(model={"lora_r": 6, "target_modules": targets}))
     assert facts.num_trainable_parameters == counted > 0
+
+
+@pytest.mark.parametrize(("cores", "size", "expected"), [(8, 1, 6), (5, 1, 5), (5, 2, 4), (2, 2, 2)])
+def test_one_machine_trains_with_as_many_workers_as_it_holds_in_whole_groups(cores, size, expected):
+    asked = config(ray={"num_workers": [2, 6]}, training={"sequence_parallel": size})
+    assert most_workers(asked, {"CPU": 1.0}, Hardware(cores, 0)) == expected
 
 
 def test_workers_that_no_single_node_can_hold_are_refused():
