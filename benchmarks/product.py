@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.bases import save_checkpoint
 from benchmarks.records import save_chats, save_rows
-from benchmarks.shapes import SHAPES, floor_tokens_per_second
+from benchmarks.shapes import SHAPES, floor_tokens_per_second, shape_of
 
 STEPS = 25
 
@@ -24,6 +24,8 @@ STEPS = 25
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-8b", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="as many of the shape's; else all")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--folder", default="/tmp/throughput_checkpoints")
@@ -31,17 +33,17 @@ def main() -> None:
     parser.add_argument("--chats", action="store_true", help="packed chats of log-normal lengths, a third labelled")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    base = save_checkpoint(arguments.shape, arguments.folder, arguments.device)
+    base = save_checkpoint(arguments.shape, arguments.folder, arguments.device, arguments.layers)
     data = save_chats(arguments.folder) if arguments.chats else save_rows(arguments.folder, arguments.length)
     settings = [
         f"model.base_model={base}", f"training.max_length={arguments.length}", f"training.batch_size={arguments.rows}",
         f"data.train_file={data}", f"ray.storage_path={Path(arguments.folder) / 'runs'}",
         f"ray.run_name={arguments.shape}_{time.time_ns()}",
     ]  # fmt: skip
-    measured = train([*settings, *arguments.overrides])
-    floor = floor_tokens_per_second(SHAPES[arguments.shape], arguments.length)
+    measured = train([*settings, *arguments.overrides], arguments.steps)
+    floor = floor_tokens_per_second(shape_of(arguments.shape, arguments.layers), arguments.length)
     print(json.dumps({
-        "shape": arguments.shape, "overrides": arguments.overrides,
+        "shape": arguments.shape, "layers": arguments.layers, "overrides": arguments.overrides,
         "floor_share": measured["tokens_per_second"] / floor, **measured,
     }, indent=1))  # fmt: skip
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.ops import ops_for
@@ -28,11 +29,12 @@ def make_head_return_nats(head: Any, last: FusedLayer, divisor: float = 1.0) -> 
         if head.expected is None:
             return plain(hidden)
         labels, places = head.expected
-        x = hidden.reshape(-1, hidden.shape[-1])  # (M, D); only the labels' rows of it, if the last layer knew them
+        x = hidden.reshape(-1, hidden.shape[-1])  # (M, D); or the labels' rows, then zeros, if the last layer knew them
         if places is not None:
-            x = x if len(x) == len(places) else x[places]
-            labels = labels[places]
+            x = x if len(x) < len(labels) else x[places]
+            labels = F.pad(labels[places], (0, len(x) - len(places)), value=IGNORE_INDEX)
         nats = _Nats.apply(x, head, divisor, labels, torch.is_grad_enabled())
+        nats = nats if places is None else nats[: len(places)]
         return nats * divisor if divisor != 1 else nats
 
     head.forward = forward

@@ -26,7 +26,7 @@ class Home(Protocol):
         """How many there are."""
 
     def read_into(self, out: torch.Tensor) -> None:
-        """Write them into uint8 values on the CPU."""
+        """Write them into uint8 values."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,15 @@ class Away(Whole):
         parameter.whole_shape = parameter.shape
         parameter.home = self.put(share)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        state = getattr(parameter, "quant_state", None)
+
+    def keep_scales(self, state: Any) -> None:
+        """Put them into host memory."""
         for one in scales_of(state):
             one.absmax = one.absmax.cpu()
+
+    def homes_of_scales(self, parameter: Any) -> list[Home]:
+        """Homes for those of a packed weight."""
+        return [self.put(one.absmax) for one in scales_of(getattr(parameter, "quant_state", None))]
 
     def put(self, values: torch.Tensor) -> Home:
         """A home for values."""
@@ -169,8 +175,8 @@ def scales_of(state: Any) -> list[Any]:
     return [] if state is None else [state, state.state2] if state.nested else [state]
 
 
-def values_of(parameter: Any) -> torch.Tensor:
-    """The values of a parameter that was put away, on the CPU."""
-    content = torch.empty(parameter.home.num_bytes, dtype=torch.uint8)
+def values_of(parameter: Any, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The values of a parameter that was put away, on a device."""
+    content = torch.empty(parameter.home.num_bytes, dtype=torch.uint8, device=device)
     parameter.home.read_into(content)
     return content.view(parameter.dtype).view(parameter.whole_shape)

@@ -40,20 +40,26 @@ class Kept:
     drops: Sequence[Drop] = (NOTHING, NOTHING)  # of what attention and MLP add
     dropout: float = 0.0  # of attention
     generator: torch.Tensor | None = None  # where it stood before that, for layers whose attention is computed again
-    places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has L rows
+    places: torch.Tensor | None = None  # the only rows, L of M, that are asked for: all behind attention has these
+    num_rows: int = 0  # that all behind attention has: M, or L and some of zeros
     blocks: tuple[slice, ...] = ()  # of many rows, that gradients of the MLP's LoRA are summed in: see model/slices.py
     slices: tuple[slice, ...] = ()  # the same, where the MLP takes its rows in them, too
     row_group: RowGroup | None = None  # the workers that hold the rows in parts: `attention` has whole ones
 
     def rows(self, whole: torch.Tensor) -> torch.Tensor:
-        """Those that are asked for."""
-        return whole if self.places is None else whole[self.places]
+        """Those that are asked for, and zeros up to `num_rows`."""
+        if self.places is None:
+            return whole
+        made, count = whole.new_empty(self.num_rows, whole.shape[1]), len(self.places)
+        torch.index_select(whole, 0, self.places, out=made[:count])
+        made[count:] = 0
+        return made
 
     def all_rows(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """They among zeros."""
         if self.places is None:
             return rows
-        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, self.places, rows)
+        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, self.places, rows[: len(self.places)])
 
 
 class Passed:

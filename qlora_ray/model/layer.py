@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qlora_ray.model import slices
 from qlora_ray.model.attention import attend
@@ -30,23 +31,31 @@ from qlora_ray.model.parked import ParkedAttention, input_slot
 from qlora_ray.model.recompute import Keep
 from qlora_ray.model.traits import own_dropout
 
+# Rows that are asked for alone, in multiples: with as many as there are labels, each micro-batch would have shapes of
+# its own, for which a GPU has to find kernels and memory first.
+NUM_TOGETHER = {"cuda": 256}
+
 
 class FusedLayer(LayerParts):
     """The arithmetic of one decoder layer. Holds modules, never their weights."""
 
     takes_slices = True  # of long rows, in its MLP
+    takes_zeros = True  # among its rows
 
     def __call__(self, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None):
-        """x (B, T, D), turned by cos and sin (B or 1, T, E) -> (B, T, D), or (1, L, D) of `places`."""
+        """x (B, T, D), turned by cos and sin (B or 1, T, E) -> (B, T, D), or (1, L, D) of `places` and then zeros."""
         return _Layer.apply(x, self, self.angles(turned), mask, torch.is_grad_enabled(), *self.parameters())
 
     def begin(self, x: torch.Tensor) -> Kept:
         """Of a micro-batch x (B, T, D): its rows, who holds them, and what is to be dropped of them."""
         seed, numbers = torch.initial_seed(), self.holders.numbers
-        behind = numbers if self.place_numbers is None else self.place_numbers
+        num_rows = self._num_rows(x.shape[0] * x.shape[1], x.device.type)
+        behind = numbers
+        if self.place_numbers is not None:
+            behind = F.pad(self.place_numbers, (0, num_rows - len(self.place_numbers)))
         read = enumerate(zip(self.loras, (numbers, behind, behind, behind), strict=True))
         return Kept(
-            x.reshape(-1, x.shape[-1]), places=self.places, row_group=self.holders.row_group,
+            x.reshape(-1, x.shape[-1]), places=self.places, num_rows=num_rows, row_group=self.holders.row_group,
             turns=tuple(Turn(drop_of(probability_of(one), seed, 4 * self.index + i, rows)) for i, (one, rows) in read),
             drops=[
                 drop_of(probability_in(own), seed, OWN_PLACE + 2 * self.index + i, behind)
@@ -54,6 +63,14 @@ class FusedLayer(LayerParts):
             ],
             dropout=own_dropout(self.attention) if self.attention.training else 0.0,
         )  # fmt: skip
+
+    def _num_rows(self, count: int, device_type: str) -> int:
+        """Rows behind attention, of `count` before it."""
+        if self.places is None:
+            return count
+        together = NUM_TOGETHER.get(device_type, 1) if self.takes_zeros else 1
+        more = -(-len(self.places) // together) * together
+        return more if more < count else len(self.places)
 
     def angles(self, turned: tuple[torch.Tensor, torch.Tensor] | None) -> Angles | None:
         """How queries and keys are rotated; None where this layer does not."""
@@ -175,9 +192,13 @@ class FusedLayer(LayerParts):
             kept.x1 = kept.z_o = kept.given1 = kept.given2 = None
         if kept.parked is not None:
             kept.parked.let_go()
-        if self.keep in (Keep.PARKED, Keep.HOST) and self.stash is not None:
+        if self.stash is None:
+            return
+        if self.keep in (Keep.PARKED, Keep.HOST):
             self.stash.put(input_slot(self.index), kept.x)
             kept.x = None
+        else:
+            self.stash.let_go()  # of what layers before it have put
 
     def backward(self, kept: Kept, dy: torch.Tensor, shape: torch.Size, angles, mask) -> tuple[Any, ...]:
         """Gradients of x and of the LoRA matrices. dy (M, D); empties `kept` on the way."""
@@ -256,7 +277,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fused: FusedLayer, angles: Angles | None, mask, with_graph: bool, *parameters):
         kept = fused.begin(x)
-        kept.blocks = slices.of_rows(len(kept.x if kept.places is None else kept.places), x.shape[1])
+        kept.blocks = slices.of_rows(kept.num_rows, x.shape[1])
         if fused.takes_slices:
             kept.slices = kept.blocks
         fused.attention_part(kept, x.shape, angles, mask, with_graph and fused.keep < Keep.INPUT)

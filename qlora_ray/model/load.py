@@ -1,4 +1,4 @@
-"""The frozen base under ZeRO-3: each worker reads, packs and keeps its share of every weight, one weight at a time.
+"""The frozen base where workers share it: each reads, packs and keeps its share of every weight, one weight at a time.
 
 transformers loads as ever, and names, renames, merges and ties the weights. Only its hands are replaced: what it opens
 holds Pieces, which are read where a parameter is made of them. Stands on internals of transformers: OWN_PARAMETERS.
@@ -40,6 +40,9 @@ class Keeper(Protocol):
     def keep(self, parameter: torch.nn.Parameter, share: torch.Tensor) -> None:
         """Make of a parameter of the whole shape, without memory, one of which this worker holds `share`."""
 
+    def keep_scales(self, state: Any) -> None:
+        """Hold those of a packed weight as it is held. Not called before whoever needs them whole has had them."""
+
     def whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """What all workers hold of it together."""
 
@@ -58,6 +61,9 @@ class Whole:
     def keep(self, parameter: torch.nn.Parameter, share: torch.Tensor) -> None:
         """Give the parameter its memory."""
         parameter.data = share.view(parameter.shape)
+
+    def keep_scales(self, state: Any) -> None:
+        """They are where they are."""
 
     def whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """What it holds."""
@@ -173,6 +179,7 @@ class _Maker:
             parameter = self._four_bit(module, old, stored or (value.T if is_transposed else value))
             if self._cache.writer:
                 self._cache.writer.add(name, self._keeper.whole(parameter), parameter.quant_state)
+            self._keeper.keep_scales(parameter.quant_state)
         else:
             parameter = torch.nn.Parameter(self._nothing(value.shape, self._dtype), requires_grad=False)
             share, numel = self._keeper.share, value.numel()

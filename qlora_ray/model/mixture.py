@@ -62,7 +62,7 @@ class NoProjections:
 class RoutedLayer(FusedLayer):
     """A fused layer around a mixture."""
 
-    takes_slices = False
+    takes_slices = takes_zeros = False  # zeros would be routed
 
     def take_mlp(self, mlp: Any) -> None:
         """Find the block's parts."""

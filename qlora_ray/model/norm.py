@@ -20,7 +20,7 @@ class Norm:
 
 
 def norm_of(module: torch.nn.Module, family: Family) -> Norm:
-    """The norm that a module holds now: under ZeRO-3 its weight is there for a while only."""
+    """The norm that a module holds now: where workers share its weight, that is there for a while only."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
     bias = getattr(module, "bias", None)

@@ -3,8 +3,8 @@
 With DoRA (model/dora.py) rows of [W, s B] are multiplied by gains as they are written, and all else stays as it is; a
 factor that the model has for what a projection gives is one of its products. Arithmetic is that of
 PEFT's lora.Linear4bit on bitsandbytes: W is dequantized to the compute dtype, once in forward and again in backward.
-Weights are read from their modules each time and never kept: under ZeRO-3 what was gathered for forward is released
-after it, and backward reads what was gathered again.
+Weights are read from their modules each time and never kept: where workers share them, other layers lie in their place
+after forward, and backward reads what was gathered again.
 """
 
 # M tokens, K inputs, N outputs (of all members), R the members' LoRA ranks together, of a group rounded up

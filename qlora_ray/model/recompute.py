@@ -297,14 +297,15 @@ class Choice:
 
 
 def activation_bytes(shape: LayerShape | PlainShape, choice: Choice, num_tokens: int, vocab_size: int) -> int:
-    """Peak of a micro-batch beyond weights and optimizer: the head at the turn, or a layer's backward."""
-    kept, worst = 0, 0
+    """Peak of a micro-batch beyond weights and optimizer: the head at the turn, or a layer, there or back."""
+    kept, worst, of_stream = 0, 0, num_tokens * shape.hidden * shape.element_bytes
+    # Of inputs on the host, beside a gradient: the one before, on its way back. Fused layers without experts have most
+    # in forward, where two inputs are on their way there and the model still holds the first layer's.
+    on_their_way = 2 if type(shape) is LayerShape else 1
     for level in choice.levels:
         kept += num_tokens * shape.kept_bytes(level)
         again = num_tokens * shape.again_bytes(level)
-        coming = num_tokens * shape.hidden * shape.element_bytes if level in ON_HOST else 0
-        worst = max(worst, kept + again + coming)
-    of_stream = num_tokens * shape.hidden * shape.element_bytes
+        worst = max(worst, kept + again + of_stream * (level in ON_HOST) * on_their_way)
     logits = num_tokens * vocab_size * (shape.element_bytes + 8)  # and in float32, twice
     if not shape.has_whole_logits:
         logits = min(num_tokens * vocab_size * shape.element_bytes, 2**28)

@@ -1,4 +1,4 @@
-"""Frozen weights of decoder layers that pass through three slots of the device, copied while it computes.
+"""Frozen weights of decoder layers that pass through three slots of the device, brought while it computes.
 
 A layer's weights and their scales are one slab, which comes as one. Forward fetches the next layers, backward those
 before; nothing is written back. A layer's slot is always the same, so its parameters are views of it for good, and what
@@ -7,6 +7,7 @@ they show is the layer's when `fetch` says so. The last layers may stay on the d
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -58,14 +59,23 @@ class Slab:
             home.read_into(out[start : start + home.num_bytes])
 
 
-def slab_of(layer: torch.nn.Module, away: Away) -> Slab:
+class Homes(Protocol):
+    """Who knows where scales are."""
+
+    def homes_of_scales(self, parameter: Any) -> list[Home]:
+        """Of a weight; none of one that is not packed."""
+
+
+def slab_of(layer: torch.nn.Module, keeper: Homes) -> Slab:
     """What of a layer passes: what is packed, with its scales, and other frozen weights that are large."""
     found = [p for module in layer.modules() for p in module.parameters(recurse=False) if hasattr(p, "home")]
     slab = Slab(layer, [p for p in found if hasattr(p, "quant_state") or p.home.num_bytes >= SMALLEST])
     for parameter in slab.parameters:
         slab.add(parameter, parameter.whole_shape, parameter.home, partial(setattr, parameter, "data"))
-        for one in scales_of(getattr(parameter, "quant_state", None)):
-            slab.add(one.absmax, one.absmax.shape, away.put(one.absmax), partial(setattr, one, "absmax"))
+        scales = scales_of(getattr(parameter, "quant_state", None))
+        for one, home in zip(scales, keeper.homes_of_scales(parameter), strict=True):
+            shape = torch.Size((home.num_bytes // one.absmax.element_size(),))
+            slab.add(one.absmax, shape, home, partial(setattr, one, "absmax"))
     return slab
 
 
@@ -83,16 +93,23 @@ class Ring:
     """The slabs of a model's layers, first to last."""
 
     def __init__(self, slabs: list[Slab], device: torch.device, copies: Copies):
-        self.slabs, self._device, self._copies = slabs, device, copies
+        self.slabs, self.device, self._copies = slabs, device, copies
         self.num_resident = 0
         self._resident: list[torch.Tensor] = []
         self._slots = [self._memory(max(slab.num_bytes for slab in slabs)) for _ in range(min(NUM_SLOTS, len(slabs)))]
         self._holds: list[int | None] = [None] * NUM_SLOTS
         self._arrivals: list[Any] = [None] * NUM_SLOTS
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered while the device waits
+        self.ends: Any = None  # model/ends.py, where the model's pass too
         self._index = {id(p): index for index, slab in enumerate(slabs) for p in slab.parameters}
         for index, slab in enumerate(slabs):
             slab.show(self._slots[index % NUM_SLOTS])
             self._fetch_where_needed(index, slab.layer)
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """Whose weights pass."""
+        return [*(slab.layer for slab in self.slabs), *(self.ends.modules if self.ends else ())]
 
     @property
     def num_passing(self) -> int:
@@ -103,26 +120,29 @@ class Ring:
         """Have a layer there for what is launched next, and the two after it in a direction, 1 or -1, on their way."""
         if index >= self.num_passing:
             return
-        passed = _mark(self._device)
+        passed = mark(self.device)
         for number in (index, index + step, index + 2 * step):
             slot = number % NUM_SLOTS
             if 0 <= number < self.num_passing and self._holds[slot] != number:
                 self._holds[slot] = number
                 self._arrivals[slot] = self._copies.copy(self.slabs[number], self._slots[slot], passed)
-        self._copies.wait(self._arrivals[index % NUM_SLOTS])
+        with self.waiting():
+            self._copies.wait(self._arrivals[index % NUM_SLOTS])
 
     def bring(self, parameter: torch.Tensor) -> None:
         """Have a parameter's values there, if it is of a layer that passes."""
         index = self._index.get(id(parameter))
         if index is not None:
             self.fetch(index, 0)
+        elif self.ends:
+            self.ends.bring(parameter)
 
     def keep_last(self, count: int) -> None:
         """Keep so many of the last layers on the device from now on."""
         self.num_resident = count
         for slab in self.slabs[self.num_passing :]:
             memory = self._memory(slab.num_bytes)
-            self._copies.wait(self._copies.copy(slab, memory, _mark(self._device)))
+            self._copies.wait(self._copies.copy(slab, memory, mark(self.device)))
             self._resident.append(memory)
             slab.show(memory)
         if not self.num_passing:
@@ -131,18 +151,18 @@ class Ring:
             self._slots = []
 
     def _memory(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def _fetch_where_needed(self, index: int, layer: torch.nn.Module) -> None:
         layer.register_forward_pre_hook(lambda *_: self.fetch(index, 1))
-        fused = layer.__dict__.get("fused")
-        if isinstance(fused, FusedLayer):
-            fused.before_backward = partial(self.fetch, index, -1)
+        if is_fused_layer(layer):
+            layer.__dict__["fused"].before_backward = partial(self.fetch, index, -1)
         else:  # backward computes it again: the pass with gradients is that one
             layer.bring_weights = lambda: self.fetch(index, -1 if torch.is_grad_enabled() else 1)  # type: ignore
 
 
-def _mark(device: torch.device) -> Any:
+def mark(device: torch.device) -> Any:
+    """Where a device's stream is now; None of a CPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
@@ -246,7 +266,7 @@ def make_ring(model: torch.nn.Module, away: Away, device: torch.device) -> Ring 
 
     None where no layer is known: everything is then on the device.
     """
-    known = {id(one) for one in [*plain_layers(model), *(layer for layer in model.modules() if _is_fused(layer))]}
+    known = {id(one) for one in [*plain_layers(model), *(layer for layer in model.modules() if is_fused_layer(layer))]}
     slabs = [slab_of(layer, away) for layer in model.modules() if id(layer) in known]
     slabs = [slab for slab in slabs if slab.parameters]
     passing = {id(parameter) for slab in slabs for parameter in slab.parameters}
@@ -262,5 +282,6 @@ def make_ring(model: torch.nn.Module, away: Away, device: torch.device) -> Ring 
     return Ring(slabs, device, copies)
 
 
-def _is_fused(layer: torch.nn.Module) -> bool:
+def is_fused_layer(layer: torch.nn.Module) -> bool:
+    """Whether a module is a decoder layer that is fused."""
     return isinstance(layer.__dict__.get("fused"), FusedLayer)

@@ -2,7 +2,7 @@
 
 y = sum over a token's experts of score x down(gate(gate_up x)). Rows are sorted by expert, one grouped product a
 projection does all experts. Weights are read from their modules each time, dequantized a few experts at a time and
-never kept: under ZeRO-3 what was gathered for forward is released after it. Sums are added in a fixed order.
+never kept: where workers share them, other layers lie in their place after forward. Sums are added in a fixed order.
 """
 
 # M tokens, k experts of each, S = M x k rows, E experts, K inputs and N outputs of a projection, R the rank of a LoRA

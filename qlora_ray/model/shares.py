@@ -57,6 +57,12 @@ def num_packed(numel: int) -> int:
     return (numel + 1) // 2
 
 
+def num_scales(state: "QuantState") -> list[int]:
+    """Scales of a packed weight, and of those where they are quantized too."""
+    counts = [-(-state.shape.numel() // state.blocksize)]
+    return [*counts, -(-counts[0] // BLOCK_OF_SCALES)] if state.nested else counts
+
+
 def pack_share(cut: Cut, numel: int, share: Share, how: FourBit) -> tuple[torch.Tensor, torch.Tensor]:
     """The share's packed bytes, and a scale for each block of the whole weight: 0 where the share does not touch it."""
     from bitsandbytes.functional import quantize_4bit

@@ -31,11 +31,11 @@ class HostStash:
             held[: x.numel()].view(x.shape).copy_(x, non_blocking=True)
         self._shapes[slot], self._parked[slot] = x.shape, self._stream.record_event()
         self._leaving.append((x, self._parked[slot]))
-        self._let_go(all_but=LEAVING)
+        self.let_go(all_but=LEAVING)
 
     def take(self, slot: int) -> torch.Tensor:
         """The parked tensor, on the GPU again."""
-        self._let_go(all_but=0)
+        self.let_go()
         self._fetch(slot)
         x, arrived = self._coming.pop(slot)
         torch.cuda.current_stream(x.device).wait_event(arrived)
@@ -44,7 +44,7 @@ class HostStash:
             self._fetch(max(earlier))
         return x
 
-    def _let_go(self, all_but: int) -> None:
+    def let_go(self, all_but: int = 0) -> None:
         """Let go of what was put first, once the current stream waits for its copy: its memory is free at once.
 
         After record_stream it stays taken until the host finds the copy done, and the host may be a whole forward pass

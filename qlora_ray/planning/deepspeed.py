@@ -55,9 +55,11 @@ def defaults(config: Config, stage: int, accumulation: int, compute_dtype: str, 
     ds = config.deepspeed
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
-        # ZeRO-3 counts storage elements; 1e6 keeps LoRA matrices resident instead of gathering each one.
+        # ZeRO-3 counts storage elements; 1e6 keeps norms resident instead of gathering each one. Between its forward
+        # and its backward come the trained ones alone for the head, which stays, and more for a layer, which does not.
         zero |= {"stage3_param_persistence_threshold": 1_000_000, "stage3_max_live_parameters": 1e12,
-                 "stage3_max_reuse_distance": 1e12, "stage3_prefetch_bucket_size": 1_000_000_000}  # fmt: skip
+                 "stage3_max_reuse_distance": num_trainable + 1_000_000,
+                 "stage3_prefetch_bucket_size": 1_000_000_000}  # fmt: skip
     if stage > 1:
         # One bucket holds all gradients; the default takes a GiB whatever their number.
         zero["reduce_bucket_size"] = max(1_000_000, min(num_trainable, 500_000_000))

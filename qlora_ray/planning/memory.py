@@ -13,6 +13,9 @@ from qlora_ray.model.recompute import Choice, Keep, LayerShape, PlainShape, Rout
 GIB = 2**30
 SHARE_OF_MEMORY = 0.93  # of a GPU's; the rest is the CUDA context and the allocator's
 NUM_SLOTS = 3  # of model/ring.py
+# cuBLAS has room of its own for each thread, that of forward and that of backward: on Hopper and later 32 MiB, on older
+# GPUs a quarter (torch 2.13, aten/src/ATen/cuda/CublasHandlePool.cpp).
+CUBLAS_BYTES = 2 * 2**25
 # 4 bits + one 8-bit scale per 64 weights (arXiv:2305.14314), or one float32 scale without double quantization.
 BYTES_PER_WEIGHT = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 # bf16 matrix products, FLOP/s: H200 measured (8192^3, random data), the others their datasheets' dense rate x 0.8.
@@ -46,6 +49,7 @@ class Sizes:
     shares_base: bool  # over the workers; else each holds all of it
     offload: str  # none, or where the layers' weights lie: cpu, nvme
     num_of_node: int | None = None  # workers that share the base, where those of each node do; None: all do
+    use_gpu: bool = True
 
     @property
     def loads_in_shares(self) -> bool:
@@ -153,24 +157,36 @@ def slab_bytes(sizes: Sizes) -> float:
     return passing_bytes(sizes) / max(1, sizes.base.num_layers)
 
 
+def gathered_bytes(sizes: Sizes) -> float:
+    """Of what other workers hold of the base, what a worker has beside its own share, where they share it."""
+    base, others = sizes.base, 1 - 1 / sizes.num_sharing
+    if not others:
+        return 0.0
+    end = base.vocab_size * base.hidden_size * sizes.element_bytes  # ZeRO-3 brings embedding or output layer beforehand
+    if isinstance(sizes.layer, LayerShape):  # model/ring.py
+        return end + min(NUM_SLOTS, base.num_layers) * slab_bytes(sizes)
+    scales = base.num_packed_parameters * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5) if sizes.quantized else 0
+    return end + scales * others  # ZeRO-3 shards weights, not their scales
+
+
 def resident_gib(sizes: Sizes) -> dict[str, float]:
     """GiB a worker holds all the time, by part."""
     base, wide = sizes.base, sizes.element_bytes
     quantized = base.num_packed_parameters if sizes.quantized else 0
-    packed = quantized * 0.5
-    scales = quantized * (BYTES_PER_WEIGHT[sizes.double_quant] - 0.5)  # ZeRO shards weights, not their scales
+    packed = quantized * BYTES_PER_WEIGHT[sizes.double_quant]  # with scales
     rest = (base.num_parameters - quantized) * wide
     shares = sizes.num_workers if sizes.stage > 0 else 1
     master = 4 if wide == 2 else 0
     # Weights and gradients; the float32 sum of gradients, and DeepSpeed's share of it; float32 copy and two moments.
     here = sizes.num_trainable * wide * 2
     ours = sizes.num_trainable * (4 / sizes.num_workers + (wide / shares if sizes.stage > 0 else 0))
-    held = (packed + rest) / sizes.num_sharing + scales
+    held = (packed + rest) / sizes.num_sharing + gathered_bytes(sizes)
     if sizes.offload != "none":
-        held = packed + scales + rest - passing_bytes(sizes) + NUM_SLOTS * slab_bytes(sizes)
+        held = packed + rest - passing_bytes(sizes) + NUM_SLOTS * slab_bytes(sizes)
     return {
         "base": held / GIB,
         "lora_and_optimizer": (here + ours + sizes.num_trainable * (8 + master) / shares) / GIB,
+        "libraries": CUBLAS_BYTES / GIB if sizes.use_gpu else 0.0,
     }
 
 
@@ -194,7 +210,8 @@ def loading_gib(sizes: Sizes) -> float:
         largest = max(stack or 0, *(rows * columns for _, rows, columns in base.linear_shapes), 0)
         share = 1 / sizes.num_sharing if sizes.loads_in_shares else 1.0
         one = largest * (wide * share + 2 * 4 / 64)  # its share, and float32 scales of all of it
-        return resident_gib(sizes)["base"] + one / GIB
+        held = resident_gib(sizes)["base"] - gathered_bytes(sizes) / GIB  # what is gathered, is later
+        return held + one / GIB
     return (quantized * BYTES_PER_WEIGHT[sizes.double_quant] + (base.num_parameters - quantized) * wide) / GIB
 
 

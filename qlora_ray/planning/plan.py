@@ -100,6 +100,7 @@ def make_plan(
     of_worker = tokens_of_a_worker(config, longest)
     num_tokens = config.training.batch_size * data.rows_of_tokens * of_worker
     known, gpu_gib = memory.sizes(config, base, trainable, stage, compute_dtype), hardware.gpu_gib if use_gpu else None
+    known = dataclasses.replace(known, use_gpu=use_gpu)
     if data.shares_prompts:
         known = dataclasses.replace(known, layer=known.layer.sharing_prompts())
     num_of_node = fewest_of_a_node(config.ray.min_workers, resources, hardware)

@@ -13,13 +13,16 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from qlora_ray.errors import ConfigError
+from qlora_ray.model.apart import Apart, pass_between_workers
 from qlora_ray.model.facts import read_facts, stored_quantization
 from qlora_ray.model.homes import Away, DiskFile, network_file_system
 from qlora_ray.model.host import available_bytes
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.load import Cache, Keeper, Source, Whole, files_of, load_shares
 from qlora_ray.model.packed_cache import Cached, Writer, cached
+from qlora_ray.model.ring import Ring
 from qlora_ray.planning.memory import BYTES_PER_WEIGHT, GIB, begins_whole
+from qlora_ray.planning.plan import Plan
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.messages import Run, Warned
 from qlora_ray.worker.team import Team
@@ -36,22 +39,25 @@ class Loaded:
     sources: list[Source]  # what can be read again
     is_share: bool
     away: Away | None = None  # who has put its weights where they pass from
+    apart: Apart | None = None  # who keeps parts of it, or will: where workers share it
 
 
 def load(run: Run, team: Team, device: torch.device) -> Loaded:
     """Load the base. Every worker must call this. Raises ConfigError where it, or its cache, cannot be read."""
     config, plan = run.config, run.plan
-    is_share = plan.shares_base and team.size > 1 and not begins_whole(config)
+    apart = None
+    if plan.shares_base and team.size > 1:
+        apart = Apart(device, _group_of_node(team) if plan.is_shared_by_node else None)
+    is_share = apart is not None and not begins_whole(config)
     place = _cache_of(run, device)
     away = _away_of(run, team) if config.deepspeed.offload_params != "none" else None
-    keeper: Keeper = Whole() if away is None else away
-    if is_share:
-        group = _group_of_node(team) if plan.is_shared_by_node else None
-        keeper = patches.Shares(plan.deepspeed, getattr(torch, plan.compute_dtype), group)
+    keeper: Keeper = away or Whole()
+    if apart is not None and is_share:
+        keeper = apart
 
     def load_with(cache: Cache) -> Loaded:
         how = config.model, config.quantization, plan.compute_dtype, device, keeper, cache
-        return Loaded(*load_shares(*how), is_share, away)
+        return Loaded(*load_shares(*how), is_share, away, apart)
 
     if place is None:
         return load_with(Cache())
@@ -72,6 +78,20 @@ def load(run: Run, team: Team, device: torch.device) -> Loaded:
         elif team.rank == 0:
             place.finish(Path(folder))
         return loaded
+
+
+def share_out(model: PreTrainedModel, apart: Apart, plan: Plan) -> Ring | None:
+    """Have fused layers pass between the workers, and make ZeRO-3's parameters of other parts.
+
+    Every worker must call this. None where no layer is fused.
+    """
+    ring = pass_between_workers(model, apart)
+    in_parts = [parameter for parameter in model.parameters() if hasattr(parameter, "part")]
+    if in_parts:
+        shares = patches.Shares(plan.deepspeed, getattr(torch, plan.compute_dtype), apart.group)
+        for parameter in in_parts:
+            shares.keep(parameter, apart.take_part(parameter))
+    return ring
 
 
 def _group_of_node(team: Team) -> Any:

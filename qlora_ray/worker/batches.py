@@ -107,6 +107,7 @@ def _answers(rows: pa.Table, sample_of_label: np.ndarray) -> dict[str, np.ndarra
     places, is_rejected = (_flat(rows[name]) for name in ("places", "is_rejected"))
     is_answer = places != NO_ROW
     counts = np.bincount(sample_of_label, minlength=len(places))[is_answer]
+    assert counts.sum() == len(sample_of_label), "a token outside of answers is trained on"
     order = np.argsort(is_rejected[is_answer], kind="stable")
     is_desirable = _flat(rows["is_desirable"])[is_answer][order]
     places = places[is_answer][order]

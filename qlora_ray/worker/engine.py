@@ -5,6 +5,7 @@ What is changed or read inside DeepSpeed for it lies in deepspeed_patches/.
 
 import math
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from qlora_ray.config import TrainingConfig
 from qlora_ray.libraries import Patch
 from qlora_ray.model.adapter import trainable
+from qlora_ray.model.ring import Ring
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker.flat import FlatLora
 from qlora_ray.worker.graphs import Graphs, Recorded
@@ -32,7 +34,7 @@ class Engine:
 
     def __init__(
         self, model: torch.nn.Module, training: TrainingConfig, deepspeed_config: dict[str, Any],
-        shares_base: bool = False,
+        shares_base: bool = False, ring: Ring | None = None,
     ):  # fmt: skip
         import deepspeed
 
@@ -40,11 +42,11 @@ class Engine:
         groups = parameter_groups(trainable(model), training)
         self._flat = FlatLora(model, [group.pop("names") for group in groups], dist.get_world_size())
         self._parameters = self._flat.parameters
+        self._ring = ring  # by which workers bring layers to each other
         self._is_sharded = deepspeed_config["zero_optimization"]["stage"] == 3
         wholes = list(self._parameters.values())
         if self._is_sharded:
-            if not shares_base:
-                patches.keep_out_of_zero(model)
+            self._keep_frozen_out_of_zero(model, shares_base)
             patches.gather_as_one(model)
             patches.mark_no_ranges()
             patches.print_only_on_demand()
@@ -74,6 +76,13 @@ class Engine:
         model.register_forward_pre_hook(lambda *_: self._flat.attach())  # after ZeRO's own
         for state in self._torch_optimizer().state.values():  # some wrappers begin with an empty step: not counted
             state["step"].zero_()
+
+    def _keep_frozen_out_of_zero(self, model: torch.nn.Module, shares_base: bool) -> None:
+        if not shares_base:  # the smallest stays: transformers asks a model's first parameter for its device
+            frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+            patches.keep_out_of_zero([model], min(frozen, key=torch.Tensor.numel, default=None))
+        elif self._ring:
+            patches.keep_out_of_zero(self._ring.modules)
 
     @property
     def module(self) -> Any:
@@ -154,6 +163,8 @@ class Engine:
         """Have the stopwatch tell the time that forward and backward wait for weights of other workers."""
         if self._is_sharded:
             patches.time_gathers(self._engine.optimizer, stopwatch)
+        if self._ring:
+            self._ring.waiting = partial(stopwatch.aside, "communication")
 
     def grad_norm(self) -> float | None:
         """Global gradient norm before clipping, of the last step; None where it is not finite."""

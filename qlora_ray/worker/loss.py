@@ -40,7 +40,8 @@ def log_probabilities(model: Callable[..., Any], batch: dict[str, torch.Tensor])
         nats = F.cross_entropy(made.flatten(0, 1)[places].float(), labels, reduction="none")
     if not len(counts):  # rows that only fill the batch up
         return nats.sum() * counts.float(), counts.float()
-    return torch.segment_reduce(-nats, "sum", lengths=counts)[order], counts.float()[order]
+    # unsafe: else the host asks the GPU whether the lengths add up, and waits; worker/batches.py made them so.
+    return torch.segment_reduce(-nats, "sum", lengths=counts, unsafe=True)[order], counts.float()[order]
 
 
 def num_label_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:

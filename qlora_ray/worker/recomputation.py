@@ -17,6 +17,7 @@ from qlora_ray.model.plain import keep_plain, measure_whole_bytes, plain_layers
 from qlora_ray.model.recompute import Choice, Keep, Room, activation_bytes, host_bytes
 from qlora_ray.model.ring import Ring
 from qlora_ray.model.stash import HostStash
+from qlora_ray.planning.memory import CUBLAS_BYTES
 from qlora_ray.planning.plan import Plan, choose_recomputation
 from qlora_ray.worker import deepspeed_patches as patches
 
@@ -52,7 +53,7 @@ def keep_what_fits(
     fused, plain = fused_layers(model), plain_layers(model)
     if not fused and not plain:
         return None
-    budget, on_host = _room_for_activations(config, plan, device), _room_on_host(device)
+    budget, on_host = _room_for_activations(model, config, plan, device), _room_on_host(device)
     # Plain layers' weights come one by one under ZeRO-3, and workers that share rows attend together: all must compute
     # the same layers again.
     if not fused or config.training.sequence_parallel > 1:
@@ -92,7 +93,17 @@ def fits_twice(model: Any, config: Config, plan: Plan, device: torch.device) -> 
         return False
     choice = Choice((Keep.ALL,) * len(fused_layers(model)))
     once = activation_bytes(plan.layer_shape, choice, plan.tokens_per_micro_batch, model.config.vocab_size)
-    return 2 * once <= _room_for_activations(config, plan, device)
+    return 2 * once <= _room_for_activations(model, config, plan, device)
+
+
+def _coming_bytes(model: torch.nn.Module) -> int:
+    """Of embedding and output layer, which ZeRO-3 brings while a micro-batch passes, where workers share them."""
+    in_layers = {id(parameter) for layer in plain_layers(model) for parameter in layer.parameters()}
+    return sum(
+        patches.whole_shape(parameter).numel() * parameter.element_size()
+        for parameter in model.parameters()
+        if not (parameter.requires_grad or parameter.numel() or id(parameter) in in_layers)
+    )
 
 
 def _room_on_host(device: torch.device) -> float:
@@ -102,14 +113,15 @@ def _room_on_host(device: torch.device) -> float:
     return host.SHARE * host.available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _room_for_activations(config: Config, plan: Plan, device: torch.device) -> float:
+def _room_for_activations(model: torch.nn.Module, config: Config, plan: Plan, device: torch.device) -> float:
     """Bytes of this worker's GPU; nothing is chosen by memory on a CPU."""
     if device.type != "cuda":
         return 0.0
     free, _ = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_allocated(device)
+    held = torch.cuda.memory_allocated(device) + _coming_bytes(model)
     room = SHARE_OF_FREE_MEMORY * (free + torch.cuda.memory_reserved(device) - held)
     if config.training.memory_budget_gib:
         room = min(room, config.training.memory_budget_gib * 2**30 - held)
     shares = dist.get_world_size() if plan.zero_stage > 0 else 1
-    return room - plan.num_trainable_parameters * (8 / shares + 4)  # AdamW's moments, made in the first step
+    # What the first step makes: AdamW's moments, and cuBLAS's room.
+    return room - plan.num_trainable_parameters * (8 / shares + 4) - CUBLAS_BYTES

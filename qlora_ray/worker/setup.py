@@ -26,7 +26,6 @@ from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse, fused_layers, is_fused
 from qlora_ray.model.homes import Away
 from qlora_ray.model.hub import local_folder
-from qlora_ray.model.load import Source
 from qlora_ray.model.plain import plain_layers
 from qlora_ray.model.ring import Ring, make_ring
 from qlora_ray.model.row_group import make_row_group
@@ -173,28 +172,31 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
         ring = _ring_of(model, loaded.away, config, device) if loaded.away else None
     if ring and plain_layers(model) and plan.recompute == "none":
         plan = dataclasses.replace(plan, recompute="all")  # autograd would find the weights of other layers
+    sample = to_tensors(open_rows(run.rows, "train").gather(np.array([0])), pad_token_id, device)
+    sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items() if values.dim() == 2}
+    with laps.part("guard"):
+        before = None if loaded.is_share else _loss(model, sample)
+    if loaded.apart:
+        with laps.part("base"):
+            ring = base.share_out(model, loaded.apart, plan)
     plan = recomputation.prepare(model, plan, device)
     if config.training.neftune_noise_alpha:
         _add_noise_to_embeddings(model, config.training.neftune_noise_alpha)
     if config.training.router_aux_loss_coef:
         balance(model, config.training.router_aux_loss_coef)
-    sample = to_tensors(open_rows(run.rows, "train").gather(np.array([0])), pad_token_id, device)
-    sample = {name: values[:, :GUARD_TOKENS] for name, values in sample.items() if values.dim() == 2}
     if run.debug and team.rank == 0:
         log.info("parameters:\n%s", parameter_table(model, plan))
-    with laps.part("guard"):
-        before = None if loaded.is_share else _loss(model, sample)
     log.info("engine: starting")
     with laps.part("engine"):
-        engine = Engine(model, config.training, plan.deepspeed, plan.shares_base)
+        engine = Engine(model, config.training, plan.deepspeed, plan.shares_base, ring if loaded.apart else None)
     log.info("engine: started")
     if resumed:
         engine.load_state(resumed)
     with laps.part("guard"):
-        check_same_weights(loaded.sources, config.training.seed, team, ring)
+        check_same_weights(loaded, config.training.seed, team, ring)
         if before is not None:
             check_same_loss(before, _loss(engine.module, sample), plan)
-    choice = recomputation.keep_what_fits(model, config, plan, device, ring)
+    choice = recomputation.keep_what_fits(model, config, plan, device, ring if loaded.away else None)
     if gains_from_graphs(model, config, plan, choice) and recomputation.fits_twice(model, config, plan, device):
         log.info("micro-batches are launched as one graph each, once their shape has come a few times")
         engine.record_graphs(plan.longest_sample)
@@ -251,20 +253,20 @@ def check_same_loss(before: float, after: float, plan: Plan) -> None:
         )
 
 
-def check_same_weights(sources: list[Source], seed: int, team: Team, ring: Ring | None = None) -> None:
+def check_same_weights(loaded: base.Loaded, seed: int, team: Team, ring: Ring | None = None) -> None:
     """Raise GuardError where the workers do not hold together what the files hold: of a layer in 4 bits and another.
 
     Those are chosen by seed; the first of those that hold one reads and packs it anew. Every worker must call this.
     """
     generator = random.Random(seed)
-    packed = [one for one in sources if hasattr(one.parameter, "quant_state")]
-    others = [one for one in sources if not hasattr(one.parameter, "quant_state")]
+    packed = [one for one in loaded.sources if hasattr(one.parameter, "quant_state")]
+    others = [one for one in loaded.sources if not hasattr(one.parameter, "quant_state")]
+    rank = loaded.apart.share.rank if loaded.apart else team.rank  # among those that hold the base together
     for source in [generator.choice(kind) for kind in (packed, others) if kind]:
         if ring:
             ring.bring(source.parameter)
         whole = patches.whole_of(source.parameter)
-        is_other = patches.rank_among_holders(source.parameter, team.rank) > 0
-        if not all(team.gather(is_other or source.is_held(whole))):
+        if not all(team.gather(rank > 0 or source.is_held(whole))):
             raise GuardError(
                 f"{source.name}: what the workers hold together is not what the base's files give. Likely cause: "
                 "packed 4-bit bytes were cast (bnb_4bit_quant_storage must be uint8), a DeepSpeed option re-quantizes "

@@ -5,6 +5,7 @@ import torch
 
 from qlora_ray.model.families import FAMILIES
 from qlora_ray.model.fused import keep
+from qlora_ray.model.layer import NUM_TOGETHER
 from qlora_ray.model.norm import Norm
 from qlora_ray.model.ops_plain import Angles, Placed
 from qlora_ray.model.recompute import Choice, Keep
@@ -240,8 +241,10 @@ def test_gradients_are_those_of_peft_in_float64(folders, family):
     assert fused_models.error(gradients, exact) < 1e-4
 
 
+@pytest.mark.parametrize("together", [1, 20])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2", "granite", "gpt2"])
-def test_places_without_a_label_are_left_out_where_they_cannot_matter(folders, family):
+def test_places_without_a_label_are_left_out_where_they_cannot_matter(folders, family, together, monkeypatch):
+    monkeypatch.setitem(NUM_TOGETHER, "cuda", together)
     model = fused_models.build(folders[family], torch.float32, "cuda")
     nats, gradients = fused_models.nats_and_gradients(model, fused_models.with_places(tiny_models.batch()))
     reference = fused_models.build_reference(folders[family], "cuda")

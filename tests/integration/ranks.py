@@ -30,6 +30,7 @@ class Job:
     takes_as_long: bool = False  # the rows: by slices of 16 tokens, with attention parked
     rows: list[list[int]] = dataclasses.field(default_factory=list)  # lengths of the samples of each; []: a batch's two
     num_nodes: int = 1  # that the workers seem to live on
+    resumes_at: int = 0  # the step before which all is built anew
     fault: str = (
         ""  # "flip": the last worker holds a wrong byte of each weight; "cast": all hold packed bytes as numbers
     )
@@ -111,14 +112,15 @@ def digest(*tensors: torch.Tensor | None) -> str:
 def work(folder: Path, job: Job) -> Held:
     """Set up as a worker does, and take steps."""
     from qlora_ray.errors import QloraRayError
+    from qlora_ray.model.apart import Apart
     from qlora_ray.planning.memory import begins_whole
-    from qlora_ray.worker import base, deepspeed_patches
+    from qlora_ray.worker import base
     from tests.integration import engines, tiny_models
 
     rank, size = dist.get_rank(), dist.get_world_size()
     os.environ["NODE_RANK"] = str(rank * job.num_nodes // size)
     base.begins_whole = (lambda *_: True) if job.is_loaded_whole else begins_whole
-    keep = deepspeed_patches.Shares.keep
+    keep = Apart.keep
 
     def keep_it(self, parameter, share):
         if job.fault == "flip" and rank == size - 1:
@@ -127,7 +129,7 @@ def work(folder: Path, job: Job) -> Held:
             share = share.to(torch.bfloat16)
         keep(self, parameter, share)
 
-    deepspeed_patches.Shares.keep = keep_it  # type: ignore[method-assign]
+    Apart.keep = keep_it  # type: ignore[method-assign]
     config = tiny_models.make_config(job.base, **job.sections, ray={"num_workers": size})
     if job.rows:
         return train_on_rows(folder, job, config)
@@ -137,23 +139,49 @@ def work(folder: Path, job: Job) -> Held:
     except QloraRayError as error:
         return Held(error=str(error))
     finally:
-        deepspeed_patches.Shares.keep = keep  # type: ignore[method-assign]
-    shares, scales, persistent, bytes_read = {}, {}, [], sum(reads)
+        Apart.keep = keep  # type: ignore[method-assign]
+    bytes_read = sum(reads)
+    (shares, scales), persistent = passing(engine), []
     for name, parameter in engine.module.named_parameters():
         share = getattr(parameter, "ds_tensor", None)
         if "lora" in name or share is None:
             continue
-        place = deepspeed_patches.rank_among_holders(parameter, rank)
+        place = parameter.ds_zero_partition_rank
         held = max(0, min(share.numel(), parameter.ds_numel - place * share.numel()))
         shares[name] = f"{share.dtype} {tuple(parameter.ds_shape)} {share.numel()} {digest(share[:held])}"
         persistent += [name] * parameter.ds_persist
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            of_scales = state.state2.absmax if state.nested else None
-            values = digest(state.absmax, state.code, state.offset, of_scales)
-            scales[name] = f"{state.dtype} {tuple(state.shape)} {state.blocksize} {state.quant_type} {values}"
-    losses = engines.train(engine, range(job.steps))
+        if hasattr(parameter, "quant_state"):
+            scales[name] = of_scales(parameter.quant_state)
+    losses = engines.train(engine, range(job.resumes_at))
+    if job.resumes_at:
+        engine = engines.build(config, folder / "again", resumed=engine.state())
+    losses += engines.train(engine, range(job.resumes_at, job.steps))
     return Held(shares, scales, persistent, losses, digest(*engine.state().weights.values()), bytes_read)
+
+
+def passing(engine: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """What this worker holds of each fused layer's slab, and the scales in it, where workers share the base."""
+    shares: dict[str, str] = {}
+    scales: dict[str, str] = {}
+    ring = engine._ring
+    for number, slab in enumerate((ring.ends.slabs if ring.ends else []) if ring else []):
+        part = ring._copies.stretches[id(slab)]
+        shares[f"end {number}"] = f"{part.numel()} {digest(part)}"
+    for number, slab in enumerate(ring.slabs if ring else ()):
+        part = ring._copies.stretches[id(slab)]
+        shares[f"layer {number}"] = f"{part.numel()} {digest(part)}"
+        for path, module in slab.layer.named_modules():
+            for name, parameter in vars(module).items():
+                if isinstance(parameter, torch.nn.Parameter) and hasattr(parameter, "quant_state"):
+                    ring.bring(parameter)
+                    scales[f"layer {number}.{path}.{name}"] = of_scales(parameter.quant_state)
+    return shares, scales
+
+
+def of_scales(state: Any) -> str:
+    """What tells those of one weight from others."""
+    values = digest(state.absmax, state.code, state.offset, state.state2.absmax if state.nested else None)
+    return f"{state.dtype} {tuple(state.shape)} {state.blocksize} {state.quant_type} {values}"
 
 
 def train_on_rows(folder: Path, job: Job, config: Any) -> Held:

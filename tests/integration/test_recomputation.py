@@ -6,12 +6,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_ray.config import Config
 from qlora_ray.model.adapter import add_adapter
+from qlora_ray.model.apart import Apart
 from qlora_ray.model.base import load_base
 from qlora_ray.model.load import load_shares
 from qlora_ray.model.plain import keep_plain, measure_whole_bytes, plain_layers
 from qlora_ray.model.recompute import Keep
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker import recomputation
+from qlora_ray.worker.base import share_out
 from tests import fused_models
 from tests.integration import engines, tiny_models
 
@@ -125,8 +127,9 @@ def test_a_base_that_is_held_in_shares_is_measured_as_a_whole_one(tmp_path, proc
     config = tiny_models.make_config(tiny_models.save("opt", tmp_path / "base"))
     plan, cpu = engines.plan_of(config, engines.rows_of_batch(tmp_path / "cache")), torch.device("cpu")
     whole = load_base(config.model, config.quantization, "float32", cpu)
-    shares = patches.Shares(plan.deepspeed, torch.float32)
-    shared, _ = load_shares(config.model, config.quantization, "float32", cpu, shares)
+    apart = Apart(cpu)
+    shared, _ = load_shares(config.model, config.quantization, "float32", cpu, apart)
+    assert share_out(shared, apart, plan) is None
     assert all(parameter.numel() == 0 for parameter in shared.parameters())
     ids = torch.arange(24)[None]
     one, other = (

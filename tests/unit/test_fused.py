@@ -10,7 +10,7 @@ from qlora_ray.model.adapter import trainable
 from qlora_ray.model.dropout import MASK_32, drop_of, kept, pcg
 from qlora_ray.model.families import FAMILIES
 from qlora_ray.model.fused import fuse, fused_layers, keep, leaf_modules
-from qlora_ray.model.layer import FusedLayer
+from qlora_ray.model.layer import NUM_TOGETHER, FusedLayer
 from qlora_ray.model.recompute import Choice, Keep
 from qlora_ray.worker.loss import sum_of_nats
 from tests import fused_models
@@ -93,6 +93,25 @@ def test_places_without_a_label_are_left_out_where_they_cannot_matter(folders, f
     exact_nats, exact = fused_models.nats_and_gradients(reference, tiny_models.batch())
     assert nats == pytest.approx(exact_nats, rel=1e-6)
     assert fused_models.error(gradients, exact) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "olmo2", "glm4", "qwen3_moe"])
+@pytest.mark.parametrize("level, dropout", [(Keep.ALL, 0.0), (Keep.HOST, 0.3)])
+def test_rows_of_zeros_behind_those_with_a_label_change_no_bit(folders, family, level, dropout, monkeypatch):
+    rows, plain = [], FusedLayer.mlp_part
+    monkeypatch.setattr(FusedLayer, "mlp_part", lambda *some: rows.append(len(some[1].x1)) or plain(*some))
+    model = fused_models.build(folders[family], torch.float32, lora_dropout=dropout)
+    keep(model, Choice((level,) * 2))
+    found = []
+    for together in (1, 20):
+        monkeypatch.setitem(NUM_TOGETHER, "cpu", together)
+        torch.manual_seed(7)
+        found.append(fused_models.nats_and_gradients(model, fused_models.with_places(tiny_models.batch())))
+    # Of zeros there are none where they would be routed to experts.
+    assert rows == [48, 32, 48, 32 if family == "qwen3_moe" else 40]
+    (nats, gradients), (more_nats, more) = found
+    assert nats == more_nats
+    assert all(torch.equal(more[name], gradient) for name, gradient in gradients.items())
 
 
 @pytest.mark.parametrize("level", [Keep.ALL, Keep.ATTENTION, Keep.HOST])

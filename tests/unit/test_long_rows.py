@@ -8,6 +8,7 @@ from qlora_ray.model.families import FAMILIES
 from qlora_ray.model.fused import fused_layers, keep
 from qlora_ray.model.layer import FusedLayer
 from qlora_ray.model.recompute import Choice, Keep
+from qlora_ray.worker.loss import sum_of_nats
 from tests import fused_models
 from tests.integration import tiny_models
 
@@ -128,14 +129,19 @@ class Shelf:
     """A stash in memory that hands out each tensor once, as the one on a GPU does."""
 
     def __init__(self):
-        self.held, self.most = {}, 0
+        self.held, self.most, self.num_leaving = {}, 0, 0
 
     def put(self, slot, x):
         assert slot not in self.held
         self.held[slot] = x.clone()
         self.most = max(self.most, len(self.held))
+        self.num_leaving += 1
+
+    def let_go(self):
+        self.num_leaving = 0
 
     def take(self, slot):
+        self.let_go()
         return self.held.pop(slot)
 
 
@@ -151,6 +157,17 @@ def test_attention_that_is_parked_changes_no_bit(folders, family, batch, has_sta
     monkeypatch.setattr(parked, "SMALL_BYTES", 64)
     assert same(whole, fused_models.nats_and_gradients(made, batch))
     assert not shelf.held and shelf.most >= 4 * has_stash
+
+
+def test_what_is_on_its_way_to_the_host_is_let_go_of_before_the_peak_of_layers_that_keep_all(folders):
+    made, shelf = fused_models.build(folders["llama"], torch.float32), Shelf()
+    for one in fused_layers(made):
+        one.stash = shelf
+    keep(made, Choice((Keep.HOST, Keep.ALL)))
+    nats = sum_of_nats(made, tiny_models.batch())
+    assert len(shelf.held) == 1 and not shelf.num_leaving
+    nats.backward()
+    assert not shelf.held
 
 
 def test_attention_that_is_parked_is_not_computed_again(folders, monkeypatch):

@@ -8,8 +8,9 @@ from qlora_ray.config import Config
 from qlora_ray.errors import ConfigError
 from qlora_ray.model import homes, host
 from qlora_ray.planning import memory, offload, table
-from qlora_ray.planning.early import check_disk, check_room, refuse_early
+from qlora_ray.planning.early import check_disk, check_room, exact_facts, refuse_early
 from qlora_ray.planning.offload import Passing
+from tests.integration import tiny_models
 from tests.unit.test_plan import FACTS, GPUS, plan, refusal
 
 NVME = {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/disk", "buffer_count": 5}}}
@@ -99,10 +100,12 @@ def test_memory_or_disk_of_this_machine_that_has_no_room_is_refused_with_numbers
     check_room(config.model_copy(update={"ray": config.ray.model_copy(update={"num_workers": 1})}), taken)
 
 
-def test_table_names_the_cheapest_setting_with_which_a_row_fits():
-    asked = {"model": {"base_model": "embedded"}, "ray": {"num_workers": 2}, "deepspeed": {"share_base": "replicate"}}
+def test_table_names_the_cheapest_setting_with_which_a_row_fits(tmp_path):
+    base = tiny_models.save("llama", tmp_path, num_hidden_layers=32)
+    asked = {"model": {"base_model": base}, "ray": {"num_workers": 2}, "deepspeed": {"share_base": "replicate"}}
     config = Config.model_validate(asked)
-    whole = memory.sizes(config, FACTS, FACTS.num_trainable_parameters, 3, "bfloat16")
+    facts = exact_facts(config)
+    whole = memory.sizes(config, facts, facts.num_trainable_parameters, 3, "bfloat16")
     forecast = memory.memory_gib(whole, config.training.max_length, memory.all_layers(whole, memory.Keep.HOST))
     peak = max(memory.peak_gib(forecast), forecast["while_loading"])
     tight = (peak - 1e-5) / memory.SHARE_OF_MEMORY

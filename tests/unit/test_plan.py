@@ -17,6 +17,10 @@ from qlora_ray.planning.rows import layout
 
 TINY = base_model_path("embedded")
 FACTS = exact_facts(Config())
+DEEP = dataclasses.replace(  # the same with 16 times the layers, which sharing them makes less of
+    FACTS, num_layers=16 * FACTS.num_layers, num_parameters=FACTS.num_parameters + 15 * FACTS.num_linear_parameters,
+    num_linear_parameters=16 * FACTS.num_linear_parameters,
+)  # fmt: skip
 CPUS, GPUS = Hardware(8, 0), Hardware(64, 8, ("H100",))
 DATA = DataStats(
     "key", 100, 0, 0, num_rows=90, num_validation_rows=10, num_tokens=900, num_label_tokens=400, longest_row=50
@@ -27,8 +31,8 @@ def config(**sections) -> Config:
     return Config.model_validate(sections)
 
 
-def plan(hardware=CPUS, deepspeed_json=None, **sections):
-    return make_plan(config(**sections), DATA, FACTS, hardware, deepspeed_json)
+def plan(hardware=CPUS, deepspeed_json=None, facts=FACTS, **sections):
+    return make_plan(config(**sections), DATA, facts, hardware, deepspeed_json)
 
 
 def refusal(hardware=CPUS, deepspeed_json=None, **sections) -> str:
@@ -185,7 +189,7 @@ def test_bf16_that_contradicts_is_refused_once_the_hardware_is_known():
 
 
 def test_base_is_whole_on_each_gpu_where_it_fits_with_activations_and_shared_where_not():
-    two = {"ray": {"num_workers": 2}}
+    two = {"ray": {"num_workers": 2}, "facts": DEEP}
     need = sum(plan(GPUS, deepspeed={"share_base": "replicate"}, **two).memory_forecast_gib.values())
     roomy, tight = (plan(dataclasses.replace(GPUS, gpu_gib=gib), **two) for gib in (2 * need, 0.2 * need))
     assert not roomy.shares_base and roomy.may_hold_weights
@@ -193,7 +197,7 @@ def test_base_is_whole_on_each_gpu_where_it_fits_with_activations_and_shared_whe
     assert tight.shares_base and not tight.may_hold_weights
     assert tight.memory_forecast_gib["base"] < roomy.memory_forecast_gib["base"]
     assert plan(**two).shares_base and plan(GPUS, **two).shares_base  # not known: as little as can be
-    assert not plan(GPUS, ray={"num_workers": 1}).shares_base
+    assert not plan(GPUS, ray={"num_workers": 1}, facts=DEEP).shares_base
     assert plan(dataclasses.replace(GPUS, gpu_gib=80), deepspeed={"share_base": "world"}, **two).shares_base
 
 
@@ -211,20 +215,20 @@ def test_share_base_that_means_nothing_is_said_so_in_plan_and_run(workers, stage
 
 def test_base_is_shared_inside_nodes_where_that_fits_and_whole_ones_do_not():
     nodes = dataclasses.replace(GPUS, num_gpus=6, num_cpus=12, nodes=({"CPU": 8, "GPU": 4}, {"CPU": 4, "GPU": 2}))
-    six = {"ray": {"num_workers": 6}}
+    six = {"ray": {"num_workers": 6}, "facts": DEEP}
     whole, by_node, by_all = (
         plan(nodes, deepspeed={"share_base": way}, **six) for way in ("replicate", "node", "world")
     )
     assert by_node.shares_base and by_node.is_shared_by_node and not by_all.is_shared_by_node
     shares = [made.memory_forecast_gib["base"] for made in (whole, by_node, by_all)]
-    assert shares[0] - shares[1] == pytest.approx((shares[0] - shares[2]) * (1 / 2) / (5 / 6))  # the second node's two
+    assert shares[1] - shares[2] == pytest.approx(shares[0] * (1 / 2 - 1 / 6))  # the second node has two
     need = max(memory.peak_gib(by_node.memory_forecast_gib), by_node.memory_forecast_gib["while_loading"])
     room = dataclasses.replace(nodes, gpu_gib=need * 1.0001 / memory.SHARE_OF_MEMORY)
     assert plan(room, **six).is_shared_by_node
     assert not plan(dataclasses.replace(room, nodes=()), **six).is_shared_by_node  # one node, as far as is known
     tight = plan(dataclasses.replace(room, gpu_gib=0.99 * need / memory.SHARE_OF_MEMORY), **six)
     assert tight.shares_base and not tight.is_shared_by_node
-    said = refusal(nodes, deepspeed={"share_base": "node"}, model={"lora_variant": "loftq"}, **six)
+    said = refusal(nodes, deepspeed={"share_base": "node"}, model={"lora_variant": "loftq"}, ray=six["ray"])
     assert "deepspeed.share_base=node: model.lora_variant=loftq begins from whole weights" in said
 
 

@@ -28,7 +28,6 @@ from qlora_ray.worker.deepspeed_patches.shares import (
     gathered,
     has_shards,
     keep_out_of_zero,
-    rank_among_holders,
     whole_of,
     whole_shape,
 )
@@ -53,7 +52,6 @@ __all__ = [
     "name_the_device_of_streams",
     "print_only_on_demand",
     "put_gradient",
-    "rank_among_holders",
     "take_norm_as_known",
     "time_gathers",
     "torch_optimizer",

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from qlora_ray.libraries import Patch
-from qlora_ray.model.shares import Share
 from qlora_ray.worker.deepspeed_patches.start import begin, for_each_micro_batch
 
 BORN_IN_SHARES = Patch(
@@ -20,14 +19,14 @@ BORN_IN_SHARES = Patch(
 
 
 class Shares:
-    """Makes ZeRO-3's parameters of what this worker has of them: model/load.py's Keeper."""
+    """Makes ZeRO-3's parameters of what this worker has of them."""
 
     def __init__(self, deepspeed_config: dict[str, Any], dtype: torch.dtype, group: Any = None):
         import deepspeed
 
         begin()
         self._group = group  # of the workers that hold it together; None: all
-        self.share = Share(dist.get_rank(group), dist.get_world_size(group))
+        self._size = dist.get_world_size(group)
         self._init = deepspeed.zero.Init(config_dict_or_path=for_each_micro_batch(deepspeed_config), dtype=dtype)
 
     def keep(self, parameter: Any, share: torch.Tensor) -> None:
@@ -43,23 +42,9 @@ class Shares:
         if init.pin_memory and not parameter.ds_persist:
             held = get_accelerator().pin_memory(held)
         held.ds_numel, held.status, held.final_location = held.numel(), PartitionedParamStatus.AVAILABLE, None
-        parameter.ds_tensor, parameter.ds_numel_aligned = held, held.numel() * self.share.size
+        parameter.ds_tensor, parameter.ds_numel_aligned = held, held.numel() * self._size
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-
-    def whole(self, parameter: Any) -> torch.Tensor:
-        """What all workers hold of it together."""
-        return whole_of(parameter)
-
-    def take_largest(self, values: torch.Tensor) -> None:
-        """Put the largest of all workers' values in the place of each."""
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
-
-    def is_everywhere(self, answer: bool) -> bool:
-        """Whether the answer is yes on every worker."""
-        answers = torch.tensor(int(answer), device=self._init.local_device)
-        dist.all_reduce(answers, dist.ReduceOp.MIN)
-        return bool(answers)
 
 
 def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
@@ -71,23 +56,21 @@ def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any
 
 
 OUT_OF_ZERO = Patch(
-    "deepspeed", "0.19.8", "frozen parameters that each worker holds whole lie in the __dict__ of their modules, where "
-    "named_parameters, and so ZeRO-3, does not find them",
+    "deepspeed", "0.19.8", "frozen parameters that each worker holds whole, and those of fused layers, which pass "
+    "between workers by model/apart.py, lie in the __dict__ of modules, where named_parameters does not find them",
     gains="ZeRO-3 holds what is trained, and gathers, copies and casts nothing of the base",
     delete_when="ZeRO-3 can be told which parameters to leave alone",
 )  # fmt: skip
 
 
-def keep_out_of_zero(model: torch.nn.Module) -> None:
-    """Have ZeRO-3 not see what is frozen; modules read it as ever. Call it when the trained ones are flat.
+def keep_out_of_zero(modules: list[torch.nn.Module], stays: torch.nn.Parameter | None = None) -> None:
+    """Have ZeRO-3 not see what is frozen in these modules, but for one parameter; they read it as ever.
 
-    The smallest stays: transformers asks a model's first parameter for its device.
+    Call it when the trained ones are flat.
     """
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    smallest = min(frozen, key=torch.Tensor.numel, default=None)
-    for module in model.modules():
+    for module in (part for owner in modules for part in owner.modules()):
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and not parameter.requires_grad and parameter is not smallest:
+            if parameter is not None and not parameter.requires_grad and parameter is not stays:
                 del module._parameters[name]
                 module.__dict__[name] = parameter
 
@@ -115,11 +98,6 @@ def whole_of(parameter: Any) -> torch.Tensor:
     if is_released:
         parameter.partition([parameter])
     return whole
-
-
-def rank_among_holders(parameter: Any, rank: int) -> int:
-    """Of this worker, whose rank among all is `rank`, among those that hold a parameter together."""
-    return int(getattr(parameter, "ds_zero_partition_rank", rank))
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
