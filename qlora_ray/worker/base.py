@@ -80,7 +80,7 @@ def load(run: Run, team: Team, device: torch.device) -> Loaded:
         return loaded
 
 
-def share_out(model: PreTrainedModel, apart: Apart, plan: Plan) -> Ring | None:
+def share_out(model: torch.nn.Module, apart: Apart, plan: Plan) -> Ring | None:
     """Have fused layers pass between the workers, and make ZeRO-3's parameters of other parts.
 
     Every worker must call this. None where no layer is fused.
