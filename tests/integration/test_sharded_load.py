@@ -146,6 +146,7 @@ def peak_bytes(load: Callable[[], Any]) -> tuple[int, int]:
     gc.collect()  # else what was loaded before may be let go of within
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         loaded = load()
+        gc.collect()  # what is in circles is not left
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     del loaded
