@@ -61,12 +61,12 @@ def train(settings: list[str], num_steps: int = STEPS) -> dict:
     given = dict(setting.split("=", 1) for setting in settings)
     run = Path(given["ray.storage_path"]) / given["ray.run_name"]
     log = run / "logs" / "worker_0.log"
-    if not (run / "summary.json").exists():
+    if ran.returncode or not (run / "summary.json").exists():
         print(ran.stdout[-1500:], ran.stderr[-1500:], log.read_text()[-4000:] if log.exists() else "", file=sys.stderr)
-        sys.exit(ran.returncode)
+        sys.exit(ran.returncode or 1)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [entry for entry in metrics if "loss" in entry]
-    steady = [entry for entry in metrics if entry["step"] > every] or metrics
+    steady = [entry for entry in metrics if entry["step"] > every] or metrics  # or the only one
     said = [line for line in log.read_text().splitlines() if "qlora_ray" in line and " INFO " in line]
     return {
         "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in steady),
