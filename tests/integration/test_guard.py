@@ -36,6 +36,18 @@ def test_guard_stops_a_run_whose_packed_weights_were_cast(tmp_path, monkeypatch,
         engines.build(tiny_models.make_config(EMBEDDED, **SHARED, quantization={"compute_dtype": "bfloat16"}), tmp_path)
 
 
+def test_guard_stops_a_run_whose_loss_is_another_once_the_engine_has_the_model(tmp_path, monkeypatch, process_group):
+    class Turning(setup.Engine):
+        def __init__(self, model, *settings):
+            for name, angles in model.named_buffers():
+                angles.mul_(2 if name.endswith("inv_freq") else 1)
+            super().__init__(model, *settings)
+
+    monkeypatch.setattr(setup, "Engine", Turning)
+    with pytest.raises(GuardError, match="loss of one batch before sharding"):
+        engines.build(tiny_models.make_config(EMBEDDED), tmp_path)
+
+
 def test_guard_stops_a_run_that_has_another_share_in_4_bits_than_was_planned(tmp_path, process_group):
     run = engines.run_of(tiny_models.make_config(EMBEDDED), tmp_path, engines.rows_of_batch(tmp_path / "cache"))
     planned = dataclasses.replace(run.plan, four_bit_share=run.plan.four_bit_share - 0.02)

@@ -10,7 +10,7 @@ guard            the worker raises a GuardError, as where its share of the model
 refuse           the worker raises a ConfigError, as where its node lacks a file
 oom              the worker raises torch.OutOfMemoryError
 nan              the worker's loss is not a number; <step> may be <first>-<last>
-storage          every worker keeps its packed 4-bit weights as float16; rank and step do not count
+cast             every worker casts its packed 4-bit weights as floats, as ZeRO-3 does; rank and step do not count
 sync-<n>         the process kills itself before its n-th fsync or rename after that step (n even: before, odd: after)
 """
 
@@ -83,27 +83,28 @@ def die_at_sync(number: int) -> None:
     os.fsync, os.replace = wrapped(os.fsync), wrapped(os.replace)
 
 
-def pack_into_float16() -> None:
+def cast_packed_weights() -> None:
     import torch
 
-    from qlora_ray.model import base
+    from qlora_ray.worker import setup
 
-    plain = base.four_bit_config
+    class Casting(setup.Engine):
+        def __init__(self, model, *settings):
+            for parameter in model.parameters():
+                if hasattr(parameter, "quant_state"):
+                    cast = parameter.data.view(-1).view(torch.float16).bfloat16().half()
+                    parameter.data = cast.view(torch.uint8).view(parameter.shape)
+            super().__init__(model, *settings)
 
-    def four_bit_config(*arguments):
-        settings = plain(*arguments)
-        settings.bnb_4bit_quant_storage = torch.float16
-        return settings
-
-    base.four_bit_config = four_bit_config
+    setup.Engine = Casting
 
 
 def patch(loop) -> None:
     from torch import distributed
 
     of_step, sum_of_nats, kind = loop.MicroBatches.of_step, loop.sum_of_nats, FAULT.split(":")[0]
-    if kind == "storage":
-        return pack_into_float16()
+    if kind == "cast":
+        return cast_packed_weights()
 
     def of_step_with_fault(self, step, *more):
         is_now = is_due(distributed.get_rank(), step)
