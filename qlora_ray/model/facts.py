@@ -188,7 +188,7 @@ def check_folder(folder: str) -> None:
     path, key = Path(folder), f"model.base_model={folder}"
     check_config(folder)
     if not has_weights(path, key):
-        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
+        others = _weights_that_none_loads(path)
         if others:
             raise ConfigError(
                 f"{key}: no weights that transformers would load, only {others[0]}. Convert it once with "
@@ -235,6 +235,17 @@ def weight_files(path: Path, key: str) -> list[Path]:
 def has_weights(path: Path, key: str) -> bool:
     """Whether a folder holds weights of a kind that can be loaded, converted or not. Raises ConfigError."""
     return bool(safetensors_files(path, key) or pickled_files(path, key) or _other_safetensors(path))
+
+
+def has_config_alone(folder: str) -> bool:
+    """Whether a folder has a config.json, and no weights of any kind. Raises ConfigError."""
+    path = Path(folder)
+    weights = has_weights(path, f"model.base_model={folder}") or _weights_that_none_loads(path)
+    return (path / "config.json").is_file() and not weights
+
+
+def _weights_that_none_loads(path: Path) -> list[str]:
+    return sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
 
 
 def loadable_folder(folder: str, key: str) -> str:

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 from qlora_ray import environment
@@ -16,8 +15,8 @@ from qlora_ray.model.facts import (
     ModelFacts,
     check_config,
     check_folder,
+    has_config_alone,
     has_mxfp4,
-    has_weights,
     read_facts,
     stored_quantization,
 )
@@ -136,8 +135,7 @@ def exact_facts(config: Config, folder: str | None = None) -> ModelFacts:
 
     folder, model = folder or local_base(config), config.model
     new_tokens = pieces_of(model.new_tokens, folder, model.trust_remote_code) if model.new_tokens else {}
-    is_whole = has_weights(Path(folder), f"model.base_model={folder}")
-    facts = (model_facts if is_whole else model_facts_of_config)(folder, model, new_tokens)
+    facts = (model_facts_of_config if has_config_alone(folder) else model_facts)(folder, model, new_tokens)
     coefficient = config.training.router_aux_loss_coef
     if coefficient and not facts.has_balancing_loss:
         raise ConfigError(
@@ -161,7 +159,7 @@ def facts_at_hand(config: Config) -> ModelFacts | None:
 def planned_facts(config: Config) -> ModelFacts | None:
     """As facts_at_hand; of a folder without weights what its config.json says. Raises ConfigError."""
     folder = base_model_path(config.model.base_model)
-    if not os.path.isdir(folder) or has_weights(Path(folder), f"model.base_model={folder}"):
+    if not os.path.isdir(folder) or not has_config_alone(folder):
         return facts_at_hand(config)
     check_config(folder)
     refuse_unread_code(folder, config.model, f"model.base_model={config.model.base_model}")
