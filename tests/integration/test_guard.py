@@ -8,21 +8,11 @@ import torch
 from qlora_ray.config import base_model_path
 from qlora_ray.errors import GuardError
 from qlora_ray.worker import setup
+from tests.chaos.inject.sitecustomize import casting
 from tests.integration import engines, tiny_models
 
 EMBEDDED = base_model_path("embedded")
 SHARED = {"ray": {"num_workers": 2}}
-
-
-class Casting(setup.Engine):
-    """Casts packed bytes as ZeRO-3 does where bnb_4bit_quant_storage is float16."""
-
-    def __init__(self, model, *settings):
-        for parameter in model.parameters():
-            if hasattr(parameter, "quant_state"):
-                cast = parameter.data.view(-1).view(torch.float16).bfloat16().half()
-                parameter.data = cast.view(torch.uint8).view(parameter.shape)
-        super().__init__(model, *settings)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -31,7 +21,7 @@ def test_guard_passes_bytes_as_they_are(dtype, tmp_path, process_group):
 
 
 def test_guard_stops_a_run_whose_packed_weights_were_cast(tmp_path, monkeypatch, process_group):
-    monkeypatch.setattr(setup, "Engine", Casting)
+    monkeypatch.setattr(setup, "Engine", casting(setup.Engine))
     with pytest.raises(GuardError, match="bnb_4bit_quant_storage"):
         engines.build(tiny_models.make_config(EMBEDDED, **SHARED, quantization={"compute_dtype": "bfloat16"}), tmp_path)
 

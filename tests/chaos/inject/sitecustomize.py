@@ -83,12 +83,11 @@ def die_at_sync(number: int) -> None:
     os.fsync, os.replace = wrapped(os.fsync), wrapped(os.replace)
 
 
-def cast_packed_weights() -> None:
+def casting(engine: type) -> type:
+    """An engine that casts packed bytes as ZeRO-3 does where bnb_4bit_quant_storage is float16."""
     import torch
 
-    from qlora_ray.worker import setup
-
-    class Casting(setup.Engine):
+    class Casting(engine):
         def __init__(self, model, *settings):
             for parameter in model.parameters():
                 if hasattr(parameter, "quant_state"):
@@ -96,7 +95,7 @@ def cast_packed_weights() -> None:
                     parameter.data = cast.view(torch.uint8).view(parameter.shape)
             super().__init__(model, *settings)
 
-    setup.Engine = Casting
+    return Casting
 
 
 def patch(loop) -> None:
@@ -104,7 +103,10 @@ def patch(loop) -> None:
 
     of_step, sum_of_nats, kind = loop.MicroBatches.of_step, loop.sum_of_nats, FAULT.split(":")[0]
     if kind == "cast":
-        return cast_packed_weights()
+        from qlora_ray.worker import setup
+
+        setup.Engine = casting(setup.Engine)
+        return
 
     def of_step_with_fault(self, step, *more):
         is_now = is_due(distributed.get_rank(), step)
