@@ -30,7 +30,6 @@ STEPS, AT_STEP, LIMIT_SECONDS = 30, 13, 90
 FAULTS = (
     "nothing",
     "SIGKILL of a worker",
-    "SIGKILL of the Train controller",
     "SIGKILL of the driver, same command again",
     "SIGSTOP of a worker",
     "SIGKILL of the driver, one bit of the newest checkpoint flips, same command again",
@@ -164,8 +163,6 @@ def _strike(tree: list, fault: str) -> None:
         next(p for p in reversed(tree) if "ray::RayTrainWorker" in " ".join(p.cmdline())).send_signal(signal.SIGSTOP)
     elif "worker" in fault:
         assert random_kills.kill(tree, "worker")
-    elif "controller" in fault:
-        assert random_kills.kill(tree, "controller")
     else:
         tree[0].kill()
 

@@ -5,11 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _seconds: dict[str, float] = {}
+_began = 0.0
 
 
 def begin() -> None:
     """Forget the parts of a start before."""
+    global _began
+    _began = time.time()
     _seconds.clear()
+
+
+def began() -> float:
+    """The time.time() of this start, which other processes of the machine know as well."""
+    return _began
 
 
 @contextmanager

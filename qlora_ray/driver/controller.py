@@ -1,9 +1,12 @@
 """What runs in Ray Train's controller: it tells the driver why a worker group failed, and saves before a resize.
 
-Stands on five of Ray's internals: CAUSES, HOOKS, FRESH_NODES, WHOLE_GROUPS and OWN_MACHINE.
+On a Ray of the driver's own the controller runs in the driver, else in an actor.
+Stands on six of Ray's internals: CAUSES, HOOKS, FRESH_NODES, WHOLE_GROUPS, OWN_MACHINE and IN_THE_DRIVER.
 """
 
+import asyncio
 import contextlib
+import logging
 import re
 import time
 from pathlib import Path
@@ -12,7 +15,9 @@ from typing import Any
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from qlora_ray.libraries import Patch
 from qlora_ray.worker.messages import DEATH, FREEZE, Failed
@@ -45,7 +50,12 @@ OWN_MACHINE = Patch(
     gains="a process of the autoscaling coordinator, which starts before any worker does: two seconds on two cores",
     delete_when="Ray Train asks no autoscaler where none runs",
 )  # fmt: skip
-
+IN_THE_DRIVER = Patch(
+    "ray", "2.60.0", "TrainController is made and run by the trainer's own _initialize_and_run_controller, with a "
+    "worker_group_cls whose _init_train_context_on_workers names no actor as the controller",
+    gains="a process that starts and imports before any worker does: two seconds on two cores",
+    delete_when="Ray Train can run its controller in the process that asks for it",
+)  # fmt: skip
 COLLATERAL = re.compile(r"connection (closed|reset)|connection refused|timed out|NCCL|gloo|aborted", re.IGNORECASE)
 SAVE_TIMEOUT_SECONDS = 60  # after that, the group is replaced as Ray Train does without us: its last checkpoint counts
 COORDINATOR_TIMEOUT_SECONDS = 5
@@ -129,6 +139,42 @@ class OwnMachine(FixedScalingPolicy):
 
     def _maybe_send_resource_request(self) -> None:
         pass
+
+
+class OwnGroup(WorkerGroup):
+    """Workers whose controller is no actor: they would ask it for checkpoints reported to it, and ours report none."""
+
+    def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: dict[str, Any]) -> None:
+        import ray
+
+        given = {
+            "train_run_context": self._train_run_context, "synchronization_actor": sync_actor, "controller_actor": None,
+            "storage_context": self._storage_context, "worker_callbacks": self._worker_callbacks_to_propagate,
+        }  # fmt: skip
+        ray.get([
+            worker.actor.init_train_context.remote(
+                **given, distributed_context=worker.distributed_context,
+                **{name: values[place] for name, values in train_context_args.items()},
+            )
+            for place, worker in enumerate(workers)
+        ])  # fmt: skip
+        self._decorate_worker_log_file_paths(workers)
+
+
+class OwnController(TrainController):
+    """Ray Train's controller in the process and thread that calls `run_here`."""
+
+    worker_group_cls = OwnGroup
+
+
+def run_here(given: dict[str, Any]) -> Any:
+    """What DataParallelTrainer has an actor do: control a run from beginning to end, and return its result."""
+    controller = OwnController(**given)
+    if not logging.getLogger("ray").isEnabledFor(logging.INFO):  # its files in Ray's own folder have all of it
+        logger = logging.getLogger("ray.train")
+        logger.handlers = [one for one in logger.handlers if not isinstance(one, logging.StreamHandler)]
+    asyncio.run(controller.run())
+    return controller.get_result()
 
 
 class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):

@@ -1,4 +1,4 @@
-"""Ray Train's fit in a thread, and what it is given.
+"""Ray Train's fit in a thread, and what it is given; on a Ray of our own with its controller in that thread.
 
 Leaves out two of Ray Train's own callbacks: FEWER_CALLBACKS.
 """
@@ -51,6 +51,7 @@ class Fit:
         would be waited for.
         """
         self.error: BaseException | None = None
+        self.began = time.time()
         self._config, self._folder, self._network, self._measures = config, folder, network, measures
         self._use_gpu = uses_gpu(config, hardware)
         self._is_private = connect.address(config) is None
@@ -118,7 +119,7 @@ class Fit:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from qlora_ray.driver.controller import OwnMachine, ReportFailures, SaveBeforeResize, WholeGroups
+        from qlora_ray.driver.controller import OwnMachine, ReportFailures, SaveBeforeResize, WholeGroups, run_here
         from qlora_ray.driver.process_group import ProcessGroup
         from qlora_ray.worker import train_worker
 
@@ -129,8 +130,8 @@ class Fit:
 
             def _initialize_and_run_controller(self, **given):
                 if is_private:
-                    given["scaling_policy"] = OwnMachine(self.scaling_config)  # type: ignore[arg-type]  # Ray annotates its old ScalingConfig
-                elif size > 1 and ray_config.min_workers < ray_config.max_workers:
+                    return run_here(given | {"scaling_policy": OwnMachine(self.scaling_config)})  # type: ignore[arg-type]  # Ray annotates its old ScalingConfig
+                if size > 1 and ray_config.min_workers < ray_config.max_workers:
                     given["scaling_policy"] = WholeGroups(self.scaling_config, size)
                 return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
 

@@ -42,6 +42,7 @@ class Driver:
         """`began` is the time.perf_counter() of the command."""
         self._run, self._folder, self._began = run, run.folder, began
         self._seconds: dict[str, float] = {"prepare": time.perf_counter() - began}
+        self._fit_began = 0.0  # time.time()
         self._done: Done | None = None
         self._refusal: str | None = None
         self._failures: list[dict[str, Any]] = []  # survived, or the last one
@@ -57,6 +58,7 @@ class Driver:
 
     def listen(self, fit: Fit) -> dict[str, Any]:
         """Train to the end, to Ctrl-C or to failure; write summary.json and report.html; return the summary."""
+        self._fit_began = fit.began
         with self._quiet():
             return self._fit(fit)
 
@@ -150,7 +152,7 @@ class Driver:
             self._seconds["to_first_step"] = time.perf_counter() - self._began
             before = ("imports", "sizes of the base")  # the run was known
             self._seconds["load"] = sum(value for name, value in message.parts.items() if name not in before)
-            laps.note("workers", self._seconds["to_first_step"] - self._seconds["prepare"] - self._seconds["load"])
+            laps.note("workers", max(0.0, message.began - self._fit_began))
             for name, seconds in message.parts.items():
                 laps.note(name, seconds)
 

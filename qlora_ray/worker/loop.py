@@ -120,6 +120,7 @@ def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
         is_shuffled=config.data.order == "shuffled",
     )  # fmt: skip
     device = ray.train.torch.get_device()
+    setup.choose_memory(config, plan, device)
     setup.choose_kernels(config, device)
     seat = seat_of(team.rank, team.size, config.training.sequence_parallel)
     with laps.part("tokenizer and rows"):
@@ -130,7 +131,7 @@ def _load(run: Run, team: Team) -> tuple[Worker, State, MicroBatches]:
     writer = MetricsFile(run.folder, state.step) if team.rank == 0 else None
     meter = Meter(team, RowCounts(run.rows, order), writer, device)
     engine.time_gathers(meter.stopwatch)
-    team.tell(Ready(state.step, laps.taken(), resumed.broken if resumed else []))
+    team.tell(Ready(state.step, laps.began(), laps.taken(), resumed.broken if resumed else []))
     return Worker(run, team, engine, tokenizer, device, meter, Saver(run, team)), state, micro_batches
 
 

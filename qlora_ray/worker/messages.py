@@ -27,7 +27,8 @@ class Ready:
     """The first step is next."""
 
     step: int  # done before
-    parts: dict[str, float]  # seconds of this worker's start: laps.py
+    began: float  # time.time() when this worker was called
+    parts: dict[str, float]  # seconds of its start: laps.py
     broken: list[str]  # what is wrong with newer checkpoints
 
 

@@ -13,9 +13,9 @@ import psutil
 from tests.integration import door
 
 # What is killed, by the title or the binary of its process, and how often: a worker is what dies in practice.
-VICTIMS = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "driver": "qlora_ray.train",
-           "raylet": "raylet/raylet", "gcs": "gcs_server"}  # fmt: skip
-OFTEN = {"worker": 6, "controller": 2, "driver": 2, "raylet": 1, "gcs": 1}
+VICTIMS = {"worker": "ray::RayTrainWorker", "driver": "qlora_ray.train", "raylet": "raylet/raylet",
+           "gcs": "gcs_server"}  # fmt: skip
+OFTEN = {"worker": 6, "driver": 2, "raylet": 1, "gcs": 1}
 TAKES_THE_DRIVER = {"driver", "raylet", "gcs"}  # a private Ray is one machine's: its driver ends with it
 
 

@@ -19,7 +19,7 @@ def undisturbed(storage, one_thread_a_worker):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 5])  # what they draw: each kind of process, the first one all five
+@pytest.mark.parametrize("seed", [2, 5])  # what they draw: the first one each kind of process
 def test_run_killed_five_times_at_random_ends_with_the_bits_of_one_that_was_not(seed, undisturbed, storage):
     run = storage / f"killed-{seed}"
     story = live(settings(storage, run.name, *MORE), run, KILLS, seed)

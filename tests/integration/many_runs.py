@@ -136,6 +136,7 @@ class Turn:
             alone = config.ray.model_copy(update={"resources_per_worker": {"CPU": 0.1}, "max_failures": 0})
             _teams[size] = team(config.model_copy(update={"ray": alone}), hardware, *where)
         self._config, self._team, self._size, self.channel = config, _teams[size], size, _teams[size].channel
+        self.began = time.time()
         ray.get(self.channel.__ray_call__.remote(_begin))
 
     @property

@@ -228,6 +228,7 @@ def test_elastic_runs_have_as_many_workers_as_make_whole_groups(monkeypatch):
     from ray.train import ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    from qlora_ray.driver import controller
     from qlora_ray.driver.controller import OwnMachine, WholeGroups
 
     given = {}
@@ -236,10 +237,38 @@ def test_elastic_runs_have_as_many_workers_as_make_whole_groups(monkeypatch):
     for free, expected in ((7, 6), (5, 4), (3, 2), (1, 0)):
         assert policy._count_possible_workers({"node": {"CPU": free}}) == expected
     config = Config.model_validate({"ray": {"num_workers": [2, 6]}, "training": {"sequence_parallel": 2}})
+    monkeypatch.setattr(controller, "run_here", given.update)
     for is_private, expected in ((False, WholeGroups), (True, OwnMachine)):
         fit = fit_of(config, is_private)
         fit._make_trainer()._initialize_and_run_controller(scaling_policy=None)
         assert isinstance(given["scaling_policy"], expected)
+
+
+@pytest.mark.bites("driver.controller.IN_THE_DRIVER")
+def test_workers_are_told_what_ray_trains_own_controller_tells_them(monkeypatch):
+    import ray
+    from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from qlora_ray.driver.controller import OwnController, OwnGroup
+
+    def told_by(group_class: type) -> list[dict]:
+        told: list[dict] = []
+        actor = SimpleNamespace(init_train_context=SimpleNamespace(remote=lambda **given: told.append(given)))
+        group = group_class.__new__(group_class)
+        group._train_run_context, group._storage_context, group._worker_callbacks_to_propagate = "run", "storage", []
+        group._decorate_worker_log_file_paths = lambda _: None
+        workers = [SimpleNamespace(actor=actor, distributed_context=rank) for rank in (0, 1)]
+        group._init_train_context_on_workers(workers, "sync", {"checkpoint": ["a", "b"]})
+        return told
+
+    monkeypatch.setattr(ray, "get", lambda _: None)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+    assert told_by(OwnGroup) == told_by(WorkerGroup) and len(told_by(OwnGroup)) == 2
+    assert TrainController.worker_group_cls is WorkerGroup and OwnController.worker_group_cls is OwnGroup
+    source = inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
+    assert "controller.run.remote()" in source and "controller.get_result.remote()" in source
 
 
 @pytest.mark.bites("driver.controller.OWN_MACHINE")
