@@ -227,7 +227,7 @@ def _fuse_ends(model: Any, last: FusedLayer) -> None:
     causal_lm.takes_borders = True
     causal_lm.row_holders = last.holders
     if not _is_trained_whole(norm):
-        norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, last.family)
+        norm.forward = lambda hidden: _LastNorm.apply(hidden, norm, last)
     _fuse_head(causal_lm, last if last.family.passes_rows else _NoLayer())
 
 
@@ -247,17 +247,18 @@ def _fuse_head(model: Any, last: Any) -> None:
 
 class _LastNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, module, family: Family):
+    def forward(ctx, hidden, module, last: FusedLayer):
         x = hidden.reshape(-1, hidden.shape[-1])
         out = torch.empty_like(x)
-        ops_for(x.device).norm_rows(x, None, norm_of(module, family), out)
-        ctx.module, ctx.family = module, family
+        ops_for(x.device).norm_rows(x, None, norm_of(module, last.family), out)
+        ctx.module, ctx.last = module, last
         ctx.save_for_backward(x)
         return out.view(hidden.shape)
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        dx, flat = torch.empty_like(x), grad.reshape(x.shape).contiguous()
-        ops_for(x.device).norm_rows_backward(flat, x, norm_of(ctx.module, ctx.family), None, dx)
+        buffer = ctx.last.passed.buffer = x.new_empty(len(x), x.shape[1] + ctx.last.room)
+        dx, flat = buffer[:, : x.shape[1]], grad.reshape(x.shape).contiguous()
+        ops_for(x.device).norm_rows_backward(flat, x, norm_of(ctx.module, ctx.last.family), None, dx)
         return dx.view(grad.shape), None, None

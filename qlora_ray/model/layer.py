@@ -76,8 +76,9 @@ class FusedLayer(LayerParts):
         """How queries and keys are rotated; None where this layer does not."""
         if turned is None or not self.rotates:
             return None
-        repeats = 2 if self.family.halves_angles else 1
-        cos, sin = (part.reshape(-1, part.shape[-1]).repeat(1, repeats) for part in turned)  # (T or M, 2 F)
+        cos, sin = (part.reshape(-1, part.shape[-1]) for part in turned)  # (T or M, 2 F), all layers' own
+        if self.family.halves_angles:
+            cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
         return Angles(cos, sin, self.family.interleaved)
 
     def attention_part(self, kept: Kept, shape: torch.Size, angles: Angles | None, mask, with_graph: bool) -> None:
@@ -219,8 +220,8 @@ class FusedLayer(LayerParts):
         flat = kept.rows(kept.attended.transpose(1, 2).flatten(2).flatten(0, 1))  # (M, H x E)
         d_output, dz = self.out.input_gradient(d_given, kept.turns[1])
         of_out = self.out.parameter_gradients(d_given[:, :width], dz, flat, kept.z_o, kept.turns[1])
-        kept.turns[1].given = None
-        del d_given, dz
+        kept.turns[1].given = kept.attended = None
+        del d_given, dz, flat  # of a long row, gradients of attention take more than all that is kept
         d_output = kept.all_rows(d_output, shape[0] * shape[1])
         d_output = d_output.view(*shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         if kept.row_group:
@@ -229,6 +230,8 @@ class FusedLayer(LayerParts):
             dq, dk, dv = kept.parked.backward(d_output)
         else:
             dq, dk, dv = torch.autograd.grad(output, (q, k, v), d_output)
+        kept.attention = kept.parked = None
+        del q, k, v, output, d_output
         if kept.row_group:
             dq, dk, dv = kept.row_group.to_tokens_of_all(dq, dk, dv, self.num_heads[1])
         d_qkv = dy.new_empty(shape[0] * shape[1], sum(self.qkv.rows))
@@ -240,8 +243,8 @@ class FusedLayer(LayerParts):
         if self.learns_lengths[0]:
             values = kept.values.transpose(1, 2).flatten(2).flatten(0, 1)  # (M, H of v x E)
             self._learn_from(0, kept, torch.cat((kept.heads.flatten(1), values), 1))
-        del q, k, v, output, flat, d_output, dq, dk, dv
-        kept.attention = kept.attended = kept.values = kept.heads = kept.parked = None
+        del dq, dk, dv
+        kept.values = kept.heads = None
         past = kept.all_rows(buffer1[:, :width], shape[0] * shape[1])
         of_qkv, buffer = self._through_group(0, kept, d_qkv, past)
         self.passed.buffer = buffer if self.index else None

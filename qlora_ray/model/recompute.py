@@ -119,20 +119,19 @@ class LayerShape:
         whole = self.kept_bytes(Keep.ATTENTION) + (self.hidden + of_qkv + gate_up) * self.element_bytes
         return whole - self.kept_bytes(level)
 
-    def _passing_slice_bytes(self, num_tokens: int) -> int:
-        """`passing_bytes` of a sliced layer: of its attention, where x1 is gone by then, or of a slice of its MLP."""
+    def _passing_slice_bytes(self, level: Keep, num_tokens: int) -> int:
+        """`passing_bytes` of a sliced layer: of its attention, when MLP and x1 are gone, or of a slice of its MLP."""
         expanded = 2 * self.queries if self.keys < self.queries else 0  # keys' and values' gradients, a head each
-        attention = (
-            4 * self.queries + 2 * self.keys * self.key_copies + expanded - self.hidden
-        )  # dq in float32 among them
+        gone = self.hidden + self.queries * (self.row_parts > 1) + self.gate_and_up * (level < Keep.ATTENTION)
+        attention = 4 * self.queries + 2 * self.keys * self.key_copies + expanded - gone  # dq in float32 among them
         weights = (4 if self.norms_after == 2 or self.is_dora else 3) * self.inner * (self.hidden + 2 * self.rank)
         of_slice = SLICE_ROWS * (self.inner + self.gate_and_up * (1 + self.is_dora) + 4 * self.hidden) + weights
         return max(num_tokens * attention, of_slice) * self.element_bytes
 
-    def passing_bytes(self, num_tokens: int) -> int:
+    def passing_bytes(self, level: Keep, num_tokens: int) -> int:
         """The most that one layer's backward holds beyond what was or is kept: gradients, one dequantized weight."""
         if self.is_sliced:
-            return self._passing_slice_bytes(num_tokens)
+            return self._passing_slice_bytes(level, num_tokens)
         weight = self.inner * (self.hidden + 2 * self.rank)
         apart = self.gate_and_up * self.is_dora + self.hidden * self.drops
         return (num_tokens * (self.hidden + self.inner + apart) + weight) * self.element_bytes
@@ -200,7 +199,7 @@ class RoutedShape(LayerShape):
         )  # which ALL alone keeps
         return super().kept_bytes(level) - shared + routing + elements * self.element_bytes
 
-    def passing_bytes(self, num_tokens: int) -> int:
+    def passing_bytes(self, level: Keep, num_tokens: int) -> int:
         """The most that one layer's backward holds beyond what was or is kept: rows of experts, their weights."""
         rows = num_tokens * self.num_per_token * (self.hidden * (1 + self.adapts_experts) + self.expert_inner)
         stack = min(EXPERT_CHUNK_BYTES, self.num_experts * self.up * self.hidden * self.element_bytes)
@@ -263,7 +262,7 @@ class PlainShape:
             return self.whole_bytes
         return self.hidden * self.element_bytes if level < Keep.HOST else 0
 
-    def passing_bytes(self, num_tokens: int) -> int:
+    def passing_bytes(self, level: Keep, num_tokens: int) -> int:
         """The most that one layer's backward holds beyond what was or is kept: gradients, one dequantized weight."""
         elements = num_tokens * (self.hidden + 2 * self.widest) + self.hidden * self.widest
         return elements * self.element_bytes + self.dequantized_bytes
@@ -300,18 +299,19 @@ def activation_bytes(shape: LayerShape | PlainShape, choice: Choice, num_tokens:
     """Peak of a micro-batch beyond weights and optimizer: the head at the turn, or a layer, there or back."""
     kept, worst, of_stream = 0, 0, num_tokens * shape.hidden * shape.element_bytes
     # Of inputs on the host, beside a gradient: the one before, on its way back. Fused layers without experts have most
-    # in forward, where two inputs are on their way there and the model still holds the first layer's.
-    on_their_way = 2 if type(shape) is LayerShape else 1
+    # in forward, where two inputs are on their way there and the model still holds the first layer's; of a long row in
+    # backward.
+    on_their_way = 2 if type(shape) is LayerShape and not shape.is_sliced else 1
     for level in choice.levels:
         kept += num_tokens * shape.kept_bytes(level)
-        again = num_tokens * shape.again_bytes(level)
+        again = num_tokens * shape.again_bytes(level) + shape.passing_bytes(level, num_tokens)
         worst = max(worst, kept + again + of_stream * (level in ON_HOST) * on_their_way)
     logits = num_tokens * vocab_size * (shape.element_bytes + 8)  # and in float32, twice
     if not shape.has_whole_logits:
         logits = min(num_tokens * vocab_size * shape.element_bytes, 2**28)
     head = 3 * of_stream + logits
     held = choice.num_holding_weights * shape.num_weights * shape.element_bytes
-    return held + max(worst + shape.passing_bytes(num_tokens) + of_stream, kept + head)
+    return held + max(worst + of_stream, kept + head)
 
 
 @dataclass(frozen=True)

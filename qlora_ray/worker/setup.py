@@ -27,6 +27,7 @@ from qlora_ray.model.fused import fuse, fused_layers, is_fused
 from qlora_ray.model.homes import Away
 from qlora_ray.model.hub import local_folder
 from qlora_ray.model.plain import plain_layers
+from qlora_ray.model.recompute import LONG_ROW
 from qlora_ray.model.ring import Ring, make_ring
 from qlora_ray.model.row_group import make_row_group
 from qlora_ray.model.start import WEIGHTS, load_weights
@@ -100,6 +101,15 @@ def choose_kernels(config: Config, device: torch.device) -> None:
         one = torch.ones(16, 16, device=device)
         torch.mm(one, one)
         del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+def choose_memory(config: Config, plan: Plan, device: torch.device) -> None:
+    """Have pieces of GPU memory grow where rows are long: of some GiB each, they else leave gaps that none fits.
+
+    Workers that share the base read each other's memory, which such pieces do not allow. Call it before any tensor.
+    """
+    if device.type == "cuda" and config.training.max_length > LONG_ROW and not plan.shares_base:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def check_shared(run_folder: Folder, team: Team) -> None:

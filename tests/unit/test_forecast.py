@@ -251,7 +251,7 @@ def test_plan_says_the_longest_row_of_gpu_and_host_and_two_workers_hold_nearly_t
     assert longest(0.5)[0] < alone < longest(2.0)[0] and longest(0.0) == [without, without]
     assert without <= longest(0.001)[0] < alone  # the host has next to nothing
     shared = longest(1.0, ray={"num_workers": 2}, training={"sequence_parallel": 2, "max_length": 4096})
-    assert all(1.8 < two / one < 2 for two, one in zip(shared, (alone, without), strict=True))
+    assert all(1.8 < two / one <= 2 for two, one in zip(shared, (alone, without), strict=True))
 
 
 def of_rows(length: int, gpu_gib: float, host_gib: float) -> Choice:

@@ -25,7 +25,8 @@ def gather_as_one(model: Any) -> None:
         set_z3_leaf_module(module, True)
         remember_parameters(module)
     remember_parameters(model)
-    model.enable_input_require_grads()  # else the first layer's backward is never announced to ZeRO-3
+    if plain_layers(model):
+        model.enable_input_require_grads()  # else the first layer's backward is never announced to ZeRO-3
 
 
 def leaves(model: torch.nn.Module) -> list[torch.nn.Module]:
