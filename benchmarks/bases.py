@@ -1,5 +1,6 @@
 """Models of random weights in a shape: in 4 bits on a device, or as a 16-bit checkpoint on disk."""
 
+import json
 from pathlib import Path
 
 from benchmarks.shapes import SEED, shape_of
@@ -82,5 +83,49 @@ def save_checkpoint(name: str, folder: str, device: str, num_layers: int | None 
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(target)
+        del model
+        free(device)
         AutoTokenizer.from_pretrained(base_model_path("embedded")).save_pretrained(target)
     return str(target)
+
+
+def save_four_bit(name: str, folder: str, device: str, num_layers: int | None = None) -> str:
+    """Random weights of a shape as bitsandbytes saves them; all layers have those of the first, which is made alone.
+
+    A quarter of `save_checkpoint`'s size, and never more of it in memory than a layer and the ends.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    from qlora_ray.config import QuantizationConfig, base_model_path
+    from qlora_ray.model.base import four_bit_config
+
+    target, shape = checkpoint_of(f"{name}-four-bit", num_layers, folder), shape_of(name, num_layers)
+    if (target / "config.json").exists():
+        return str(target)
+    target.mkdir(parents=True)
+    model = build_base({**shape, "num_hidden_layers": 1}, device)
+    tensors, first = {key: values.cpu() for key, values in model.state_dict().items()}, ".layers.0."
+    files = {"ends": {key: values for key, values in tensors.items() if first not in key}}
+    for number in range(shape["num_hidden_layers"]):
+        of_layer = {key: values for key, values in tensors.items() if first in key}
+        files[f"layer_{number}"] = {key.replace(first, f".layers.{number}."): one for key, one in of_layer.items()}
+    for file, held in files.items():
+        save_file(held, target / f"{file}.safetensors", metadata={"format": "pt"})
+    places = {key: f"{file}.safetensors" for file, held in files.items() for key in held}
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    four_bit = four_bit_config(QuantizationConfig(), model.dtype)
+    model.config.num_hidden_layers, model.config.quantization_config = shape["num_hidden_layers"], four_bit
+    AutoTokenizer.from_pretrained(base_model_path("embedded")).save_pretrained(target)
+    model.config.save_pretrained(target)
+    del model
+    free(device)
+    return str(target)
+
+
+def free(device: str) -> None:
+    """Give back the memory of what was deleted: what is measured next has the whole card."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.empty_cache()

@@ -25,9 +25,9 @@ from qlora_ray.model import host
 from qlora_ray.model.recompute import Keep, Room, choose
 from qlora_ray.planning import deepspeed, memory
 
-# Of a worker's process itself, Python, torch, CUDA and its libraries: 1.5 and 1.9 in two cases of benchmarks.offload on
-# an H100. The plan leaves a tenth of the host's free memory for it (qlora_ray/model/host.py).
-PROCESS_GIB = 1.7
+# Of a worker's process itself, Python, torch, CUDA and its libraries: 1.52 and 1.60 in two cases of benchmarks.offload
+# on an H100. The plan leaves a tenth of the host's free memory for it (qlora_ray/model/host.py).
+PROCESS_GIB = 1.55
 ONCE_FROM = 4_000_000  # tokens x layers; such a step takes minutes, and is not run a second time to warm up
 
 

@@ -15,7 +15,7 @@ import json
 import time
 from pathlib import Path
 
-from benchmarks.bases import save_checkpoint
+from benchmarks.bases import save_checkpoint, save_four_bit
 from benchmarks.product import STEPS, train
 from benchmarks.records import save_rows
 from benchmarks.shapes import SHAPES, floor_tokens_per_second, shape_of
@@ -31,12 +31,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer decoder layers than the shape has")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each run; the first fifth is not timed")
     parser.add_argument("--records", type=int, default=200, help="of full length, to make rows of")
+    parser.add_argument("--four-bit", action="store_true", help="files that are in 4 bits already: for large shapes")
     parser.add_argument("--folder", default="/tmp/throughput_checkpoints")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", default="runs/scaling.json")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    base = save_checkpoint(arguments.shape, arguments.folder, arguments.device, arguments.layers)
+    save = save_four_bit if arguments.four_bit else save_checkpoint
+    base = save(arguments.shape, arguments.folder, arguments.device, arguments.layers)
     data = save_rows(arguments.folder, arguments.length, arguments.records)
     floor = floor_tokens_per_second(shape_of(arguments.shape, arguments.layers), arguments.length)
     print("| workers | tokens/s | against one | of the floor | peak GiB | load s | first step s |\n" + "|---" * 7 + "|")
