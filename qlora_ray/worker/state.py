@@ -2,9 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 
@@ -13,8 +14,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 class AdapterState:
     """Everything that training changes, whole, in float32 on the CPU, by parameter name."""
 
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, dict[str, torch.Tensor]]  # by parameter, then exp_avg and exp_avg_sq
+    weights: "dict[str, torch.Tensor]"
+    moments: "dict[str, dict[str, torch.Tensor]]"  # by parameter, then exp_avg and exp_avg_sq
     optimizer_step: int  # fewer than steps where some were skipped
     loss_scale: float | None = None  # of float16
 

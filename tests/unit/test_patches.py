@@ -174,7 +174,7 @@ def test_workers_are_joined_as_ray_trains_own_backend_joins_them():
     "modules",
     [
         "driver.controller driver.process_group worker",
-        "driver.start driver.fit driver.run cluster.quick data.spread report",
+        "driver.start driver.fit driver.run driver.resume cluster.quick data.spread report",
     ],
     ids=["controller", "driver"],
 )
