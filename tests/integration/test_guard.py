@@ -1,6 +1,7 @@
 """The first-step guard: 4-bit weights that ZeRO would silently cast stop the run."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -71,3 +72,23 @@ def test_out_of_memory_names_what_helps_in_order_with_what_each_would_save(recom
     assert said.startswith(f"worker 1 is out of memory (CUDA out of memory.). What helps, in order: {first}")
     keys = ["training.batch_size=2 (about ", "training.max_length=32 (about ", "deepspeed.offload_params=cpu (about "]
     assert sorted(keys, key=said.index) == keys and "more" not in said
+
+
+@pytest.mark.parametrize(
+    "length, shares, kind, grows",
+    [
+        (16384, False, "cuda", True),
+        (16384, True, "cuda", False),
+        (8192, False, "cuda", False),
+        (16384, False, "cpu", False),
+    ],
+)
+def test_pieces_of_gpu_memory_grow_where_rows_are_long(length, shares, kind, grows, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "mine")
+    config = tiny_models.make_config(EMBEDDED, training={"max_length": length})
+    plan = dataclasses.replace(engines.plan_of(config, engines.rows_of_batch(tmp_path)), shares_base=shares)
+    setup.choose_memory(config, plan, torch.device(kind))
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "mine"  # what a user asked for stays
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    setup.choose_memory(config, plan, torch.device(kind))
+    assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None) == ("expandable_segments:True" if grows else None)
