@@ -11,6 +11,7 @@ from qlora_ray.planning.hardware import Hardware, check_workers_fit, resources_o
 from qlora_ray.planning.offload import Passing
 from qlora_ray.planning.plan import gpu_of, storage_bytes
 from qlora_ray.planning.sharing import refuse_sharing, shown_sharing, tokens_of_a_worker
+from qlora_ray.planning.traffic import base_bytes
 
 BYTES_PER_TOKEN = 12  # input_ids, labels and position_ids, int32 each
 MICRO_BATCHES_AHEAD = 512  # of each worker in the object store (data/delivery.py)
@@ -63,8 +64,7 @@ def _traffic(config: Config, base: ModelFacts, hardware: Hardware) -> tuple[Pass
     num_tokens = config.training.batch_size * tokens_of_a_worker(config, length)
     gpu = gpu_of(hardware)
     speed = memory.tokens_per_second(known, num_tokens, length, leanest, gpu) if known.shares_base else None
-    others = 1 - 1 / config.ray.max_workers
-    gathered = 2 * memory.passing_bytes(known) * others / (num_tokens / speed) if speed else None
+    gathered = base_bytes(known) / (num_tokens / speed) if speed else None
     return offload.passing(known, num_tokens, length, hardware.gpu_gib, gpu), gathered
 
 

@@ -43,6 +43,7 @@ def show_plan(plan: Plan, config: Config, data: DataStats, base: BaseFacts, run:
         **({"rows": shown_sharing(config, plan.layer_shape, base.num_layers, data.longest_row)} if is_shared else {}),
         "steps": f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch), checkpoint every "
         f"{plan.checkpoint_every_steps:,}, validation every {plan.eval_every_steps or '-'}",
+        **({"network": str(plan.traffic)} if plan.traffic else {}),
         "memory": f"about {needed:.2f} GiB a worker for tensors, {forecast['while_loading']:.2f} while loading",
         "run": run.path,
     }

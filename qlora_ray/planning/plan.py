@@ -24,6 +24,7 @@ from qlora_ray.planning.offload import Passing
 from qlora_ray.planning.recomputation import may_hold_weights, memory_forecast, recompute_of
 from qlora_ray.planning.rows import accumulation_of, refuse_positions
 from qlora_ray.planning.sharing import refuse_sharing, tokens_of_a_worker
+from qlora_ray.planning.traffic import Traffic, traffic
 
 STORAGE_FOR_THE_REST = 32 * 2**20  # logs, metrics, report, tokenizer files
 
@@ -63,6 +64,7 @@ class Plan:
     is_shared_by_node: bool = False  # over those of each node alone
     why_shared: str = ""  # or not
     passing: Passing | None = None  # the layers' weights, where they are offloaded
+    traffic: Traffic | None = None  # of a step, where all of num_workers are there and more than one
 
     @property
     def global_batch_size(self) -> int:
@@ -139,6 +141,7 @@ def make_plan(
         is_shared_by_node=known.num_of_node is not None,
         why_shared=why_shared,
         passing=offload.passing(known, num_tokens, config.training.max_length, gpu_gib, gpu_of(hardware)),
+        traffic=traffic(known, config.ray.max_workers, accumulation, num_tokens),
     )
     if not deepspeed_json:
         return plan

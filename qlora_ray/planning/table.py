@@ -13,8 +13,10 @@ from qlora_ray.planning.early import as_stored, planned_facts
 from qlora_ray.planning.memory import GIB, SHARE_OF_MEMORY
 from qlora_ray.planning.plan import shown_layers
 from qlora_ray.planning.recomputation import may_hold_weights
+from qlora_ray.planning.rows import accumulation_of
 from qlora_ray.planning.sharing import refuse_sharing, shown_sharing, tokens_of_a_worker
 from qlora_ray.planning.speed import speed_notes
+from qlora_ray.planning.traffic import traffic
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 
@@ -44,6 +46,7 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
     row = f"{each} x {length}" if each > 1 else f"{length}"
     resident = sum(memory.resident_gib(known).values())
     loading = memory.loading_gib(known)
+    moved = traffic(known, workers, accumulation_of(config), num_tokens)
     active = f" ({shown_count(base.num_active_parameters)} for a token)" if base.experts else ""
     lines = [
         f"{config.model.base_model}: {shown_count(base.num_parameters)} parameters{active}, "
@@ -53,6 +56,7 @@ def answer(config: Config, gib: float, gpu: str, host_gib: float = math.inf) -> 
         f"weights and optimizer {resident:.2f} GiB a worker, "
         f"{loading:.2f} while loading{'' if loading <= SHARE_OF_MEMORY * gib else ': does not fit'}",
         *([shown_sharing(config, known.layer, base.num_layers, length)] if is_shared else []),
+        *([f"{moved}, with {config.training.batch_size} a forward pass"] if moved else []),
         f"{'rows':>4}  {'peak GiB':>8}  {'tokens/s':>9}  kept for backward",
     ]
     lines[2:2] = filter(None, [holding.shown(known.shares_base, known.num_of_node is not None, why_shared)])

@@ -13,7 +13,10 @@ from qlora_ray.model.facts import read_facts
 from qlora_ray.model.fused import fuse
 from qlora_ray.model.load import load_shares
 from qlora_ray.model.plain import plain_layers
+from qlora_ray.planning import memory
+from qlora_ray.planning.early import exact_facts
 from qlora_ray.planning.memory import BYTES_PER_WEIGHT
+from qlora_ray.planning.traffic import base_bytes
 from qlora_ray.worker import deepspeed_patches as patches
 from qlora_ray.worker import setup
 from qlora_ray.worker.base import share_out
@@ -131,3 +134,26 @@ def test_layers_that_zero_brings_are_let_go_of_between_forward_and_backward(tmp_
     last.register_forward_hook(lambda *_: seen.append([parameter.ds_status.name for parameter in packed]))
     engines.train(engine, range(3))
     assert len(packed) == 6 and [set(names) for names in seen] == [{"NOT_AVAILABLE"}] * 3
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_what_a_micro_batch_brings_of_the_base_is_what_the_plan_tells(tmp_path, process_group, is_tied):
+    cpu, sizes = torch.device("cpu"), {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 5}
+    base = tiny_models.save("llama", tmp_path / "base", **sizes, tie_word_embeddings=is_tied)
+    config = tiny_models.make_config(base, ray={"num_workers": 2}, deepspeed={"share_base": "world"})
+    plan = engines.plan_of(config, engines.rows_of_batch(tmp_path / "cache"))
+    apart, brought = Apart(cpu), []
+    loaded, _ = load_shares(config.model, config.quantization, "float32", cpu, apart)
+    model = add_adapter(loaded, config.model, torch.float32, 0)
+    fuse(model)
+    ring = share_out(model, apart, plan)
+    copies = ring._copies
+    bring = copies.copy
+    copies.copy = lambda slab, *rest: brought.append(slab.num_bytes) or bring(slab, *rest)
+    for _ in range(2):  # the slots hold what the first leaves there
+        brought.clear()
+        with patches.gathered(list(model.parameters())):
+            sum_of_nats(model, tiny_models.batch()).backward()
+    known = memory.sizes(config, exact_facts(config), 0, 3, "float32")
+    assert base_bytes(known) == pytest.approx(sum(brought) / 2, rel=0.01)  # one of two gets half from the other
+    assert plan.traffic.base == base_bytes(known)
