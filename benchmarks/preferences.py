@@ -31,7 +31,7 @@ NUM_PAIRS, WARMUP = 240, 5
 ONE, APART = ["training.share_prompts=true"], ["training.share_prompts=false"]
 TRLS_PEAK_GIB = 10.9  # of the side `trl` at 8 pairs of 600 tokens: benchmarks/README.md
 OURS = {
-    "ours": ONE, "ours_apart": APART, "ours_on_2": [*ONE, "ray.num_workers=2"],
+    "ours": ONE, "ours_apart": APART, **{f"ours_on_{count}": [*ONE, f"ray.num_workers={count}"] for count in (2, 4, 8)},
     "ours_lean": [*ONE, f"training.memory_budget_gib={TRLS_PEAK_GIB - 0.3:.1f}"],
 }  # fmt: skip
 TRLS = {"trl": True, "trl_keeps_all": False}  # whether it recomputes
@@ -97,11 +97,12 @@ def run_side(side: str, arguments: argparse.Namespace) -> dict:
     """Train, here or in the product's processes."""
     if side in TRLS:
         return train_with_trl(arguments, recomputes=TRLS[side])
-    if side == "ours_on_2" and arguments.device == "cuda":
+    wanted = int(side.partition("_on_")[2] or 1)
+    if arguments.device == "cuda" and wanted > 1:
         import torch
 
-        if torch.cuda.device_count() < 2:
-            sys.exit("needs 2 GPUs")
+        if torch.cuda.device_count() < wanted:
+            sys.exit(f"needs {wanted} GPUs")
     base, max_length = checkpoint_of(arguments.shape, arguments.layers, arguments.folder), 4 * arguments.length
     # A row holds up to twice max_length tokens of pairs, each of which has twice the length.
     rows = max(1, arguments.pairs * arguments.length // max_length)

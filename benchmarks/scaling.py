@@ -6,6 +6,7 @@ r"""The ordinary path on 1, 2, 4 ... workers of one host: tokens per second of a
     python -m benchmarks.scaling --workers 1 2 --sequence-parallel 2 --rows 1 --length 131072 --records 16 --layers 8 \
         --steps 6
 
+Bytes are those that a GPU gets over NVLink, by the driver's counters, and what plan.json says.
 Rows and length are those of a worker, so the work grows with the workers; with --sequence-parallel those of a group of
 at most so many, which share each row. Writes JSON and prints a Markdown table.
 """
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.bases import save_checkpoint, save_four_bit
+from benchmarks.links import Links
 from benchmarks.product import STEPS, train
 from benchmarks.records import save_rows
 from benchmarks.shapes import SHAPES, floor_tokens_per_second, shape_of
@@ -41,7 +43,8 @@ def main() -> None:
     base = save(arguments.shape, arguments.folder, arguments.device, arguments.layers)
     data = save_rows(arguments.folder, arguments.length, arguments.records)
     floor = floor_tokens_per_second(shape_of(arguments.shape, arguments.layers), arguments.length)
-    print("| workers | tokens/s | against one | of the floor | peak GiB | load s | first step s |\n" + "|---" * 7 + "|")
+    columns = "workers", "tokens/s", "against one", "of the floor", "peak GiB", "load s", "first step s"
+    print(f"| {' | '.join(columns)} | GB a step, forecast |\n|{'---|' * 8}")
     results: list[dict] = []
     for count in arguments.workers:
         settings = [
@@ -50,13 +53,19 @@ def main() -> None:
             f"training.sequence_parallel={min(count, arguments.sequence_parallel)}",
             f"ray.storage_path={Path(arguments.folder) / 'runs'}", f"ray.run_name=scaling_{count}_{time.time_ns()}",
         ]  # fmt: skip
-        measured = train([*settings, *arguments.overrides], arguments.steps)
-        made = {**vars(arguments), "workers": count, **measured}
+        run = Path(*(setting.partition("=")[2] for setting in settings[-2:]))
+        with Links(run) as links:
+            measured = train([*settings, *arguments.overrides], arguments.steps)
+        told = json.loads((run / "plan.json").read_text())["traffic"]
+        forecast = sum(told.values()) if told else 0.0
+        moved = links.bytes_a_step(count, max(1, arguments.steps // 5))
+        made = {**vars(arguments), "workers": count, "bytes_a_step": moved, "bytes_forecast": told, **measured}
         results.append(made)
         rate = made["tokens_per_second"]
         against = rate / (results[0]["tokens_per_second"] / results[0]["workers"])
         print(f"| {count} | {rate:,.0f} | {against:.2f} | {rate / count / floor:.1%} | {made['peak_gib']:.2f} | "
-              f"{made['seconds']['load']:.1f} | {made['seconds']['to_first_step']:.1f} |", flush=True)  # fmt: skip
+              f"{made['seconds']['load']:.1f} | {made['seconds']['to_first_step']:.1f} | "
+              f"{'-' if moved is None else f'{moved / 1e9:.2f}'}, {forecast / 1e9:.2f} |", flush=True)  # fmt: skip
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.out).write_text(json.dumps(results, indent=1))
 
