@@ -1,9 +1,10 @@
 """Which environment variables the workers of a cluster get from the driver, and which never leave it. Pure."""
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from qlora_ray.libraries import Patch
@@ -68,6 +69,18 @@ def ray_address(asked: str | None) -> str | None:
     """Where the Ray cluster of a run is, "auto" for the one of this machine; None for a private Ray."""
     where = asked or os.environ.get("RAY_ADDRESS")
     return None if where == "local" else where
+
+
+@contextlib.contextmanager
+def changed(**variables: str) -> Iterator[None]:
+    """Within, this process and those that it starts have these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def in_job(environ: Mapping[str, str]) -> bool:

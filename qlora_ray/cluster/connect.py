@@ -39,6 +39,7 @@ GROUPS_OF_JOB = Patch(
     gains="what a dead controller's workers held is freed, and what other runs hold is not",
     delete_when="placement_group_table names the job, or Ray frees the groups of a detached actor that died",
 )  # fmt: skip
+NUM_BESIDE = 2  # actors beside the workers: our channel, and Ray Train's of reports
 
 
 def set_environment(config: Config, debug: bool) -> None:
@@ -58,7 +59,6 @@ def set_environment(config: Config, debug: bool) -> None:
     }
     if not address(config):  # nobody drains the only node
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        settings["RAY_prestart_worker_first_driver"] = "0"  # processes without the environment that ours want
     elif config.ray.min_workers < config.ray.max_workers:  # a node that is gone is not waited for long
         settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
     for name, value in settings.items():
@@ -90,13 +90,18 @@ def start_ray(config: Config, debug: bool) -> Hardware:
     # One CPU more than there are cores, for the data tasks: Ray Data starts none where the workers hold every CPU.
     private: dict[str, Any] = {} if where else {"num_cpus": cores + 1, "include_dashboard": False}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // config.ray.max_workers)))
+    # Processes of a private Ray have the environment of this one: those that wait for work are then any actor's.
+    own = contextlib.ExitStack()
+    if not where:
+        own.enter_context(few_processes(shows_logs=debug, num_early=config.ray.max_workers + NUM_BESIDE))
+        own.enter_context(environment.changed(OMP_NUM_THREADS=threads))
     try:
-        with contextlib.nullcontext() if where else few_processes(shows_logs=debug):
+        with own:
             ray.init(
                 address=where or "local",  # without it Ray would join any cluster that someone started here
                 log_to_driver=debug,
                 logging_level=logging.INFO if debug else logging.ERROR,
-                runtime_env={"env_vars": environment.carried(os.environ) if where else {"OMP_NUM_THREADS": threads}},
+                runtime_env={"env_vars": environment.carried(os.environ)} if where else None,
                 **private,
             )
     except ConnectionError as error:

@@ -160,6 +160,10 @@ class OwnGroup(WorkerGroup):
         ])  # fmt: skip
         self._decorate_worker_log_file_paths(workers)
 
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        return custom_runtime_env  # theirs is this process's already: cluster/connect.py
+
 
 class OwnController(TrainController):
     """Ray Train's controller in the process and thread that calls `run_here`."""

@@ -15,7 +15,7 @@ from qlora_ray.cluster import authentication, connect
 from qlora_ray.cluster.few_processes import few_processes
 
 authentication.keep_token_private()
-with few_processes(shows_logs=False):
+with few_processes(shows_logs=False, num_early=1):
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 processes = ray._private.worker._global_node.all_processes
 (raylet,) = processes["raylet"]
@@ -23,6 +23,12 @@ agents = psutil.Process(raylet.process.pid).children()
 (stand_in,) = [one for one in agents if any(part.endswith("no_agent.py") for part in one.cmdline())]
 others = [one for one in agents if "DashboardAgent" in " ".join(one.cmdline()) or "agent.py" in one.cmdline()[-1]]
 print(f"the processes: {sorted({*processes} - {'reaper'})}, {others}")
+deadline, idle = time.monotonic() + 30, []
+while not idle and time.monotonic() < deadline:
+    idle = [one for one in psutil.Process(raylet.process.pid).children() if "ray::IDLE" in one.cmdline()]
+    time.sleep(0.1)
+has_own = any("start_worker.py" in argument for argument in psutil.Process(raylet.process.pid).cmdline())
+print(f"the early: {len(idle)}, {has_own}, {ray.get(ray.remote(lambda: os.getpid()).remote()) == idle[0].pid}")
 head = ray.get_runtime_context().gcs_address
 ours = authentication.token()
 print(f"the head: {authentication.ask(head, ours)}, {authentication.ask(head, 'another')}")
@@ -79,3 +85,8 @@ def test_process_of_the_private_ray_that_died_is_named(said):
 def test_private_ray_has_no_process_that_it_needs_not_and_leaves_none(said):
     assert said["the processes"] == "['gcs_server', 'raylet'], []"
     assert said["the stand-in"] == "ended"
+
+
+@pytest.mark.bites("cluster.few_processes.FEWER_PROCESSES")
+def test_process_that_is_there_before_it_is_asked_for_takes_the_first_task(said):
+    assert said["the early"] == "1, True, True"
