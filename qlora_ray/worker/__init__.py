@@ -1,6 +1,7 @@
 """One Ray Train worker's life."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray.train
 
     from qlora_ray import collector, laps
+    from qlora_ray.worker.connect import connect
     from qlora_ray.worker.messages import Fatal
 
     channel = job["channel"]
@@ -38,11 +40,15 @@ def train_worker(job: dict[str, Any]) -> None:
     # bitsandbytes wraps helpers in torch.compile, which imports a compiler for a second; nothing here is compiled.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     laps.begin()
-    with laps.part("imports"), collector.paused():
+    with laps.part("imports"), collector.paused(), ThreadPoolExecutor(1) as beside:
+        connected = beside.submit(connect) if job["use_gpu"] else None
         from qlora_ray.worker import losses
 
         losses.load()
         from qlora_ray.worker.loop import run_worker
+
+        if connected:
+            connected.result()
 
     is_asked = run is None and job["measures"] and ray.train.get_context().get_world_rank() == 0
     measured = _measure(job["measures"]) if is_asked else None

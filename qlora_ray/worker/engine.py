@@ -36,7 +36,6 @@ class Engine:
         self, model: torch.nn.Module, training: TrainingConfig, deepspeed_config: dict[str, Any],
         shares_base: bool = False, ring: Ring | None = None,
     ):  # fmt: skip
-        import deepspeed
 
         patches.begin()
         groups = parameter_groups(trainable(model), training)
@@ -59,7 +58,7 @@ class Engine:
         # Sum, norm and clipping are done here, in an order that does not depend on the number of workers.
         self._max_grad_norm = deepspeed_config.get("gradient_clipping")
         config = patches.for_each_micro_batch(deepspeed_config)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self._engine, *_ = patches.initialize(model=model, optimizer=optimizer, config=config)
         if self._is_sharded:
             patches.keep_resident(self._engine.optimizer, wholes)
             patches.walk_past_leaves(self._engine)

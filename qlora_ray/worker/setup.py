@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ from qlora_ray.worker.loss import num_label_tokens, sum_of_nats
 from qlora_ray.worker.messages import Run
 from qlora_ray.worker.state import AdapterState
 from qlora_ray.worker.team import Team
+from qlora_ray.worker.warm import warm_up
 
 GUARD_TOKENS = 64
 SHARE_TOLERANCE = 0.01
@@ -166,8 +168,11 @@ def build_engine(run: Run, team: Team, device: torch.device, pad_token_id: int, 
     dtype = getattr(torch, plan.compute_dtype)
     log = logging.getLogger(__name__)
     log.info("base model: loading")
-    with laps.part("base"):
+    with laps.part("base"), ThreadPoolExecutor(1) as beside:
+        warmed = beside.submit(warm_up, device, dtype) if device.type == "cuda" else None
         loaded = base.load(run, team, device)
+        if warmed:
+            warmed.result()
     log.info("base model: loaded%s", ", each worker its share" if loaded.is_share else "")
     check_four_bit_share(count_bytes(loaded.base).four_bit_share, plan)
     with laps.part("adapter"):

@@ -2,6 +2,7 @@
 
 import uuid
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -77,6 +78,19 @@ def test_deepspeed_neither_compiles_nor_tries_a_collective_of_its_own_on_cpus(mo
     monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__")
     patches.use_gloo_on_cpus()
     assert build_shm_op() is None and done == ["tried", "compiled"]
+
+
+@pytest.mark.bites("worker.deepspeed_patches.start.NO_PASSES")
+def test_an_engine_is_made_without_what_compiles_it(build, monkeypatch):
+    from deepspeed.runtime import engine
+
+    asked, registered = [], count_calls(monkeypatch, engine.DeepSpeedEngine, "register_compile_pass")
+    monkeypatch.setattr(engine, "is_deepcompile_supported", lambda: asked.append(1) or True)  # as on GPUs
+    build()
+    assert not asked and not registered and engine.is_deepcompile_supported()
+    monkeypatch.setattr(patches, "initialize", deepspeed.initialize)
+    build()
+    assert registered
 
 
 @pytest.mark.bites("worker.deepspeed_patches.hooks.KNOWN_PARAMETERS")

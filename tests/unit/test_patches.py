@@ -490,3 +490,22 @@ def test_losses_of_images_do_not_bring_scipy():
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
     assert imported("pass") == "True" and imported("from qlora_ray.worker import losses; losses.load()") == "False"
+
+
+@pytest.mark.bites("worker.connect.AT_ONCE")
+def test_a_group_is_asked_to_connect_as_torch_asks_one_that_is_bound_to_a_device(monkeypatch):
+    from torch.distributed import distributed_c10d
+
+    from qlora_ray.worker.connect import connect
+
+    asked = inspect.getsource(distributed_c10d._new_process_group_helper)
+    assert "pg._get_backend(device_id)\n        eager_backend.eager_connect_single_device(device_id)" in asked
+    assert callable(torch._C._distributed_c10d.Backend.eager_connect_single_device)
+    connected, here = [], torch.device("cpu")
+    backend = SimpleNamespace(eager_connect_single_device=lambda device: connected.append(device))
+    group = SimpleNamespace(_get_backend=lambda device: {here: backend}[device])
+    monkeypatch.setattr(distributed_c10d, "_get_default_group", lambda: group)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: here)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    connect()
+    assert connected == [here]

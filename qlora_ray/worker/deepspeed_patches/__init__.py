@@ -31,7 +31,7 @@ from qlora_ray.worker.deepspeed_patches.shares import (
     whole_of,
     whole_shape,
 )
-from qlora_ray.worker.deepspeed_patches.start import begin, for_each_micro_batch, use_gloo_on_cpus
+from qlora_ray.worker.deepspeed_patches.start import begin, for_each_micro_batch, initialize, use_gloo_on_cpus
 
 __all__ = [
     "Shares",
@@ -41,6 +41,7 @@ __all__ = [
     "gather_as_one",
     "gathered",
     "has_shards",
+    "initialize",
     "keep_out_of_zero",
     "keep_resident",
     "leaves",
