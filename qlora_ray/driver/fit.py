@@ -18,6 +18,7 @@ from qlora_ray.driver.channel import Channel
 from qlora_ray.errors import ConfigError, ProcessDied
 from qlora_ray.libraries import Patch
 from qlora_ray.model.facts import ModelFacts
+from qlora_ray.model.recompute import LONG_ROW
 from qlora_ray.planning.hardware import Hardware, check_workers_fit, most_workers, resources_of_a_worker, uses_gpu
 from qlora_ray.rundir import names
 from qlora_ray.storage import Folder
@@ -144,6 +145,8 @@ class Fit:
             backend_config=ProcessGroup(self._use_gpu),
             train_loop_config={
                 "use_gpu": self._use_gpu,
+                # Where rows are long, workers decide first how memory is allocated (worker/setup.py).
+                "connects_early": self._use_gpu and self._config.training.max_length <= LONG_ROW,
                 "channel": self.channel,
                 "measures": self._config if self._measures else None,
             },

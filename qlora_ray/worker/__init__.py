@@ -13,7 +13,7 @@ POLL_SECONDS = 0.05
 
 
 def train_worker(job: dict[str, Any]) -> None:
-    """What Ray Train calls on each worker, with `use_gpu` and `channel` (driver/channel.py), which has the run.
+    """What Ray Train calls on each worker, with what it needs (driver/fit.py) and a `channel`, which has the run.
 
     That may still be planned: a worker imports what it needs meanwhile, and rank 0 measures the base of the config
     that `measures` may hold, by which the driver plans.
@@ -40,23 +40,24 @@ def train_worker(job: dict[str, Any]) -> None:
     # bitsandbytes wraps helpers in torch.compile, which imports a compiler for a second; nothing here is compiled.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     laps.begin()
-    with laps.part("imports"), collector.paused(), ThreadPoolExecutor(1) as beside:
-        connected = beside.submit(connect) if job["use_gpu"] else None
+    connected = ThreadPoolExecutor(1).submit(connect) if job["connects_early"] else None
+    with laps.part("imports"), collector.paused():
         from qlora_ray.worker import losses
 
         losses.load()
         from qlora_ray.worker.loop import run_worker
 
-        if connected:
-            connected.result()
-
     is_asked = run is None and job["measures"] and ray.train.get_context().get_world_rank() == 0
     measured = _measure(job["measures"]) if is_asked else None
-    while run is None and not is_called_off:
+    # A run that is called off meanwhile may have workers that do not connect any more: nobody waits for them.
+    while not is_called_off and (run is None or connected and not connected.done()):
         time.sleep(POLL_SECONDS)
         run, is_called_off = ray.get(channel.wanted.remote(measured), timeout=60)
-    if not is_called_off:
-        run_worker(run, channel)
+    if is_called_off:
+        return
+    if connected:
+        connected.result()
+    run_worker(run, channel)
 
 
 def _measure(config: "Config") -> "ModelFacts | Refused":

@@ -16,7 +16,7 @@ AT_ONCE = Patch(
 def connect() -> None:
     """Have CUDA, and NCCL between the workers, begin now. For a thread of its own. Every worker must call this.
 
-    It makes no tensor: how memory is allocated is decided later (worker/setup.py).
+    Not where rows are long: how memory is allocated is decided before CUDA begins then (worker/setup.py).
     """
     import ray.train.torch
     import torch

@@ -1,5 +1,6 @@
 """When a run gives up: what failed would fail again."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from qlora_ray.driver.channel import Channel
 from qlora_ray.driver.controller import likely_cause
 from qlora_ray.driver.fit import Fit
 from qlora_ray.errors import ConfigError, ProcessDied
+from qlora_ray.worker import train_worker
 from qlora_ray.worker.messages import DEATH, FREEZE, Failed, Fatal, Refused, Stepped
 
 
@@ -85,3 +87,26 @@ def test_driver_plans_by_what_a_worker_has_measured_and_refuses_what_it_refuses(
 def test_cause_is_the_error_that_the_others_follow_from():
     errors = {0: RuntimeError("[gloo] Connection closed by peer"), 1: ValueError("bad row\nmore")}
     assert likely_cause(errors) == "worker 1: ValueError: bad row"
+
+
+@pytest.mark.parametrize("is_called_off", [True, False])
+def test_worker_waits_for_the_others_to_connect_unless_the_run_is_called_off(channel, monkeypatch, is_called_off):
+    begun, connected, ran = threading.Event(), threading.Event(), []
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr("qlora_ray.worker.connect.connect", lambda: begun.set() or connected.wait(60))
+    monkeypatch.setattr("qlora_ray.worker.loop.run_worker", lambda run, _: ran.append((run, connected.is_set())))
+    asked = {name: SimpleNamespace(remote=getattr(channel, name)) for name in ("reason_to_give_up", "wanted")}
+    job = {"channel": SimpleNamespace(**asked), "use_gpu": True, "connects_early": True, "measures": None}
+    run: Any = object()
+    channel.take(run)
+    worker = threading.Thread(target=train_worker, args=(job,))
+    worker.start()
+    assert begun.wait(30)
+    if is_called_off:
+        channel.call_off()
+    else:
+        connected.set()
+    worker.join(60)
+    assert not worker.is_alive() and ran == ([] if is_called_off else [(run, True)])
+    connected.set()
