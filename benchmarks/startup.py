@@ -5,6 +5,7 @@ Also of the look at a node that a run takes before it starts (cluster/quick.py),
 Medians of whole processes, caches warm, on whatever else the machine is doing: run it on an idle one.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -47,7 +48,9 @@ def seconds_of_quick_look() -> float:
 
 
 def main() -> None:
-    repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repetitions", nargs="?", type=int, default=3)
+    repetitions = parser.parse_args().repetitions
     with tempfile.TemporaryDirectory() as storage:
         seconds_to_first_step(storage, "warm")  # fills the data cache and the page cache
         figures = {
