@@ -64,7 +64,7 @@ def _traffic(config: Config, base: ModelFacts, hardware: Hardware) -> tuple[Pass
     num_tokens = config.training.batch_size * tokens_of_a_worker(config, length)
     gpu = gpu_of(hardware)
     speed = memory.tokens_per_second(known, num_tokens, length, leanest, gpu) if known.shares_base else None
-    gathered = base_bytes(known) / (num_tokens / speed) if speed else None
+    gathered = base_bytes(known, config.ray.max_workers) / (num_tokens / speed) if speed else None
     return offload.passing(known, num_tokens, length, hardware.gpu_gib, gpu), gathered
 
 

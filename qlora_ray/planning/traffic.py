@@ -1,6 +1,6 @@
 """Bytes that a worker gets from the others in an optimizer step. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_ray.model.recompute import LayerShape
 from qlora_ray.planning.memory import NUM_SLOTS, Sizes, passing_bytes, slab_bytes
@@ -37,27 +37,27 @@ def traffic(known: Sizes, num_workers: int, num_micro_batches: int, num_tokens: 
     others, trained = 1 - 1 / num_workers, known.num_trainable
     low = trained * known.element_bytes * others
     return Traffic(
-        base=num_micro_batches * base_bytes(known),
+        base=num_micro_batches * base_bytes(known, num_workers),
         gradients=num_micro_batches * low + trained * FLOAT32 * others,
         weights=low if known.stage else 0.0,
         rows=num_micro_batches * exchanged_bytes(known.layer, known.base.num_layers, num_tokens),
     )
 
 
-def base_bytes(known: Sizes) -> float:
-    """Of the base, each micro-batch.
+def base_bytes(known: Sizes, num_workers: int) -> float:
+    """Of the base, each micro-batch, where so many workers are there.
 
     Forward and backward bring each fused layer, but for those that the slots still hold from the turn before
     (model/ring.py), and the two ends in turn (model/ends.py). Of layers that are not fused ZeRO-3 gathers the weights,
     not their scales, and embedding and output layer in both passes, too.
     """
-    others = 1 - 1 / known.num_sharing
+    others = 1 - 1 / replace(known, num_workers=num_workers).num_sharing
     end = known.base.vocab_size * known.base.hidden_size * known.element_bytes
-    ends = 2 * end if num_ends(known) > 1 else 0.0
     if isinstance(known.layer, LayerShape):
+        ends = 2 * end if num_ends(known) > 1 else 0.0  # one that is both stays in its slot
         return others * (2 * max(0, known.base.num_layers - NUM_SLOTS) * slab_bytes(known) + ends)
     weights = known.base.num_packed_parameters / 2 if known.quantized else passing_bytes(known)
-    return others * 2 * (weights + ends)
+    return others * 2 * (weights + num_ends(known) * end)
 
 
 def num_ends(known: Sizes) -> int:

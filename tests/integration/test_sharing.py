@@ -155,5 +155,5 @@ def test_what_a_micro_batch_brings_of_the_base_is_what_the_plan_tells(tmp_path, 
         with patches.gathered(list(model.parameters())):
             sum_of_nats(model, tiny_models.batch()).backward()
     known = memory.sizes(config, exact_facts(config), 0, 3, "float32")
-    assert base_bytes(known) == pytest.approx(sum(brought) / 2, rel=0.01)  # one of two gets half from the other
-    assert plan.traffic.base == base_bytes(known)
+    assert base_bytes(known, 2) == pytest.approx(sum(brought) / 2, rel=0.01)  # one of two gets half from the other
+    assert plan.traffic.base == base_bytes(known, 2)

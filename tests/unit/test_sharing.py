@@ -187,3 +187,16 @@ def test_dropout_of_a_part_is_that_of_whole_rows_that_nobody_shares(tmp_path, nu
     parts = [to_tensors(rows, 0, CPU, Seat(0, 1, part, num_parts))["token_numbers"] for part in range(num_parts)]
     masks = [kept(part.numel(), 9, drop_of(0.5, 3, 1, part.flatten()), CPU).view(2, -1, 9) for part in parts]
     assert torch.equal(torch.cat(masks, 1)[:, :39], whole[:, :39])
+
+
+def test_plan_tells_what_a_worker_gets_from_the_others_in_a_step():
+    sharing = {"deepspeed": {"share_base": "world"}}
+    assert plan(1, workers=1).traffic is None
+    alone, elastic = plan(1, **sharing).traffic, plan(1, workers=[2, 4], **sharing).traffic
+    assert elastic == alone  # as many as there may be
+    trained = FACTS.num_trainable_parameters * 4 * (1 - 1 / 4)  # float32 on CPUs
+    assert (alone.gradients, alone.weights, alone.rows) == (2 * trained, trained, 0) and alone.base > 0
+    twice = plan(1, training={"gradient_accumulation_steps": 2}, **sharing).traffic
+    assert (twice.base, twice.gradients) == (2 * alone.base, 3 * trained)
+    assert plan(2, **sharing).traffic.rows > 0 and plan(1, deepspeed={"share_base": "replicate"}).traffic.base == 0
+    assert str(alone).startswith("a worker gets ") and "gradients" in str(alone)
